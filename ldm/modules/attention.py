@@ -1,0 +1,141 @@
+"""Attention and the spatial transformer that lets the UNet read the text."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def attention(
+    q: Float[Tensor, "b n c"], k: Float[Tensor, "b m c"], v: Float[Tensor, "b m c"], heads: int = 1
+) -> Float[Tensor, "b n c"]:
+    """Multi-head scaled dot-product attention; channels are `heads` groups of `c / heads`."""
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+class CrossAttention(nn.Module):
+    """Attention from a sequence to `context`, or to itself when there is none."""
+
+    def __init__(self, query_dim: int, context_dim: int | None, heads: int, dim_head: int, dropout: float = 0.0):
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m e"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        context = x if context is None else context
+        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    """x W * gelu(x V) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a GEGLU of four times the width."""
+
+    def __init__(self, dim: int, dropout: float = 0.0, mult: int = 4):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, dim * mult), nn.Dropout(dropout), nn.Linear(dim * mult, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each behind a layer norm and a skip."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        context_dim: int | None,
+        dropout: float = 0.0,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, heads, dim_head, dropout)
+        self.ff = FeedForward(dim, dropout)
+        self.attn2 = CrossAttention(dim, context_dim, heads, dim_head, dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.use_checkpoint = use_checkpoint
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m e"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        if self.use_checkpoint and self.training:
+            return checkpoint(self._forward, x, context, use_reentrant=False)
+        return self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map.
+
+    `use_linear` makes the projections linear layers (Stable Diffusion 2) instead of 1x1 convolutions (1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        heads: int,
+        dim_head: int,
+        depth: int = 1,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+        use_linear: bool = False,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        inner_dim = heads * dim_head
+        self.use_linear = use_linear
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.proj_in = nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner_dim, heads, dim_head, context_dim, dropout, use_checkpoint)
+            for _ in range(depth)
+        )
+        proj_out = nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1)
+        # Zero at the start, so that a new block is the identity.
+        for parameter in proj_out.parameters():
+            nn.init.zeros_(parameter)
+        self.proj_out = proj_out
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b m e"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        height = x.shape[-2]
+        h = self.norm(x)
+        h = h if self.use_linear else self.proj_in(h)
+        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.proj_in(h) if self.use_linear else h
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h) if self.use_linear else h
+        h = rearrange(h, "b (h w) c -> b c h w", h=height)
+        h = h if self.use_linear else self.proj_out(h)
+        return h + x
