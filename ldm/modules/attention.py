@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -83,7 +84,7 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m e"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        if self.use_checkpoint and self.training:
+        if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, context, use_reentrant=False)
         return self._forward(x, context)
 
