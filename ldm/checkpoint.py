@@ -1,0 +1,270 @@
+"""Checkpoints: read without running their code, load with a report, write without losing what was there."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import shutil
+import struct
+import types
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What a model can do without: made anew with the model, or only for sampling.
+OPTIONAL_SUFFIXES = ("position_ids",)
+OPTIONAL_PREFIXES = ("model_ema.",)
+
+
+# Reading
+
+
+class Stub:
+    """Stands for an object of a class that a checkpoint names and this reader does not build.
+
+    It keeps what the pickle says about it in `args` and `state`, and never runs anything.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.args, self.items, self.state = args, [], {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        self.items.append(value)
+
+    def extend(self, values: Iterable[Any]) -> None:
+        self.items.extend(values)
+
+    add = append
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+_ALLOWED_BUILTINS = frozenset({"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "bytes",
+                               "bytearray", "complex"})  # fmt: skip
+_ALLOWED_GLOBALS = frozenset(
+    {
+        ("collections", "OrderedDict"),
+        ("torch._utils", "_rebuild_tensor"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Builds tensors and plain containers; every other class becomes a `Stub`, without being imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name in _ALLOWED_BUILTINS:
+            return super().find_class("builtins", name)
+        if (module, name) in _ALLOWED_GLOBALS:
+            return super().find_class(module, name)
+        if module == "torch" and "." not in name:
+            value = getattr(torch, name, None)
+            if isinstance(value, torch.dtype) or (isinstance(value, type) and name.endswith("Storage")):
+                return value
+        return type(name, (Stub,), {"__module__": f"stub.{module}"})
+
+
+def _load_pickle(file: Any, **kwargs: Any) -> Any:
+    return _SafeUnpickler(file, **kwargs).load()
+
+
+# torch.load takes a module that offers these names.
+_SAFE_PICKLE = types.SimpleNamespace(
+    __name__="ldm.checkpoint", Unpickler=_SafeUnpickler, load=_load_pickle, loads=lambda b: _load_pickle(io.BytesIO(b))
+)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Everything a `.ckpt`, `.pt`, `.bin` or `.safetensors` file holds, on the CPU, memory-mapped where possible.
+
+    Pickled classes other than tensors and plain containers come back as `Stub`s; no code of the file runs.
+
+    Raises:
+        UserError: no such file, or one that is truncated or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(
+            path,
+            map_location="cpu",
+            mmap=zipfile.is_zipfile(path) or None,
+            weights_only=False,
+            pickle_module=_SAFE_PICKLE,
+        )
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError,
+            IndexError, UnicodeDecodeError, struct.error, OSError) as error:  # fmt: skip
+        raise UserError(f"{path}: truncated or not a checkpoint: {_first_line(error)}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a mapping")
+    return dict(content)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a read checkpoint, with or without the `state_dict` around them.
+
+    Raises:
+        UserError: there are none.
+    """
+    weights = content.get("state_dict", content)
+    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor)} if isinstance(weights, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path}: no weights in it; its keys are {', '.join(map(str, list(content)[:5])) or 'none'}")
+    return tensors
+
+
+# Loading
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint held for a model: key names."""
+
+    used: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.used)} tensors used"]
+        for name in ("missing", "unexpected"):
+            if keys := getattr(self, name):
+                parts.append(f"{len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+        return "; ".join(parts)
+
+
+def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ignore: Iterable[str] = ()) -> LoadReport:
+    """Which of a checkpoint's tensors the model uses, without loading them.
+
+    Raises:
+        UserError: a tensor has another shape than the model's, or one is missing that the model needs.
+    """
+    ignore = tuple(ignore)
+    wanted = {key: value for key, value in model.state_dict().items() if not (ignore and key.startswith(ignore))}
+    used = [key for key in wanted if key in state]
+    missing = [key for key in wanted if key not in state]
+    needed = [k for k in missing if not (k.endswith(OPTIONAL_SUFFIXES) or k.startswith(OPTIONAL_PREFIXES))]
+    for key in used:
+        if state[key].shape != wanted[key].shape:
+            raise UserError(
+                f"{path}: '{key}' has shape {list(state[key].shape)}, the config's model has "
+                f"{list(wanted[key].shape)}: use the config that this checkpoint was made with"
+            )
+    if needed:
+        raise UserError(
+            f"{path}: {len(needed)} of the model's {len(wanted)} tensors are missing, first '{needed[0]}' "
+            f"(the file has {len(state)}, first '{next(iter(state))}'): use the config that fits this checkpoint"
+        )
+    return LoadReport(used, missing, [key for key in state if key not in wanted])
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ignore: Iterable[str] = ()
+) -> LoadReport:
+    """Copy a checkpoint's tensors into the model; raises as `compare` does, before anything is changed."""
+    report = compare(model, state, path, ignore)
+    model.load_state_dict({key: state[key] for key in report.used}, strict=False)
+    log.info("%s: %s", path, report)
+    return report
+
+
+def load_into(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = ()) -> LoadReport:
+    """Load a checkpoint file into a module; keys that start with one of `ignore_keys` stay as they are."""
+    return load_state(module, state_dict_of(read_checkpoint(path), path), path, ignore_keys)
+
+
+class EmptyInit(torch.overrides.TorchFunctionMode):
+    """Inside, `torch.nn.init` does nothing: for models whose every weight a checkpoint will fill.
+
+    Saves the time, and the memory of pages that nobody touches.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+# Writing
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None], expected_bytes: int = 0) -> None:
+    """Let `write` make a temporary file beside `path`, then rename it: there is never half a file at `path`.
+
+    Raises:
+        UserError: the disk lacks `expected_bytes`, or writing failed; what was at `path` is still there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if expected_bytes > free:
+        raise UserError(
+            f"{path}: not written: it needs {expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another --logdir"
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"{path}: not written: {_first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a `.ckpt` atomically; raises as `write_atomically` does."""
+    write_atomically(path, lambda temporary: torch.save(dict(content), temporary), tensor_bytes(content))

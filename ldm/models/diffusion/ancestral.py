@@ -1,0 +1,29 @@
+"""Ancestral sampling from the model's reverse process (DDPM, algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.models.diffusion.guidance import Denoiser
+from ldm.models.diffusion.sampler import Sampler, uniform_timesteps
+
+
+class DDPMSampler(Sampler):
+    """x_{t-1} ~ q(x_{t-1} | x_t, predicted x_0), through every time step of the schedule."""
+
+    supports_eta = False
+
+    def timesteps(self, steps: int) -> Tensor:
+        if steps != (total := len(self.schedule)):
+            raise UserError(f"the DDPM sampler visits all {total} time steps, not {steps}: or use DDIM with eta 1")
+        return uniform_timesteps(steps, total)
+
+    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        t = self._batch_of(index, x)
+        _, pred_x0 = self._predictions(x, index, denoise(x, t))
+        mean, log_variance = self.schedule.q_posterior(pred_x0, x, t)
+        return mean + (torch.exp(0.5 * log_variance) * noise() if index > 0 else 0), pred_x0

@@ -1,0 +1,324 @@
+"""Latent diffusion: the wiring of UNet, autoencoder, text encoder, schedule and objective."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
+from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
+from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like
+from ldm.rng import SampleRandom
+from ldm.util import instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+Images = Float[Tensor, "b 3 h w"]
+Batch = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+# Keys of the reference's configs that change nothing here, and the values of them that need no word.
+WITHOUT_EFFECT: dict[str, Any] = {
+    "num_timesteps_cond": 1,
+    "embedding_reg_weight": 0.0,
+    "unfreeze_model": True,
+    "model_lr": None,
+}
+
+
+class LatentDiffusion(pl.LightningModule):
+    """A text-to-image diffusion model in the latent space of an autoencoder (Rombach et al., 2112.10752).
+
+    Args:
+        unet_config, first_stage_config, cond_stage_config: `target` and `params` of the three networks.
+        reg_weight: weight of the prior-preservation loss.
+        timesteps, beta_schedule, linear_start, linear_end, cosine_s: see `NoiseSchedule.create`.
+        parameterization: what the UNet predicts: eps, x0 or v.
+        loss_type: l2 or l1.
+        original_elbo_weight: weight of the variational bound in the loss, beside 1 for the simple loss.
+        scale_factor: multiplies latents, so that they have about unit variance.
+        cond_stage_trainable: train the text encoder together with the UNet.
+        conditioning_key: crossattn, concat or hybrid.
+        use_ema: keep an exponential moving average of the UNet's weights.
+        first_stage_key, cond_stage_key: a batch's entries for the image and the caption.
+        monitor: the metric that names the best checkpoint.
+        personalization_config: without effect: the identifier is a token that exists (`--init_word`
+            gives it another word's embedding). Nor have `image_size`, `channels`, `log_every_t` and
+            the keys of `WITHOUT_EFFECT`, which older configs hold.
+
+    The learning rate is the attribute `learning_rate`, which the training command sets.
+    """
+
+    learning_rate: float = 1e-6
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any],
+        reg_weight: float = 1.0,
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        parameterization: str = "eps",
+        loss_type: str = "l2",
+        original_elbo_weight: float = 0.0,
+        scale_factor: float = 1.0,
+        cond_stage_trainable: bool = False,
+        conditioning_key: str = "crossattn",
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        cond_stage_key: str = "caption",
+        monitor: str | None = None,
+        personalization_config: Mapping[str, Any] | None = None,
+        num_timesteps_cond: int = 1,
+        embedding_reg_weight: float = 0.0,
+        unfreeze_model: bool = True,
+        model_lr: float | None = None,
+        log_every_t: int | None = None,
+        image_size: int | None = None,
+        channels: int | None = None,
+    ):
+        super().__init__()
+        _warn_without_effect(
+            num_timesteps_cond=num_timesteps_cond,
+            embedding_reg_weight=embedding_reg_weight,
+            unfreeze_model=unfreeze_model,
+            model_lr=model_lr,
+        )
+        if parameterization not in PARAMETERIZATIONS:
+            accepted = ", ".join(PARAMETERIZATIONS)
+            raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
+        self.parameterization: Parameterization = PARAMETERIZATIONS[parameterization]
+        self.objective = PriorPreservation(reg_weight)
+        self.loss_type = loss_type
+        self.original_elbo_weight = original_elbo_weight
+        self.scale_factor = scale_factor
+        self.cond_stage_trainable = cond_stage_trainable
+        self.first_stage_key = first_stage_key
+        self.cond_stage_key = cond_stage_key
+        self.monitor = monitor
+
+        schedule = NoiseSchedule.create(timesteps, beta_schedule, linear_start, linear_end, cosine_s)
+        for name in NoiseSchedule.names():
+            self.register_buffer(name, getattr(schedule, name))
+        self.register_buffer("lvlb_weights", self.parameterization.vlb_weights(schedule), persistent=False)
+
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
+        self.cond_stage_model = instantiate_from_config(cond_stage_config, "model.params.cond_stage_config")
+        self.model_ema = LitEma(self.model) if use_ema else None
+        self.first_stage_model.requires_grad_(False)
+        self.cond_stage_model.requires_grad_(cond_stage_trainable)
+        self.train(self.training)
+
+    # Modules and their state
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule, of the buffers as they are now (a checkpoint's, on this device)."""
+        return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names()})
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.first_stage_model.embed_dim
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of an image's side for each one of its latent."""
+        return self.first_stage_model.downsampling
+
+    def train(self, mode: bool = True) -> LatentDiffusion:
+        """Frozen networks stay in evaluation mode."""
+        super().train(mode)
+        self.first_stage_model.eval()
+        self.cond_stage_model.train(mode and self.cond_stage_trainable)
+        return self
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Inside, the UNet has its averaged weights, if it keeps any; `context` names the use in the log."""
+        with self.model_ema.swapped_in(self.model) if self.model_ema else nullcontext():
+            if self.model_ema and context:
+                log.debug("%s: with the EMA weights", context)
+            yield
+
+    # Images, text and the UNet
+
+    def encode_first_stage(self, x: Images) -> DiagonalGaussianDistribution:
+        """The posterior over latents of images in [-1, 1]."""
+        with torch.no_grad():
+            return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(
+        self, posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
+    ) -> Latent:
+        """A scaled latent: a sample of the posterior, with `noise` if given; a tensor is only scaled."""
+        z = posterior if isinstance(posterior, Tensor) else posterior.sample(noise)
+        return self.scale_factor * z
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Latent) -> Images:
+        """Images, about in [-1, 1], of scaled latents."""
+        return self.first_stage_model.decode(z / self.scale_factor)
+
+    def get_learned_conditioning(self, c: Sequence[str]) -> Float[Tensor, "b n d"]:
+        """Embeddings of captions; with gradients if the text encoder is trained."""
+        with nullcontext() if self.cond_stage_trainable else torch.no_grad():
+            return self.cond_stage_model(list(c))
+
+    def apply_model(self, x_noisy: Latent, t: Steps, cond: Cond) -> Latent:
+        """The UNet's output for noisy latents at time steps `t`."""
+        return self.model(x_noisy, t, **as_mapping(cond, self.model.conditioning_key))
+
+    # The forward process and its inverse
+
+    def q_sample(self, x_start: Latent, t: Steps, noise: Tensor | None = None) -> Latent:
+        """Noisy latents at time steps `t`."""
+        return self.schedule.q_sample(x_start, t, torch.randn_like(x_start) if noise is None else noise)
+
+    def predict_start_from_noise(self, x_t: Latent, t: Steps, noise: Latent) -> Latent:
+        """The clean latents that `noise` implies."""
+        return self.schedule.start_from_noise(x_t, t, noise)
+
+    # The objective
+
+    def _losses(self, x_start: Latent, cond: Cond, t: Steps, noise: Latent) -> tuple[Tensor, Tensor]:
+        """The simple loss and the term of the variational bound of each sample, (b,) each."""
+        schedule = self.schedule
+        output = self.apply_model(schedule.q_sample(x_start, t, noise), t, cond)
+        target = self.parameterization.target(schedule, x_start, t, noise)
+        simple = per_sample_loss(output, target, self.loss_type)
+        return simple, self.lvlb_weights[t] * simple
+
+    def _reduce(self, simple: Tensor, vlb: Tensor, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, and what to log of it."""
+        loss = simple.mean() + self.original_elbo_weight * vlb.mean()
+        parts = {"loss_simple": simple.mean(), "loss_vlb": vlb.mean(), "loss": loss}
+        return loss, {f"{prefix}/{name}": value.detach() for name, value in parts.items()}
+
+    def p_losses(
+        self, x_start: Latent, cond: Cond, t: Steps, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch of scaled latents, and its parts for the log."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return self._reduce(*self._losses(x_start, cond, t, noise), "train" if self.training else "val")
+
+    def shared_step(self, batch: Batch, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a subject batch, or of a (subject, prior) pair, in one pass of every network."""
+        halves = self.objective.halves(batch)
+        images = torch.cat([half[self.first_stage_key] for half in halves])
+        captions = [caption for half in halves for caption in half[self.cond_stage_key]]
+        posterior = self.encode_first_stage(rearrange(images, "b h w c -> b c h w").contiguous())
+        draws = [self._draw(half, posterior.mean.shape[1:]) for half in halves]
+        eps, t, noise = (torch.cat(parts) for parts in zip(*draws))
+        x_start = self.get_first_stage_encoding(posterior, eps)
+        simple, vlb = self._losses(x_start, self.get_learned_conditioning(captions), t, noise)
+
+        seeds = [t for _, t, _ in draws]
+        parts = [self._reduce(s, v, prefix) for s, v in zip(split_like(simple, seeds), split_like(vlb, seeds))]
+        loss = self.objective.combine([part for part, _ in parts])
+        logged = dict(parts[0][1])
+        if len(parts) > 1:
+            logged[f"{prefix}/loss_prior"] = parts[1][0].detach()
+        logged[f"{prefix}/loss_total"] = loss.detach()
+        return loss, logged
+
+    def _draw(self, half: Mapping[str, Any], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior noise, time steps and diffusion noise of a half, a function of its samples' seeds."""
+        batch = len(half[self.first_stage_key])
+        random = SampleRandom(half.get("noise_seed"), self.device)
+        return (
+            random.randn((batch, *latent_shape)),
+            random.randint(len(self.betas), batch),
+            random.randn((batch, *latent_shape)),
+        )
+
+    # Lightning
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, logged = self.shared_step(batch, "train")
+        size = len(self.objective.halves(batch)[0][self.first_stage_key])
+        self.log_dict(logged, prog_bar=True, logger=True, on_step=True, batch_size=size)
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        _, logged = self.shared_step(batch, "val")
+        with self.ema_scope():
+            _, averaged = self.shared_step(batch, "val") if self.model_ema else (None, logged)
+        logged = logged | {f"{name}_ema": value for name, value in averaged.items()}
+        size = len(self.objective.halves(batch)[0][self.first_stage_key])
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+
+    def on_train_start(self) -> None:
+        self._last_averaged = self.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.model_ema and self.global_step != self._last_averaged:  # not between accumulated batches
+            self.model_ema(self.model)
+            self._last_averaged = self.global_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One AdamW over the UNet and, if it is trained, the text encoder."""
+        parameters = list(self.model.parameters())
+        if self.cond_stage_trainable:
+            parameters += list(self.cond_stage_model.parameters())
+        return torch.optim.AdamW(parameters, lr=self.learning_rate)
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch: Batch,
+        N: int = 4,
+        sample: bool = True,
+        ddim_steps: int = 50,
+        ddim_eta: float = 0.0,
+        unconditional_guidance_scale: float = 7.5,
+        seed: int = 0,
+    ) -> dict[str, Images]:
+        """Pictures of up to `N` images of each half: inputs, reconstructions and samples for their captions."""
+        halves = self.objective.halves(batch)
+        images = torch.cat([half[self.first_stage_key][:N] for half in halves])
+        captions = [caption for half in halves for caption in half[self.cond_stage_key][:N]]
+        x = rearrange(images, "b h w c -> b c h w").contiguous()
+        z = self.get_first_stage_encoding(self.encode_first_stage(x).mode())
+        pictures = {"inputs": x, "reconstruction": self.decode_first_stage(z)}
+        if sample:
+            with self.ema_scope("samples"):
+                latents, _ = DDIMSampler(self).sample(
+                    ddim_steps,
+                    len(captions),
+                    z.shape[1:],
+                    self.get_learned_conditioning(captions),
+                    eta=ddim_eta,
+                    verbose=False,
+                    unconditional_guidance_scale=unconditional_guidance_scale,
+                    unconditional_conditioning=self.get_learned_conditioning([""] * len(captions)),
+                    random=SampleRandom(range(seed, seed + len(captions)), self.device),
+                )
+            pictures["samples"] = self.decode_first_stage(latents)
+        return pictures
+
+
+def _warn_without_effect(**given: Any) -> None:
+    if names := [name for name, value in given.items() if value != WITHOUT_EFFECT[name]]:
+        log.warning(
+            "model.params: without effect here: %s (the learning rate is base_learning_rate)",
+            ", ".join(names),
+        )

@@ -1,0 +1,36 @@
+"""PLMS: pseudo linear multistep sampling (Liu et al., arXiv 2202.09778)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ldm.models.diffusion.guidance import Denoiser
+from ldm.models.diffusion.sampler import Sampler
+
+# Adams-Bashforth coefficients of the current noise and the ones before it.
+MULTISTEP = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+class PLMSSampler(Sampler):
+    """Deterministic; one model evaluation a step (two in the first), of fourth order after three."""
+
+    supports_eta = False
+
+    def reset(self) -> None:
+        self._history: list[Tensor] = []  # the noise of earlier steps, latest first
+
+    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        eps, pred_x0 = self._predictions(x, index, denoise(x, self._batch_of(index, x)))
+        if self._history:
+            coefficients = MULTISTEP[len(self._history)]
+            combined = sum(c * e for c, e in zip(coefficients, [eps, *self._history]))
+        else:
+            # No past yet: the mean of this noise and the one an Euler step ahead (improved Euler).
+            ahead, before = self._ddim_update(index, eps, pred_x0, noise), max(index - 1, 0)
+            eps_ahead, _ = self._predictions(ahead, before, denoise(ahead, self._batch_of(before, x)))
+            combined = (eps + eps_ahead) / 2
+        self._history = [eps, *self._history[:2]]
+        pred_x0 = self.schedule.start_from_noise(x, self._batch_of(index, x), combined)
+        return self._ddim_update(index, combined, pred_x0, noise), pred_x0

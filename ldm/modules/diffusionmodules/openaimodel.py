@@ -1,0 +1,229 @@
+"""The denoising UNet of latent diffusion (Dhariwal & Nichol's UNet with spatial transformers)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm.errors import UserError
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with a skip; the time embedding is added between them."""
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b o h w"]:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """A sequence whose layers get the time embedding or the text, as each needs."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNetModel(nn.Module):
+    """Predicts noise (or v, or x0) from a noisy latent, its time step and the text's embedding.
+
+    Args:
+        in_channels: latent channels (plus `c_concat` channels, for inpainting).
+        model_channels: width of the first level; level i has `channel_mult[i]` times as many.
+        attention_resolutions: downsampling factors (1, 2, 4, ...) at which levels attend.
+        num_res_blocks: residual blocks a level, one number or one for each level.
+        num_heads: heads of every attention; or give `num_head_channels`, the width of a head.
+        context_dim: width of the text embedding.
+        use_linear_in_transformer: linear projections instead of 1x1 convolutions (Stable Diffusion 2).
+        use_checkpoint: recompute activations in the backward pass instead of keeping them.
+        image_size, legacy, use_fp16: accepted for older configs, without effect.
+
+    Raises:
+        UserError: a width that 32 norm groups or the heads do not divide, or no spatial transformer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int | Sequence[int],
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+        use_spatial_transformer: bool = True,
+        use_linear_in_transformer: bool = False,
+        use_checkpoint: bool = False,
+        image_size: int | None = None,
+        legacy: bool = False,
+        use_fp16: bool = False,
+    ):
+        super().__init__()
+        if not use_spatial_transformer:
+            raise UserError(
+                "unet_config: use_spatial_transformer must be true: the text is read by cross-attention"
+            )
+        widths = [mult * model_channels for mult in channel_mult]
+        blocks = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        attends = [2**level in set(attention_resolutions) for level in range(len(widths))]
+        _check_widths(widths, blocks, num_heads, num_head_channels)
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        emb_channels = 4 * model_channels
+
+        def res_block(channels_in: int, channels_out: int) -> ResBlock:
+            return ResBlock(channels_in, emb_channels, channels_out, dropout, use_checkpoint)
+
+        def transformer(channels: int) -> SpatialTransformer:
+            heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+            return SpatialTransformer(
+                channels,
+                heads,
+                channels // heads,
+                transformer_depth,
+                context_dim,
+                dropout,
+                use_linear_in_transformer,
+                use_checkpoint,
+            )
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+
+        # Down: the width after every block is remembered for its skip into the way up.
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))]
+        )
+        skips = [channels := model_channels]
+        for level, width in enumerate(widths):
+            for _ in range(blocks[level]):
+                layers: list[nn.Module] = [res_block(channels, channels := width)]
+                if attends[level]:
+                    layers.append(transformer(channels))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                skips.append(channels)
+            if level != len(widths) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(channels)))
+                skips.append(channels)
+
+        self.middle_block = TimestepEmbedSequential(
+            res_block(channels, channels), transformer(channels), res_block(channels, channels)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for block in range(blocks[level] + 1):
+                layers = [res_block(channels + skips.pop(), channels := width)]
+                if attends[level]:
+                    layers.append(transformer(channels))
+                if level and block == blocks[level]:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        timesteps: Int[Tensor, " b"] | Float[Tensor, " b"],
+        context: Float[Tensor, "b n e"] | None = None,
+    ) -> Float[Tensor, "b o h w"]:
+        """The model's output for noisy latents `x` at `timesteps`, reading the text embedding `context`."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        skips, h = [], x
+        for module in self.input_blocks:
+            h = module(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for module in self.output_blocks:
+            h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)
+
+
+def _check_widths(widths: list[int], blocks: list[int], num_heads: int, num_head_channels: int) -> None:
+    if len(blocks) != len(widths):
+        raise UserError(
+            f"unet_config: num_res_blocks has {len(blocks)} entries for {len(widths)} in channel_mult"
+        )
+    if num_heads < 1 and num_head_channels < 1:
+        raise UserError("unet_config: give num_heads or num_head_channels")
+    for width in widths:
+        if width % 32:
+            raise UserError(
+                f"unet_config: a width of {width} channels is not a multiple of the 32 norm groups"
+            )
+        if width % (num_heads if num_head_channels == -1 else num_head_channels):
+            raise UserError(f"unet_config: {width} channels cannot be split into attention heads evenly")

@@ -1,0 +1,41 @@
+"""The CLIP tokenizer, from the vocabulary that open-clip-torch ships: nothing is downloaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+START, END = 49406, 49407
+
+
+@functools.lru_cache(maxsize=1)
+def _bpe():  # open_clip is imported late: it takes a second
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def encode(text: str) -> list[int]:
+    """The byte-pair ids of a text, without start and end."""
+    return _bpe().encode(text)
+
+
+def decode(token: int) -> str:
+    """The piece of text that an id stands for; `</w>` marks the end of a word."""
+    return _bpe().decoder[token]
+
+
+def tokenize(texts: Sequence[str], max_length: int = 77) -> Int[Tensor, "b n"]:
+    """Ids of each text: start, pieces, end, then the end token again as padding (as SD v1 was trained).
+
+    Longer texts are cut so that the end token is the last one.
+    """
+    tokens = torch.full((len(texts), max_length), END, dtype=torch.int64)
+    for row, text in zip(tokens, texts):
+        ids = [START, *encode(text)[: max_length - 2]]
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens

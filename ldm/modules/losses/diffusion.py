@@ -1,0 +1,50 @@
+"""The training objective: one number for each sample, and how subject and prior become one loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.errors import UserError
+
+PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+def per_sample_loss(
+    output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"], loss_type: str = "l2"
+) -> Float[Tensor, " b"]:
+    """Mean error of each sample, in float32 whatever the autocast."""
+    if loss_type not in PIXEL_LOSSES:
+        raise UserError(f"model.params.loss_type: unknown '{loss_type}'; accepted: {', '.join(PIXEL_LOSSES)}")
+    return PIXEL_LOSSES[loss_type](output.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class PriorPreservation:
+    """DreamBooth's objective: loss = subject + reg_weight * prior (Ruiz et al., section 3.2).
+
+    The only code that knows that a batch may hold a subject half and a prior half.
+    """
+
+    reg_weight: float = 1.0
+
+    @staticmethod
+    def halves(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """`[subject]` or `[subject, prior]`."""
+        return [batch] if isinstance(batch, Mapping) else list(batch)
+
+    def combine(self, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
+        """The loss to minimise, of the subject's mean loss and the prior's, if there is one."""
+        subject, *prior = losses
+        return subject + self.reg_weight * prior[0] if prior else subject
+
+
+def split_like(values: Tensor, halves: Sequence[Sequence[Any] | Tensor]) -> tuple[Tensor, ...]:
+    """Cut what was computed in one pass over all halves back into them."""
+    return torch.split(values, [len(half) for half in halves])
