@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +226,20 @@ class EmptyInit(torch.overrides.TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+def instantiate_filled(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path, where: str = "model"
+) -> tuple[Any, LoadReport]:
+    """The model of a config with a checkpoint's tensors in it; raises as `compare` does.
+
+    No weight is initialised that the checkpoint then overwrites.
+    """
+    with EmptyInit():
+        model = instantiate_from_config(config, where)
+    if compare(model, state, path).missing:
+        model = instantiate_from_config(config, where)
+    return model, load_state(model, state, path)
 
 
 # Writing

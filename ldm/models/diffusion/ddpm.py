@@ -51,11 +51,12 @@ class LatentDiffusion(pl.LightningModule):
         scale_factor: multiplies latents, so that they have about unit variance.
         cond_stage_trainable: train the text encoder together with the UNet.
         conditioning_key: crossattn, concat or hybrid.
+        image_size: side of the latents that it is made for.
         use_ema: keep an exponential moving average of the UNet's weights.
         first_stage_key, cond_stage_key: a batch's entries for the image and the caption.
         monitor: the metric that names the best checkpoint.
         personalization_config: without effect: the identifier is a token that exists (`--init_word`
-            gives it another word's embedding). Nor have `image_size`, `channels`, `log_every_t` and
+            gives it another word's embedding). Nor have `channels`, `log_every_t` and
             the keys of `WITHOUT_EFFECT`, which older configs hold.
 
     The learning rate is the attribute `learning_rate`, which the training command sets.
@@ -90,7 +91,7 @@ class LatentDiffusion(pl.LightningModule):
         unfreeze_model: bool = True,
         model_lr: float | None = None,
         log_every_t: int | None = None,
-        image_size: int | None = None,
+        image_size: int = 64,
         channels: int | None = None,
     ):
         super().__init__()
@@ -112,6 +113,7 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_key = first_stage_key
         self.cond_stage_key = cond_stage_key
         self.monitor = monitor
+        self.image_size = image_size
 
         schedule = NoiseSchedule.create(timesteps, beta_schedule, linear_start, linear_end, cosine_s)
         for name in NoiseSchedule.names():

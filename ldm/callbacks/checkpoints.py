@@ -1,0 +1,136 @@
+"""Checkpoints that are never lost: written whole or not at all, kept, and written on Ctrl-C and SIGUSR1."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from ldm.checkpoint import read_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files through `ldm.checkpoint`: safe to read, never half-written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+
+class CheckpointKeeper(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, with `last.ckpt` always the newest one and at no cost in space.
+
+    It is a second name (a hard link) of the newest checkpoint, and is also written when the run ends or is
+    interrupted. Remembers each checkpoint's value of the metric `score`, for the summary.
+    """
+
+    def __init__(self, score: str | None = None, save_last: bool = True, **kwargs: Any):
+        super().__init__(save_last=False, **kwargs)
+        self.score = score
+        self.keep_last = save_last
+        self.scores: dict[str, float] = {}
+
+    @property
+    def last_path(self) -> Path:
+        """Where the newest checkpoint is."""
+        return Path(self.dirpath or ".") / LAST
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if (value := trainer.callback_metrics.get(self.score or "")) is not None:
+            self.scores[filepath] = float(value)
+        if self.keep_last and trainer.is_global_zero:
+            _link(Path(filepath), self.last_path)
+
+    def save_last_now(self, trainer: pl.Trainer) -> None:
+        """Write `last.ckpt`, unless the newest checkpoint already is of this step; on all ranks."""
+        if self.keep_last and self._last_global_step_saved != trainer.global_step:
+            trainer.save_checkpoint(self.last_path, self.save_weights_only)
+            self._last_global_step_saved = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self.save_last_now(trainer)
+
+    @property
+    def best(self) -> tuple[str, float] | None:
+        """The checkpoint with the lowest `score`, and that score, where one was measured."""
+        return min(self.scores.items(), key=lambda item: item[1]) if self.scores else None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` another name of `source`, or a copy where the file system has no links; atomically."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        from ldm.checkpoint import write_atomically
+
+        data = source.read_bytes
+        write_atomically(target, lambda path: path.write_bytes(data()) and None, source.stat().st_size)
+
+
+class InterruptHandler(pl.Callback):
+    """Ctrl-C ends the run after the current step, with `last.ckpt` written; SIGUSR1 writes it and goes on.
+
+    A second Ctrl-C stops at once, without writing.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._save_requested = False
+        self._previous: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        handlers = {signal.SIGINT: self._on_interrupt}
+        if hasattr(signal, "SIGUSR1"):  # not on Windows
+            handlers[signal.SIGUSR1] = self._on_save_request
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        log.warning("interrupted: finishing this step and writing %s (Ctrl-C again stops at once)", LAST)
+
+    def _on_save_request(self, number: int, frame: Any) -> None:
+        self._save_requested = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Every rank must take the same way, wherever the signal arrived.
+        decide = trainer.strategy.reduce_boolean_decision
+        stop = decide(self.interrupted, all=False)
+        if (stop or decide(self._save_requested, all=False)) and _at_step_boundary(trainer, batch_idx):
+            for keeper in trainer.checkpoint_callbacks:
+                if isinstance(keeper, CheckpointKeeper):
+                    keeper.save_last_now(trainer)
+                    log.info("step %d: %s written", trainer.global_step, keeper.last_path)
+            self._save_requested = False
+            trainer.should_stop |= stop
+            self.interrupted |= stop
+
+
+def _at_step_boundary(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether no accumulated gradient is pending, which a checkpoint would lose."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches

@@ -1,0 +1,36 @@
+"""The run folder on disk, and the configuration inside every checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import OmegaConf
+
+from ldm.training.run import Run
+
+
+class SetupCallback(pl.Callback):
+    """Makes the run folder and saves the configs that ran, when training really starts.
+
+    A checkpoint carries the whole config too, so that it can be sampled from wherever it is moved.
+    """
+
+    def __init__(self, run: Run, config: dict[str, Any]):
+        self.run = run
+        self.config = config
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero or stage != "fit":
+            return
+        for folder in (self.run.configs, self.run.checkpoints, self.run.images):
+            folder.mkdir(parents=True, exist_ok=True)
+        lightning = {"lightning": self.config.get("lightning", {})}
+        project = {key: value for key, value in self.config.items() if key != "lightning"}
+        for name, config in {"project": project, "lightning": lightning}.items():
+            OmegaConf.save(OmegaConf.create(config), self.run.configs / f"{self.run.stamp}-{name}.yaml")
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["config"] = self.config

@@ -1,0 +1,52 @@
+"""Seconds a step takes and the most memory it needed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use so far: the GPU's for CUDA, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class TimingCallback(pl.Callback):
+    """Measures a run's optimizer steps: `seconds_per_step` (without the first, which warms up) and `peak_bytes`."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self.peak_bytes = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step, self._since = trainer.global_step, None
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # between accumulated batches
+        now = time.perf_counter()
+        if self._since is not None:
+            self.steps += trainer.global_step - self._step
+            self.seconds += now - self._since
+        self._step, self._since = trainer.global_step, now
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.peak_bytes = peak_memory_bytes(pl_module.device)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean seconds of an optimizer step, pictures and checkpoints included; None before the second."""
+        return self.seconds / self.steps if self.steps else None

@@ -1,0 +1,197 @@
+"""From a checkpoint to pictures: what every script stands on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of
+from ldm.config import load_config, to_plain
+from ldm.errors import UserError
+from ldm.rng import SampleRandom, derive_seed
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best that this machine has: CUDA, MPS, CPU.
+
+    Raises:
+        UserError: the named one is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not on this machine: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def find_config(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] | None:
+    """The config that a checkpoint of ours carries, or that lies in its run folder; None for others."""
+    if isinstance(config := content.get("config"), dict) and "model" in config:
+        return config
+    saved = sorted((checkpoint.resolve().parent.parent / "configs").glob("*.yaml"))
+    config = to_plain(load_config(saved)) if saved else {}
+    return config if "model" in config else None
+
+
+def load_model(
+    checkpoint: str | Path,
+    config: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    fallback: str | Path | None = None,
+) -> LatentDiffusion:
+    """A model ready to sample from, with a checkpoint's weights, in evaluation mode.
+
+    Args:
+        config: its YAML; by default the one that trained it, else `fallback`.
+
+    Raises:
+        UserError: a file that cannot be read, or a config that does not fit the checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    content = read_checkpoint(checkpoint)
+    plain = to_plain(load_config([config])) if config else find_config(content, checkpoint)
+    if plain is None:
+        if fallback is None:
+            raise UserError(f"{checkpoint}: it does not say which config it was made with: give --config")
+        plain = to_plain(load_config([fallback]))
+    model_config = {key: value for key, value in plain.get("model", {}).items() if key != "base_learning_rate"}
+    model, _ = instantiate_filled(model_config, state_dict_of(content, checkpoint), checkpoint)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a picture is a function of, besides the checkpoint and the prompt."""
+
+    steps: int = 50
+    scale: float = 7.5
+    eta: float = 0.0
+    sampler: str = "ddim"
+    height: int = 512
+    width: int = 512
+    seed: int = 42
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of the `index`-th picture of a series with `seed`."""
+    return derive_seed("image", seed, index)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """`full` is float32. `autocast` is float16 on a GPU; a CPU, where it would be slower, stays with float32."""
+    if precision not in ("full", "autocast"):
+        raise UserError(f"--precision {precision}: accepted: full, autocast")
+    return (
+        torch.autocast(device.type, torch.float16)
+        if precision == "autocast" and device.type != "cpu"
+        else nullcontext()
+    )
+
+
+def check_size(model: LatentDiffusion, height: int, width: int) -> None:
+    """Raise a `UserError` if the UNet cannot halve a latent of this size as often as it does."""
+    levels = sum(1 for name, _ in model.model.diffusion_model.named_modules() if name.endswith(".op"))
+    step = model.downsampling * 2**levels
+    if height < step or width < step or height % step or width % step:
+        raise UserError(f"height {height} and width {width} must be multiples of {step} for this model")
+
+
+@torch.no_grad()
+def text_to_image(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    negative_prompt: str = "",
+    precision: str = "full",
+    verbose: bool = False,
+) -> list[Image.Image]:
+    """One picture for each prompt, a function of its prompt and its own seed, whatever the others are.
+
+    Raises:
+        UserError: a size, sampler or number of steps that the model cannot do.
+    """
+    from ldm.models.diffusion.samplers import SAMPLERS
+
+    if recipe.sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{recipe.sampler}'; accepted: {', '.join(SAMPLERS)}")
+    check_size(model, recipe.height, recipe.width)
+    shape = (model.latent_channels, recipe.height // model.downsampling, recipe.width // model.downsampling)
+    guides = recipe.scale != 1.0
+    with autocast(model.device, precision), model.ema_scope("sampling"):
+        latents, _ = SAMPLERS[recipe.sampler](model).sample(
+            recipe.steps,
+            len(prompts),
+            shape,
+            model.get_learned_conditioning(prompts),
+            eta=recipe.eta,
+            verbose=verbose,
+            unconditional_guidance_scale=recipe.scale,
+            unconditional_conditioning=model.get_learned_conditioning([negative_prompt] * len(prompts))
+            if guides
+            else None,
+            random=SampleRandom(seeds, model.device),
+        )
+        images = model.decode_first_stage(latents)
+    return to_pil(images)
+
+
+def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """8-bit pictures of images in [-1, 1]; values are cut, then truncated as the reference's are."""
+    pixels = (255 * ((images.float() + 1) / 2).clamp(0, 1)).to(torch.uint8)
+    return [Image.fromarray(array) for array in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
+
+
+def recipe_text(prompt: str, recipe: Recipe, **more: Any) -> str:
+    """The recipe as JSON, for a picture's metadata."""
+    return json.dumps({"prompt": prompt, **asdict(recipe), **more}, ensure_ascii=False)
+
+
+def save_png(image: Image.Image, path: Path, parameters: str = "") -> None:
+    """Write a PNG with `parameters` as its metadata, never over another file."""
+    info = PngInfo()
+    if parameters:
+        info.add_itxt("parameters", parameters)
+    try:
+        with open(path, "xb") as file:
+            image.save(file, "PNG", pnginfo=info)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def next_number(folder: Path, pattern: str = "*") -> int:
+    """The number after the highest that a file of the folder has in its name."""
+    numbers = [int(digits) for p in folder.glob(pattern) if (digits := "".join(filter(str.isdigit, p.stem)))]
+    return max(numbers, default=-1) + 1
+
+
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """The pictures in rows, with small gaps."""
+    gap, (width, height) = 2, images[0].size
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap))
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet

@@ -1,0 +1,75 @@
+"""What a run has when its config does not say otherwise, as data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SEED = 23
+
+# The arguments of Lightning's Trainer, as the keys of lightning.trainer. Written down, because importing
+# Lightning takes seconds that `--help` and a mistyped flag need not wait for; a test compares.
+TRAINER_KEYS: tuple[str, ...] = (
+    "accelerator",
+    "strategy",
+    "devices",
+    "num_nodes",
+    "precision",
+    "logger",
+    "callbacks",
+    "fast_dev_run",
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "max_time",
+    "limit_train_batches",
+    "limit_val_batches",
+    "limit_test_batches",
+    "limit_predict_batches",
+    "overfit_batches",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "num_sanity_val_steps",
+    "log_every_n_steps",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "deterministic",
+    "benchmark",
+    "inference_mode",
+    "use_distributed_sampler",
+    "profiler",
+    "detect_anomaly",
+    "barebones",
+    "plugins",
+    "sync_batchnorm",
+    "reload_dataloaders_every_n_epochs",
+    "default_root_dir",
+    "enable_autolog_hparams",
+    "model_registry",
+)
+
+TRAINER: dict[str, Any] = {
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,  # the start summary says more
+    # The datamodule shares the samples out itself, as a function of their position in the run.
+    "use_distributed_sampler": False,
+}
+
+# Merged under lightning.callbacks; a config changes the params of one by its name.
+CALLBACKS: dict[str, Any] = {
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
+    "timing": {"target": "ldm.callbacks.timing.TimingCallback"},
+}
+
+MODELCHECKPOINT: dict[str, Any] = {
+    "target": "ldm.callbacks.checkpoints.CheckpointKeeper",
+    "params": {"filename": "{epoch:06}-{step:09}", "save_top_k": -1, "save_last": True},
+}

@@ -1,0 +1,76 @@
+"""The run folder: `{logdir}/{data folder}{time}_{name}{postfix}` with `configs/`, `checkpoints/`, `images/`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm.errors import UserError
+
+# Lightning starts the other ranks of a run as copies of this process: they inherit the time from it.
+STAMP_VARIABLE = "DREAMBOOTH_RUN_STAMP"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run's files are, and the checkpoint that it goes on from."""
+
+    folder: Path
+    stamp: str
+    resume_from: Path | None = None
+
+    @property
+    def configs(self) -> Path:
+        return self.folder / "configs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    def saved_configs(self) -> list[Path]:
+        """The configs of earlier starts of this run, oldest first."""
+        return sorted(self.configs.glob("*.yaml"))
+
+
+def time_stamp() -> str:
+    """The time of the run's start, the same for all of its processes."""
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    return os.environ.setdefault(STAMP_VARIABLE, now)
+
+
+def new_run(args: argparse.Namespace) -> Run:
+    """The folder that the flags name for a new run; it is not made yet."""
+    stamp = time_stamp()
+    data = Path(args.data_root).resolve().name if args.datadir_in_name and args.data_root else ""
+    name = args.name or (Path(args.base[0]).stem if args.base else "run")
+    return Run(Path(args.project or args.logdir) / f"{data}{stamp}_{name}{args.postfix}", stamp)
+
+
+def resumed_run(resume: str) -> Run:
+    """The run of a folder, or of a `.ckpt` in its `checkpoints/`.
+
+    Raises:
+        UserError: there is no such run, or it has no checkpoint or config to go on from.
+    """
+    path = Path(resume)
+    if path.is_dir():
+        folder, checkpoint = path, path / "checkpoints" / "last.ckpt"
+    elif path.is_file():
+        folder, checkpoint = path.resolve().parent.parent, path
+    else:
+        raise UserError(f"--resume {resume}: there is no such run folder or checkpoint")
+    if not checkpoint.is_file():
+        others = sorted((folder / "checkpoints").glob("*.ckpt"))
+        hint = f"; there is {others[-1]}" if others else ""
+        raise UserError(f"--resume {resume}: no checkpoint {checkpoint}{hint}")
+    run = Run(folder, time_stamp(), checkpoint)
+    if not run.saved_configs():
+        raise UserError(f"--resume {resume}: no configs in {run.configs}: give the run's folder, or start with --base")
+    return run

@@ -1,0 +1,85 @@
+"""The screen a user sees before and after training."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from ldm.callbacks.checkpoints import CheckpointKeeper
+from ldm.callbacks.timing import TimingCallback
+from ldm.modules.encoders import tokenizer
+from ldm.training.run import Run
+
+
+def _rows(title: str, rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items() if text)])
+
+
+def count(module: nn.Module, trainable: bool) -> int:
+    """Parameters of a module that are trained, or that are not."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad == trainable)
+
+
+def parameters(model: nn.Module) -> str:
+    """What is trained and what is frozen, in millions of parameters by part."""
+    names = {"model": "UNet", "cond_stage_model": "text encoder", "first_stage_model": "autoencoder"}
+
+    def listed(trainable: bool) -> str:
+        parts = {names.get(name, name): count(child, trainable) for name, child in model.named_children()}
+        return " + ".join(f"{name} {number / 1e6:.2f} M" for name, number in parts.items() if number)
+
+    frozen = listed(False)
+    return listed(True) + (f"; frozen: {frozen}" if frozen else "")
+
+
+def prompts(texts: list[str], shown: int = 2) -> str:
+    """Prompts with their token ids, of which those of a rare identifier are worth a look."""
+    lines = [f'"{text}" = tokens {" ".join(map(str, tokenizer.encode(text)))}' for text in texts[:shown]]
+    return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
+
+
+def start(trainer: pl.Trainer, model: pl.LightningModule, data: Any, run: Run, weights: str) -> str:
+    """What is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
+    rows = {"training": parameters(model), "weights": weights}
+    for name, found in data.summary().items():
+        rows[name] = f"{found['count']} images in {found['folder']}"
+        if texts := found.get("prompts"):
+            rows[name] += ": " + prompts(texts)
+    batch = f"batch {data.batch_size}"
+    for number, unit in ((trainer.world_size, "processes"), (trainer.accumulate_grad_batches, "accumulated")):
+        batch += f" x {number} {unit}" if number > 1 else ""
+    if (weight := getattr(getattr(model, "objective", None), "reg_weight", None)) is not None and data.has_prior:
+        batch += f" of each; loss = subject + {weight:g} x prior"
+    rows["step"] = f"{batch}; learning rate {model.learning_rate:.3g}"
+    until = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
+    rows["steps"] = f"to {until}" + (f", going on from {run.resume_from}" if run.resume_from else "")
+    device = trainer.strategy.root_device
+    rows["device"] = f"{device}, precision {trainer.precision}" + (
+        f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    )
+    rows["output"] = str(run.folder)
+    return _rows("Training", rows)
+
+
+def end(trainer: pl.Trainer, keeper: CheckpointKeeper, timing: TimingCallback, prompt: str | None) -> str:
+    """What has happened: steps, their time and memory, the checkpoints, and how to sample."""
+    done = f"{trainer.global_step} steps"
+    if timing.seconds_per_step:
+        done += f", {timing.seconds_per_step:.3g} s a step, {timing.peak_bytes / 1e9:.2f} GB peak memory"
+    rows = {"trained": done, "last": str(keeper.last_path)}
+    if keeper.best:
+        rows["best"] = f"{keeper.best[0]} ({keeper.score} {keeper.best[1]:.4g})"
+    if prompt is not None:
+        command = ["python", "scripts/stable_txt2img.py", "--ckpt", _relative(keeper.last_path), "--prompt", prompt]
+        rows["sample"] = shlex.join(command)
+    return _rows("Done", rows)
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,148 @@
+"""Sample pictures from a checkpoint.
+
+    python scripts/stable_txt2img.py --ddim_eta 0.0 --n_samples 8 --scale 10 --ddim_steps 100 \\
+        --ckpt logs/.../checkpoints/last.ckpt --prompt "photo of a sks dog on the beach"
+
+Pictures go to {outdir}/samples/00000.png, 00001.png, ...; numbers go on from what is there. Each holds its
+recipe as PNG metadata. Picture i of a seed is the same whatever the batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.errors import UserError
+from ldm.inference import (
+    Recipe,
+    grid,
+    image_seed,
+    load_model,
+    next_number,
+    pick_device,
+    recipe_text,
+    save_png,
+    text_to_image,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+V1_CONFIG = ROOT / "configs/stable-diffusion/v1-inference.yaml"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prompt", default="a painting of a virus monster playing guitar", help="what to draw")
+    add("--from-file", metavar="FILE", help="a prompt a line, instead of --prompt")
+    add("--negative_prompt", default="", help="what guidance leads away from")
+    add("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help=".ckpt or .safetensors")
+    add("--config", help="the model's YAML (default: the checkpoint's own, else Stable Diffusion v1's)")
+    add("--embedding_path", help="textual-inversion embeddings to add")
+    add("--outdir", default="outputs/txt2img-samples", help="default: %(default)s")
+    add("--ddim_steps", type=int, default=50, help="sampling steps (default: %(default)s)")
+    add("--plms", action="store_true", help="the PLMS sampler instead of DDIM")
+    add("--ddim_eta", type=float, default=0.0, help="0 is deterministic (default: %(default)s)")
+    add("--scale", type=float, default=7.5, help="guidance (default: %(default)s)")
+    add("--n_iter", type=int, default=1, help="batches for each prompt (default: %(default)s)")
+    add("--n_samples", type=int, default=3, help="pictures in a batch (default: %(default)s)")
+    add("--n_rows", type=int, default=0, help="pictures in a row of the grid (default: n_samples)")
+    add("--H", type=int, help="height, pixels (default: the model's)")
+    add("--W", type=int, help="width, pixels (default: the model's)")
+    add("--C", type=int, help="latent channels, only to check the model against")
+    add("--f", type=int, help="downsampling factor, only to check the model against")
+    add("--seed", type=int, default=42, help="default: %(default)s")
+    add("--fixed_code", action="store_true", help="the same starting noise in every batch")
+    add("--precision", choices=["full", "autocast"], default="autocast", help="default: %(default)s")
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--skip_grid", action="store_true", help="no grid")
+    add("--skip_save", action="store_true", help="no single pictures")
+    add("--laion400m", action="store_true", help="not supported: that model's text encoder is not part of this project")
+    return parser
+
+
+def read_prompts(args: argparse.Namespace) -> list[list[str]]:
+    """The batches of prompts: one repeated, or the lines of a file in turn."""
+    if args.n_samples < 1 or args.n_iter < 1:
+        raise UserError("--n_samples and --n_iter must be at least 1")
+    if not args.from_file:
+        return [[args.prompt] * args.n_samples]
+    path = Path(args.from_file)
+    if not path.is_file():
+        raise UserError(f"--from-file {path}: no such file")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"--from-file {path}: no prompts in it")
+    return [lines[start : start + args.n_samples] for start in range(0, len(lines), args.n_samples)]
+
+
+def numbered_batches(batches: list[list[str]], n_iter: int, fixed_code: bool) -> Iterator[tuple[list[str], list[int]]]:
+    """Each batch with the numbers that choose its pictures' noise, which `fixed_code` starts anew every time."""
+    number = 0
+    for _ in range(n_iter):
+        for batch in batches:
+            first = 0 if fixed_code else number
+            yield batch, list(range(first, first + len(batch)))
+            number += len(batch)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Load, sample, save."""
+    if args.laion400m:
+        raise UserError("--laion400m: not supported: that model's BERT text encoder is not part of this project")
+    batches = read_prompts(args)
+    model = load_model(args.ckpt, args.config, pick_device(args.device), fallback=V1_CONFIG)
+    for flag, given, actual in (("C", args.C, model.latent_channels), ("f", args.f, model.downsampling)):
+        if given not in (None, actual):
+            raise UserError(f"--{flag} {given}: this model has {actual}")
+    if args.embedding_path:
+        from ldm.modules.embedding_manager import EmbeddingManager
+
+        EmbeddingManager(model.cond_stage_model).load(args.embedding_path)
+    side = model.image_size * model.downsampling
+    sampler = "plms" if args.plms else "ddim"
+    recipe = Recipe(args.ddim_steps, args.scale, args.ddim_eta, sampler, args.H or side, args.W or side, args.seed)
+
+    outdir = Path(args.outdir)
+    folder = outdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    file_number = next_number(folder)
+    made: list[Image.Image] = []
+    work = list(numbered_batches(batches, args.n_iter, args.fixed_code))
+    for prompts, numbers in tqdm(work, desc="batches", disable=len(work) == 1):
+        seeds = [image_seed(args.seed, number) for number in numbers]
+        images = text_to_image(model, prompts, seeds, recipe, args.negative_prompt, args.precision, verbose=True)
+        made += images
+        for prompt, number, image in zip(prompts, numbers, images):
+            if not args.skip_save:
+                text = recipe_text(
+                    prompt, recipe, index=number, negative_prompt=args.negative_prompt, ckpt=str(args.ckpt)
+                )
+                save_png(image, folder / f"{file_number:05}.png", text)
+                file_number += 1
+    if not args.skip_grid:
+        path = outdir / f"grid-{next_number(outdir, 'grid-*.png'):04}.png"
+        save_png(grid(made, args.n_rows or args.n_samples), path)
+        print(path)
+    if not args.skip_save:
+        print(f"{len(made)} pictures in {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    args = build_parser().parse_args(argv)
+    try:
+        sample(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
