@@ -13,7 +13,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(CLASS),--class_word "$(CLASS)")
 
 test: install
 	$(BIN)/python -m pytest

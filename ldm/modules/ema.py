@@ -25,12 +25,8 @@ class LitEma(nn.Module):
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))
-        self._shadow_name = {
-            name: name.replace(".", "") for name, p in model.named_parameters() if p.requires_grad
-        }
-        assert len(set(self._shadow_name.values())) == len(self._shadow_name), (
-            "two parameters share an EMA name"
-        )
+        self._shadow_name = {name: name.replace(".", "") for name, p in model.named_parameters() if p.requires_grad}
+        assert len(set(self._shadow_name.values())) == len(self._shadow_name), "two parameters share an EMA name"
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.register_buffer(self._shadow_name[name], parameter.detach().clone())

@@ -150,7 +150,11 @@ def apply_flags(config: dict[str, Any], args: argparse.Namespace) -> None:
         trainer.update(parse_gpus(args.gpus))
     elif "accelerator" not in trainer and "devices" not in trainer:
         trainer.update({"accelerator": "cpu", "devices": 1})
-    _apply_data_flags(_section(_section(config, "data"), "params"), args)
+    data = _section(_section(config, "data"), "params")
+    _apply_data_flags(data, args)
+    reg_weight = ((config.get("model") or {}).get("params") or {}).get("reg_weight", 1.0)
+    if data.get("reg") and not reg_weight and not _section(data["reg"], "params").get("data_root"):
+        del data["reg"]  # a prior that weighs nothing needs no images
 
 
 def _apply_data_flags(data: dict[str, Any], args: argparse.Namespace) -> None:

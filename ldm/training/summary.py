@@ -47,15 +47,16 @@ def prompts(texts: list[str], shown: int = 2) -> str:
 def start(trainer: pl.Trainer, model: pl.LightningModule, data: Any, run: Run, weights: str) -> str:
     """What is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
     rows = {"training": parameters(model), "weights": weights}
-    for name, found in data.summary().items():
-        rows[name] = f"{found['count']} images in {found['folder']}"
-        if texts := found.get("prompts"):
-            rows[name] += ": " + prompts(texts)
+    found = data.summary()
+    for name in ("subject", "class"):
+        if images := found[f"{name}_images"]:
+            texts = found[f"{name}_prompts"]
+            rows[name] = f"{images} images" + (f"; {prompts(texts)}" if texts else "")
     batch = f"batch {data.batch_size}"
     for number, unit in ((trainer.world_size, "processes"), (trainer.accumulate_grad_batches, "accumulated")):
         batch += f" x {number} {unit}" if number > 1 else ""
-    if (weight := getattr(getattr(model, "objective", None), "reg_weight", None)) is not None and data.has_prior:
-        batch += f" of each; loss = subject + {weight:g} x prior"
+    if found["class_images"]:
+        batch += f" of each; loss = subject + {model.objective.reg_weight:g} x prior"
     rows["step"] = f"{batch}; learning rate {model.learning_rate:.3g}"
     until = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
     rows["steps"] = f"to {until}" + (f", going on from {run.resume_from}" if run.resume_from else "")

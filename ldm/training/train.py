@@ -66,7 +66,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     seed = config.get("run", {}).get("seed", defaults.SEED)
     pl.seed_everything(seed, workers=True, verbose=False)
     data = instantiate_from_config(config["data"], "data", **_seeded(config["data"], seed))
-    data.check()
+    data.check()  # images that do not decode, before the minutes that a large model takes to build
     trainer = build_trainer(config, run)
     model, report = build_model(config["model"], start, resumes=run.resume_from is not None)
     model.learning_rate = learning_rate(config, trainer, data.batch_size)
@@ -77,9 +77,9 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
 
     keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
     if trainer.is_global_zero:
-        subject = data.summary().get("subject", {}).get("prompts") or []
-        log.info(summary.end(trainer, keeper, timing, subject[0] if subject else None))
-    if test and data.has_test and not interrupts.interrupted:
+        prompts = data.summary()["subject_prompts"]
+        log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None))
+    if test and "test" in data.datasets and not interrupts.interrupted:
         trainer.test(model, datamodule=data)
     return Trained(model, data, trainer, run, interrupts.interrupted)
 

@@ -26,7 +26,7 @@ from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
-Images = Float[Tensor, "b 3 h w"]
+Images = Float[Tensor, "b 3 height width"]
 Batch = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 # Keys of the reference's configs that change nothing here, and the values of them that need no word.
@@ -259,11 +259,20 @@ class LatentDiffusion(pl.LightningModule):
         self.log_dict(logged, prog_bar=True, logger=True, on_step=True, batch_size=size)
         return loss
 
-    @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        _, logged = self.shared_step(batch, "val")
-        with self.ema_scope():
-            _, averaged = self.shared_step(batch, "val") if self.model_ema else (None, logged)
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluation_step(batch, "test")
+
+    @torch.no_grad()
+    def _evaluation_step(self, batch: Batch, prefix: str) -> None:
+        """Log the losses, and those of the averaged weights behind `_ema` (the same without an EMA)."""
+        _, logged = self.shared_step(batch, prefix)
+        averaged = logged
+        if self.model_ema:
+            with self.ema_scope():
+                _, averaged = self.shared_step(batch, prefix)
         logged = logged | {f"{name}_ema": value for name, value in averaged.items()}
         size = len(self.objective.halves(batch)[0][self.first_stage_key])
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)

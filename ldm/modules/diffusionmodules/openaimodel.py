@@ -60,9 +60,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = (
-            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b o h w"]:
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -128,9 +126,7 @@ class UNetModel(nn.Module):
     ):
         super().__init__()
         if not use_spatial_transformer:
-            raise UserError(
-                "unet_config: use_spatial_transformer must be true: the text is read by cross-attention"
-            )
+            raise UserError("unet_config: use_spatial_transformer must be true: the text is read by cross-attention")
         widths = [mult * model_channels for mult in channel_mult]
         blocks = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
         attends = [2**level in set(attention_resolutions) for level in range(len(widths))]
@@ -215,15 +211,11 @@ class UNetModel(nn.Module):
 
 def _check_widths(widths: list[int], blocks: list[int], num_heads: int, num_head_channels: int) -> None:
     if len(blocks) != len(widths):
-        raise UserError(
-            f"unet_config: num_res_blocks has {len(blocks)} entries for {len(widths)} in channel_mult"
-        )
+        raise UserError(f"unet_config: num_res_blocks has {len(blocks)} entries for {len(widths)} in channel_mult")
     if num_heads < 1 and num_head_channels < 1:
         raise UserError("unet_config: give num_heads or num_head_channels")
     for width in widths:
         if width % 32:
-            raise UserError(
-                f"unet_config: a width of {width} channels is not a multiple of the 32 norm groups"
-            )
+            raise UserError(f"unet_config: a width of {width} channels is not a multiple of the 32 norm groups")
         if width % (num_heads if num_head_channels == -1 else num_head_channels):
             raise UserError(f"unet_config: {width} channels cannot be split into attention heads evenly")

@@ -17,8 +17,9 @@ def timestep_embedding(
     Frequencies fall geometrically from 1 to `1 / max_period` (Vaswani et al., section 3.5).
     """
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * exponents)
+    # In this order: a rounding of the frequency is multiplied by up to a thousand steps.
+    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps[:, None].float() * torch.exp(exponents)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return nn.functional.pad(embedding, (0, dim % 2))
 

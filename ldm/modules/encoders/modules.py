@@ -57,19 +57,13 @@ class FrozenCLIPEmbedder(nn.Module):
         self.max_length = max_length
         text_model = _build_text_model(version, text_config)
         if max_length > (limit := text_model.config.max_position_embeddings):
-            raise UserError(
-                f"cond_stage_config: max_length {max_length} exceeds max_position_embeddings {limit}"
-            )
+            raise UserError(f"cond_stage_config: max_length {max_length} exceeds max_position_embeddings {limit}")
         if text_model.config.vocab_size <= END:
-            raise UserError(
-                f"cond_stage_config: vocab_size {text_model.config.vocab_size} is below CLIP's {END + 1}"
-            )
+            raise UserError(f"cond_stage_config: vocab_size {text_model.config.vocab_size} is below CLIP's {END + 1}")
         if use_checkpoint:
             text_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Checkpoints hold the ids as a buffer; transformers stopped saving it.
-        text_model.embeddings.register_buffer(
-            "position_ids", text_model.embeddings.position_ids, persistent=True
-        )
+        text_model.embeddings.register_buffer("position_ids", text_model.embeddings.position_ids, persistent=True)
         # transformers 5 has no `text_model` level any more; the checkpoint's keys do.
         self.transformer = nn.Module()
         self.transformer.text_model = text_model
@@ -95,9 +89,7 @@ def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> nn
             return CLIPTextModel.from_pretrained(version)
         except OSError as error:
             kind = "folder" if Path(version).exists() else "hub model or local folder"
-            raise UserError(
-                f"cond_stage_config.version: cannot load the {kind} '{version}': {error}"
-            ) from error
+            raise UserError(f"cond_stage_config.version: cannot load the {kind} '{version}': {error}") from error
     fields = dict(text_config or {})
     accepted = set(CLIPTextConfig().to_dict())
     for key in fields:

@@ -1,0 +1,96 @@
+"""The subject's images, or those of its class (`reg=True`), with their captions."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.data.image_folder import ImageFolderDataset
+from ldm.data.prompts import caption_beside, captions_from_templates
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def warn_no_effect(key: str) -> None:
+    """Say once that a key of the reference implementation does nothing here."""
+    log.warning("'%s' has no effect any more; remove it", key)
+
+
+class PersonalizedBase(ImageFolderDataset):
+    """Images with captions: `{"image": (h, w, c) float32 in [-1, 1], "caption": str}`.
+
+    The set "train" holds every image `repeats` times, "val" once. A caption file beside an image wins over
+    the templates (see `ldm.data.prompts`) unless `captions` is false. `resize=None` squashes the image to
+    `size` x `size`, or crops its centre with `center_crop`.
+
+    Raises:
+        UserError: no images, an unusable template or caption file, or a parameter out of its range.
+    """
+
+    def __init__(
+        self,
+        data_root: str | Path | None = None,
+        size: int | None = None,
+        repeats: int = 100,
+        interpolation: str = "bicubic",
+        flip_p: float = 0.5,
+        set: str = "train",
+        placeholder_token: str = "dog",
+        per_image_tokens: bool = False,
+        center_crop: bool = False,
+        mixing_prob: float = 0.25,
+        coarse_class_text: str | None = None,
+        reg: bool = False,
+        identifier: str = "sks",
+        templates: str | Sequence[str] | None = None,
+        resize: str | None = None,
+        captions: bool = True,
+        cache_images: int = 256,
+    ):
+        if not data_root:
+            flag = "--reg_data_root" if reg else "--data_root"
+            raise UserError(f"data_root: no folder of {'class ' if reg else ''}images; give {flag} FOLDER")
+        if set not in ("train", "val"):
+            raise UserError(f"set: expected train or val, got {set!r}")
+        if repeats < 1:
+            raise UserError(f"repeats: expected at least 1, got {repeats!r}")
+        if per_image_tokens:
+            warn_no_effect("per_image_tokens")
+        mode = _resize_mode(resize, center_crop)
+        super().__init__(data_root, size, mode, interpolation, flip_p, cache_images)
+        self.repeats = repeats if set == "train" else 1
+        self.templated = captions_from_templates(placeholder_token, identifier, templates, coarse_class_text, reg)
+        beside = {path: caption_beside(path) for path in self.paths} if captions else {}
+        self.captions = {path: [caption] if (caption := beside.get(path)) else self.templated for path in self.paths}
+
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct captions, in order of appearance."""
+        return list(dict.fromkeys(caption for captions in self.captions.values() for caption in captions))
+
+    def __len__(self) -> int:
+        return self.n_images * self.repeats
+
+    def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        path = self.paths[index % self.n_images]
+        image = self.augmented(path, generator)
+        return {"image": image, "caption": self._caption(path, generator)}
+
+    def _caption(self, path: Path, generator: torch.Generator | None) -> str:
+        captions = self.captions[path]
+        if len(captions) == 1:
+            return captions[0]
+        return captions[int(torch.randint(len(captions), (1,), generator=generator))]
+
+
+def _resize_mode(resize: str | None, center_crop: bool) -> str:
+    if center_crop and resize not in (None, "center_crop"):
+        raise UserError(f"resize: {resize!r} contradicts center_crop: true; give one of the two")
+    return resize or ("center_crop" if center_crop else "squash")

@@ -1,0 +1,195 @@
+"""The first stage: a variational autoencoder between images and the latents that diffusion works on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ldm.errors import UserError
+from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.rng import SampleRandom
+from ldm.util import check_params, instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+Images = Float[Tensor, "b c h w"]
+Latent = Float[Tensor, "b z hz wz"]
+BETAS = (0.5, 0.9)  # of both Adams
+
+
+class AutoencoderKL(pl.LightningModule):
+    """Encoder, decoder and a normal posterior in between (Rombach et al., 2112.10752, section 3.1).
+
+    Args:
+        ddconfig: the shape of `Encoder` and `Decoder`.
+        lossconfig: `ldm.modules.losses.LPIPSWithDiscriminator` to train it, `torch.nn.Identity` to use it.
+        embed_dim: channels of a latent.
+        ckpt_path: initial weights; keys that start with one of `ignore_keys` stay as they are.
+        image_key: a batch's entry for the images, (b, h, w, c) in [-1, 1].
+        monitor: the metric that names the best checkpoint.
+        use_checkpoint: recompute the residual blocks' activations in the backward pass instead of keeping them.
+        colorize_nlabels: accepted for older configs, without effect.
+
+    On several GPUs, train with `strategy: ddp_find_unused_parameters_true`: no backward pass reaches both
+    the autoencoder and the discriminator. The learning rate is the attribute `learning_rate`, which the
+    training command sets.
+
+    Raises:
+        UserError: `ddconfig` does not fit the encoder and the decoder, or has no `double_z`.
+    """
+
+    learning_rate: float = 4.5e-6
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any],
+        embed_dim: int,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
+        monitor: str | None = None,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        if colorize_nlabels is not None:
+            log.warning("colorize_nlabels: without effect here")
+        if not ddconfig.get("double_z", True):
+            raise UserError("ddconfig.double_z: must be true, the posterior has a mean and a variance")
+        params = {"use_checkpoint": use_checkpoint, **ddconfig}
+        check_params(Encoder, params, "ddconfig")
+        self.encoder = Encoder(**params)
+        self.decoder = Decoder(**params)
+        self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+        self.loss = instantiate_from_config(lossconfig, "lossconfig")
+        self.embed_dim = embed_dim
+        self.image_key = image_key
+        self.monitor = monitor
+        self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
+        # Lightning steps several optimizers only by hand.
+        self.automatic_optimization = False
+        if ckpt_path is not None:
+            from ldm.checkpoint import load_into
+
+            load_into(self, ckpt_path, ignore_keys)
+
+    # Images and latents
+
+    def encode(self, x: Images) -> DiagonalGaussianDistribution:
+        """The posterior over latents of images in [-1, 1]."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Latent) -> Images:
+        """Images, about in [-1, 1], of latents."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x: Images, sample_posterior: bool = True) -> tuple[Images, DiagonalGaussianDistribution]:
+        """Reconstructions of a sample or of the mode of the posterior, and the posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+
+    def get_last_layer(self) -> Tensor:
+        """The weights whose gradients balance the adversarial loss."""
+        return self.decoder.conv_out.weight
+
+    def get_input(self, batch: Mapping[str, Any]) -> Images:
+        """A batch's images.
+
+        Raises:
+            UserError: there are none, or of a size that does not come back from the latents.
+        """
+        if self.image_key not in batch:
+            raise UserError(f"image_key: no '{self.image_key}' in the batch, which has {', '.join(map(str, batch))}")
+        x = rearrange(batch[self.image_key], "b h w c -> b c h w").contiguous()
+        if any(side % self.downsampling for side in x.shape[2:]):
+            height, width = x.shape[2:]
+            raise UserError(f"images of {width}x{height} pixels: both must be multiples of {self.downsampling}")
+        return x
+
+    # Training
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        if isinstance(self.loss, nn.Identity):
+            raise UserError(
+                "lossconfig: torch.nn.Identity cannot train an autoencoder; "
+                "use target: ldm.modules.losses.LPIPSWithDiscriminator"
+            )
+        parts = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
+        weights = [parameter for part in parts for parameter in part.parameters()]
+        return [
+            torch.optim.Adam(weights, lr=self.learning_rate, betas=BETAS),
+            torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=BETAS),
+        ]
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """One step of the autoencoder, then one of the discriminator on the same reconstructions."""
+        step = self.global_step
+        x = self.get_input(batch)
+        posterior = self.encode(x)
+        noise = SampleRandom(batch.get("noise_seed"), self.device).randn(posterior.mean.shape)
+        reconstruction = self.decode(posterior.sample(noise))
+        logged = self._step_autoencoder(x, reconstruction, posterior, step)
+        if self.loss.discriminates(step):
+            logged |= self._step_discriminator(x, reconstruction)
+        self.log_dict(logged, prog_bar=True, on_step=True, batch_size=len(x))
+
+    def _step_autoencoder(
+        self, x: Images, reconstruction: Images, posterior: DiagonalGaussianDistribution, step: int
+    ) -> dict[str, Tensor]:
+        optimizer = self.optimizers()[0]
+        self.toggle_optimizer(optimizer)  # no gradients for the discriminator's weights
+        loss, logged = self.loss.generator_loss(x, reconstruction, posterior, step, self.get_last_layer())
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.untoggle_optimizer(optimizer)
+        return logged
+
+    def _step_discriminator(self, x: Images, reconstruction: Images) -> dict[str, Tensor]:
+        optimizer = self.optimizers(use_pl_optimizer=False)[1]
+        loss, logged = self.loss.discriminator_loss(x, reconstruction)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        # Lightning's wrapper would count this as another training step. The strategy's method is what the
+        # wrapper calls: precision plugins (the gradient scaler of fp16) and hooks still apply.
+        self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
+        return logged
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Log losses and image metrics of reconstructions from the posterior's mode, so that epochs compare."""
+        x = self.get_input(batch)
+        reconstruction, posterior = self(x, sample_posterior=False)
+        logged = image_metrics(reconstruction, x, "val")
+        if not isinstance(self.loss, nn.Identity):
+            logged |= self.loss.reconstruction_loss(x, reconstruction, posterior, "val")[2]
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, split: str = "train") -> dict[str, Images]:
+        """Up to `N` inputs, their reconstructions, and as many decoded samples of the standard normal prior."""
+        x = self.get_input(batch)[:N].to(self.device)
+        reconstruction, posterior = self(x, sample_posterior=False)
+        # The same latents every time, so that pictures of one run compare.
+        z = SampleRandom(range(len(x)), self.device).randn(posterior.mean.shape)
+        pictures = {"inputs": x, "reconstructions": reconstruction, "samples": self.decode(z.to(x))}
+        return {name: images.clamp(-1, 1) for name, images in pictures.items()}
+
+
+def image_metrics(images: Images, targets: Images, split: str) -> dict[str, Tensor]:
+    """Peak signal-to-noise ratio in dB and structural similarity, means over images in [-1, 1]."""
+    from kornia.metrics import psnr, ssim
+
+    images, targets = ((x.float().clamp(-1, 1) + 1) / 2 for x in (images, targets))
+    ratios = [psnr(image, target, max_val=1.0) for image, target in zip(images, targets)]
+    return {f"{split}/psnr": torch.stack(ratios).mean(), f"{split}/ssim": ssim(images, targets, 11).mean()}

@@ -1,0 +1,265 @@
+"""DreamBooth end to end: the training command, its run folder, its checkpoints, and going on with a run."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import main
+from ldm.training.run import STAMP_VARIABLE
+from tests import golden
+from tests.runs import SIZE, Workspace, checkpoint, config, metrics, pictures, same
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="module")
+def finished(workspace):
+    """A run of four steps that many tests look at."""
+    return workspace.train("finished")
+
+
+@pytest.fixture(autouse=True)
+def new_stamp(monkeypatch):
+    monkeypatch.delenv(STAMP_VARIABLE, raising=False)
+
+
+def test_run_folder(finished):
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "epoch=000000-step=000000002.ckpt",
+        "epoch=000000-step=000000004.ckpt",
+        "last.ckpt",
+    ]
+    assert {path.name.split("-")[-1] for path in (finished / "configs").iterdir()} == {"project.yaml", "lightning.yaml"}
+    assert (finished / "images").is_dir() and list(finished.glob("tensorboard/events*"))
+
+
+def test_last_is_the_newest_checkpoint_at_no_cost_in_space(finished):
+    last, newest = finished / "checkpoints/last.ckpt", finished / "checkpoints/epoch=000000-step=000000004.ckpt"
+    assert last.samefile(newest)
+    assert checkpoint(finished)["global_step"] == 4
+
+
+def test_the_saved_config_is_the_one_that_ran(finished, workspace):
+    saved = OmegaConf.merge(*[OmegaConf.load(path) for path in (finished / "configs").iterdir()])
+    assert saved.data.params.train.params.data_root == str(workspace.photos)
+    assert saved.data.params.reg.params.placeholder_token == "dog"
+    assert saved.lightning.trainer.max_steps == 4
+    assert checkpoint(finished)["config"] == OmegaConf.to_container(saved)
+
+
+def test_checkpoints_have_compvis_keys(finished):
+    state = checkpoint(finished)["state_dict"]
+    assert list(state) == list(golden.latent_diffusion().state_dict())
+
+
+def test_logged_losses(finished):
+    rows = metrics(finished)
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
+    for row in rows:
+        subject, prior, total = (float(row[f"train/{key}"]) for key in ("loss", "loss_prior", "loss_total"))
+        assert total == pytest.approx(subject + 1.0 * prior)
+        assert float(row["train/loss_simple"]) == subject and float(row["train/loss_vlb"]) > 0
+
+
+def test_what_trains_moves_and_what_does_not_stays(workspace, finished):
+    first, last = (checkpoint(finished, name)["state_dict"] for name in
+                   ("epoch=000000-step=000000002.ckpt", "last.ckpt"))  # fmt: skip
+    moved = {key.split(".")[0] for key in first if not torch.equal(first[key], last[key])}
+    assert moved == {"model", "cond_stage_model"}
+
+
+def test_unet_only(workspace):
+    run = workspace.train("unet-only", "model.params.cond_stage_trainable=false")
+    first, last = (checkpoint(run, name) for name in ("epoch=000000-step=000000002.ckpt", "last.ckpt"))
+    moved = {
+        k.split(".")[0] for k in first["state_dict"] if not torch.equal(first["state_dict"][k], last["state_dict"][k])
+    }
+    assert moved == {"model"}
+
+
+def test_reg_weight_scales_the_prior(workspace):
+    (row, *_) = metrics(workspace.train("reg-weight", "model.params.reg_weight=0.25", "--max_steps", "1"))
+    assert float(row["train/loss_total"]) == pytest.approx(
+        float(row["train/loss"]) + 0.25 * float(row["train/loss_prior"])
+    )
+
+
+def test_training_without_a_prior(workspace):
+    arguments = workspace.arguments("no-prior", "model.params.reg_weight=0", "--max_steps", "1")
+    place = arguments.index("--reg_data_root")
+    assert main.main(arguments[:place] + arguments[place + 2 :]) == 0
+    (row,) = metrics(workspace.run("no-prior"))
+    assert row["train/loss_total"] == row["train/loss"] and "train/loss_prior" not in row
+
+
+def test_the_same_seed_gives_the_same_run(workspace, finished):
+    again = workspace.train("again")
+    assert same(checkpoint(again)["state_dict"], checkpoint(finished)["state_dict"])
+    other = workspace.train("other-seed", "-s", "24")
+    assert not same(checkpoint(other)["state_dict"], checkpoint(finished)["state_dict"])
+
+
+@pytest.mark.parametrize("more", [[], ["--accumulate_grad_batches", "2"], ["model.params.use_ema=true"]])
+def test_a_resumed_run_repeats_the_uninterrupted_one(workspace, more):
+    name = "straight" + str(len(more)) + "".join(more)[-1:]
+    straight = workspace.train(name, "--max_steps", "7", *more)
+    parts = workspace.train(name + "-parts", "--max_steps", "3", *more)
+    workspace.resume(parts, "--max_steps", "5")
+    workspace.resume(parts, "--max_steps", "7")
+    ours, theirs = checkpoint(parts), checkpoint(straight)
+    assert ours["global_step"] == 7
+    assert same(ours["state_dict"], theirs["state_dict"])
+    assert same(ours["optimizer_states"], theirs["optimizer_states"])
+    assert [r["train/loss_total"] for r in metrics(parts)] == [r["train/loss_total"] for r in metrics(straight)]
+
+
+def test_resume_from_a_checkpoint_inside_a_run(workspace, finished):
+    resumed = workspace.train("rewound")
+    workspace.resume(resumed / "checkpoints/epoch=000000-step=000000002.ckpt")
+    assert same(checkpoint(resumed)["state_dict"], checkpoint(finished)["state_dict"])
+
+
+def test_resuming_a_finished_run_changes_nothing(workspace, finished):
+    before = checkpoint(finished)["state_dict"]
+    workspace.resume(finished)
+    assert same(checkpoint(finished)["state_dict"], before)
+
+
+def test_actual_resume_takes_only_the_weights(workspace, finished, caplog):
+    source = finished / "checkpoints/last.ckpt"
+    run = workspace.train("from-weights", "--actual_resume", str(source), "--max_steps", "1")
+    assert checkpoint(run)["global_step"] == 1
+    weights = checkpoint(finished)["state_dict"]
+    frozen = [key for key in weights if key.startswith("first_stage_model")]
+    assert all(torch.equal(checkpoint(run)["state_dict"][key], weights[key]) for key in frozen)
+    assert f"{source}: 459 tensors used" in caplog.text
+
+
+def test_init_word(workspace, finished):
+    source = str(finished / "checkpoints/last.ckpt")
+    run = workspace.train("init-word", "--actual_resume", source, "--init_word", "dog", "--max_steps", "1",
+                          "model.base_learning_rate=1e-12")  # fmt: skip
+    rows = checkpoint(run)["state_dict"]["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    sks, dog = 48136, 1929
+    torch.testing.assert_close(rows[sks], rows[dog])
+
+
+def test_scale_lr(workspace):
+    run = workspace.train(
+        "scaled", "--scale_lr", "--accumulate_grad_batches", "3", "data.params.batch_size=2", "--max_steps", "1"
+    )
+    (state,) = checkpoint(run)["optimizer_states"]
+    assert state["param_groups"][0]["lr"] == pytest.approx(1e-3 * 3 * 1 * 2)
+
+
+def test_image_logger_writes_grids(workspace):
+    base = config(workspace.path)
+    more = OmegaConf.create({"lightning": {"callbacks": {"image_logger": {"target": "main.ImageLogger", "params": {
+        "batch_frequency": 2, "max_images": 2, "increase_log_steps": False, "log_images_kwargs": {"ddim_steps": 2}}}}}})  # fmt: skip
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(base), more), base := workspace.path / "images.yaml")
+    run = workspace.train("images", base=base)
+    names = sorted(path.name.split("_e-")[0] for path in (run / "images/train").iterdir())
+    assert names == [f"{name}_gs-{step:06}" for name in ("inputs", "reconstruction", "samples") for step in (2, 4)]
+
+
+def test_the_model_makes_the_class_images_that_lack(workspace):
+    folder = pictures(workspace.path / "few", 1)
+    arguments = workspace.arguments("class-images", "data.params.num_class_images=3", "--max_steps", "1",
+                                    "data.params.class_image_steps=2")  # fmt: skip
+    arguments[arguments.index("--reg_data_root") + 1] = str(folder)
+    assert main.main(arguments) == 0
+    made = sorted(path.name for path in folder.iterdir())
+    assert len(made) == 3 and "0.png" in made
+
+
+def test_validation_and_the_best_checkpoint(workspace, caplog):
+    base = OmegaConf.load(config(workspace.path))
+    base.data.params.validation = {
+        "target": "ldm.data.personalized.PersonalizedBase",
+        "params": {"size": SIZE, "set": "val"},
+    }
+    OmegaConf.save(base, path := workspace.path / "validated.yaml")
+    run = workspace.train("validated", "--val_check_interval", "1", "--max_steps", "4", base=path)
+    assert any("val/loss_simple_ema" in text.read_text() for text in run.glob("csv/*/metrics.csv"))
+    assert "best" in caplog.text and "val/loss_simple_ema" in caplog.text
+
+
+# Summaries
+
+
+def test_the_summaries(workspace, caplog):
+    caplog.set_level("INFO")
+    run = workspace.train("summaries")
+    text = caplog.text
+    for part in ("UNet 1.06 M + text encoder 1.60 M; frozen: autoencoder 0.66 M", "3 images", "4 images",
+                 '"photo of a sks dog" = tokens 1125 539 320 48136 1929', "precision 32", "to 4 steps",
+                 "loss = subject + 1 x prior", str(run), "scripts/stable_txt2img.py --ckpt"):  # fmt: skip
+        assert part in text, part
+
+
+# Processes of their own
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+def test_sigusr1_writes_a_checkpoint_and_ctrl_c_stops_with_one(workspace):
+    process = workspace.start(
+        *workspace.arguments(
+            "signals", "--max_steps", "100000", "lightning.modelcheckpoint.params.every_n_train_steps=100000"
+        )
+    )
+    try:
+        wait_for(lambda: list(workspace.logs.glob("*_signals/csv/*/metrics.csv")), process)
+        last = workspace.run("signals") / "checkpoints" / "last.ckpt"
+        assert not last.exists()
+        process.send_signal(signal.SIGUSR1)
+        wait_for(last.exists, process)
+        saved = checkpoint(workspace.run("signals"))["global_step"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, process.stdout.read()
+    finally:
+        process.kill()
+    assert checkpoint(workspace.run("signals"))["global_step"] > saved
+    workspace.resume(workspace.run("signals"), "--max_steps", str(saved))  # what was written can be gone on with
+
+
+def test_two_processes_end_with_the_same_weights(workspace):
+    devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--max_steps", "3"]
+    # Each rank writes what it ends with: rank 0's checkpoint alone could not show a difference.
+    spy = workspace.path / "spy.py"
+    spy.write_text(
+        "import pytorch_lightning as pl, torch\n"
+        "class Spy(pl.Callback):\n"
+        "    def on_train_end(self, trainer, pl_module):\n"
+        "        torch.save(pl_module.state_dict(), f'rank{trainer.global_rank}.pt')\n"
+    )
+    environment = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(workspace.path)
+    try:
+        process = workspace.start(*workspace.arguments("ddp", *devices, "lightning.callbacks.spy.target=spy.Spy"))
+        output, _ = process.communicate(timeout=300)
+    finally:
+        os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
+    assert process.returncode == 0, output
+    first, second = (torch.load(workspace.path / f"rank{rank}.pt") for rank in (0, 1))
+    assert same(first, second)
+    run = workspace.run("ddp")
+    assert same(checkpoint(run)["state_dict"], first)
+    assert len(list(workspace.logs.glob("*_ddp"))) == 1, "one run folder for all ranks"
+    # And the two ranks saw what one process with twice the batch sees.
+    single = workspace.train("ddp-single", "data.params.batch_size=2", "--max_steps", "3")
+    for key, value in checkpoint(single)["state_dict"].items():
+        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=2e-5, msg=key)
