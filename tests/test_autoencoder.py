@@ -25,6 +25,15 @@ SMALLEST = {**TINY["ddconfig"], "ch_mult": [1, 1], "resolution": 32}
 LOSS = {"disc_start": 0, "perceptual_weight": 0.0, "kl_weight": 1e-6, "disc_ch": 8, "disc_num_layers": 2}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Convolutions this small are slower on two threads, by far where other programs run beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def trainable(ddconfig=SMALLEST, seed=0, use_checkpoint=False, **loss) -> AutoencoderKL:
     """A small autoencoder with an objective."""
     torch.manual_seed(seed)
@@ -325,12 +334,12 @@ def examples(count=8):
 
 
 def fit(model, folder, max_steps, ckpt_path=None, **options):
-    """Train on 8 pictures, 4 a step, as Lightning does it."""
+    """Train on 8 pictures, 4 a step, as Lightning does it; validate at the end."""
     watch = Watch()
     trainer = pl.Trainer(
         accelerator="cpu", default_root_dir=folder, max_steps=max_steps, logger=False, callbacks=[watch],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=1,
-        num_sanity_val_steps=0, **options,
+        num_sanity_val_steps=0, check_val_every_n_epoch=max(1, max_steps // 2), **options,
     )  # fmt: skip
     loaders = [DataLoader(examples(), batch_size=4) for _ in range(2)]
     trainer.fit(model, *loaders, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)

@@ -22,6 +22,7 @@ from ldm.rng import SampleRandom
 from tests import golden
 from tests.golden import rel
 
+SIZE = 16  # of images, the side
 UNET = golden.CONFIG["unet_config"]["params"]
 every_parameterization = pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 
@@ -42,9 +43,9 @@ def build(unet=None, text=None, **overrides):
     return model.train()
 
 
-def batch(*seeds, caption="photo of a sks dog", size=32):
+def batch(*seeds, caption="photo of a sks dog"):
     """Images, captions and noise seeds that are a function of each sample's seed."""
-    images = torch.stack([torch.rand(size, size, 3, generator=torch.manual_seed(seed)) for seed in seeds]) * 2 - 1
+    images = SampleRandom(seeds).randn((len(seeds), SIZE, SIZE, 3)).clamp(-2, 2) / 2
     return {"image": images, "caption": [f"{caption} {seed}" for seed in seeds], "noise_seed": list(seeds)}
 
 
@@ -90,9 +91,9 @@ def test_every_schedule_goes_from_signal_to_noise(beta_schedule):
 
 
 def test_the_shapes_of_the_schedules():
-    assert make_betas("sqrt_linear", 5, 0.1, 0.5, 0).tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    assert (make_betas("linear", 5, 0.04, 0.36, 0) ** 0.5).tolist() == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
-    betas = make_betas("cosine", 100, 0, 0, 0.008)
+    assert make_betas("sqrt_linear", 5, 0.1, 0.5, 0.0).tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert (make_betas("linear", 5, 0.04, 0.36, 0.0) ** 0.5).tolist() == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+    betas = make_betas("cosine", 100, 1e-4, 2e-2, 0.008)
     assert betas.max() == 0.999  # clipped at the end, where the formula gives 1
     wanted = [math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(100)]
     np.testing.assert_allclose(np.cumprod(1 - betas)[:99], np.array(wanted[1:]) / wanted[0], rtol=1e-9)
@@ -223,9 +224,9 @@ def test_a_fixed_batch_is_learned(parameterization, loss_type):
     model = build(parameterization=parameterization, loss_type=loss_type)
     model.learning_rate = 2e-3
     optimizer = model.configure_optimizers()
-    halves = batch(1, 2), batch(11, 12, caption="photo of a dog")
+    halves = batch(1), batch(11, caption="photo of a dog")
     losses = []
-    for _ in range(8):
+    for _ in range(6):
         optimizer.zero_grad()
         loss, _ = step(model, *halves)
         loss.backward()
@@ -317,7 +318,7 @@ def test_gradient_checkpointing_changes_no_gradient(autocast, monkeypatch):
     assert not calls
     loss, checkpointed = gradients(models[1], autocast)
     assert len(calls) == sum(hasattr(m, "use_checkpoint") for m in models[1].model.modules()) > 0
-    assert models[1].cond_stage_model.transformer.text_model.is_gradient_checkpointing
+    assert any(getattr(m, "gradient_checkpointing", False) for m in models[1].cond_stage_model.modules())
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
     assert checkpointed.keys() == expected.keys()
     scale = max(grad.abs().max() for grad in expected.values())
@@ -474,7 +475,7 @@ def test_log_images(pictures_of, n, count):
     halves = batch(1, 2), batch(11, 12, 13, caption="photo of a dog")
     pictures = pictures_of(halves, N=n)
     assert {name: image.shape for name, image in pictures.items()} == dict.fromkeys(
-        ("inputs", "reconstruction", "samples"), (count, 3, 32, 32)
+        ("inputs", "reconstruction", "samples"), (count, 3, SIZE, SIZE)
     )
     assert torch.equal(pictures["inputs"][0], halves[0]["image"][0].permute(2, 0, 1))
     assert torch.equal(pictures["inputs"][-1], halves[1]["image"][min(n, 3) - 1].permute(2, 0, 1))
@@ -503,9 +504,9 @@ def test_log_images_shows_the_averaged_weights(averaged_model):
 
 @torch.no_grad()
 def test_latents_are_scaled_samples_of_the_posterior(golden_model):
-    posterior = golden_model.encode_first_stage(torch.rand(2, 3, 32, 32) * 2 - 1)
+    posterior = golden_model.encode_first_stage(torch.rand(2, 3, 16, 16) * 2 - 1)
     scale = golden.CONFIG["scale_factor"]
-    z = torch.randn(2, 4, 16, 16)
+    z = torch.randn(2, 4, 8, 8)
     assert torch.equal(golden_model.get_first_stage_encoding(z), scale * z)
     given = golden_model.get_first_stage_encoding(posterior, z)
     torch.testing.assert_close(given, scale * (posterior.mean + posterior.std * z))
@@ -531,7 +532,7 @@ def test_the_schedule_is_that_of_the_buffers(fresh_golden_model):
 
 def unet_inputs(channels=4):
     random = SampleRandom([0, 1])
-    return random.randn((2, channels, 16, 16)), torch.tensor([3, 800]), random.randn((2, 77, 32))
+    return random.randn((2, channels, 8, 8)), torch.tensor([3, 800]), random.randn((2, 77, 32))
 
 
 @torch.no_grad()
@@ -552,7 +553,7 @@ def inpainting_model():
 @torch.no_grad()
 def test_hybrid_joins_channels_and_text(inpainting_model):
     x, t, c = unet_inputs()
-    extra = torch.randn(2, 5, 16, 16)
+    extra = torch.randn(2, 5, 8, 8)
     out = inpainting_model.apply_model(x, t, {"c_concat": [extra[:, :1], extra[:, 1:]], "c_crossattn": [c]})
     expected = inpainting_model.model.diffusion_model(torch.cat([x, extra], dim=1), t, context=c)
     assert out.shape == x.shape
@@ -561,10 +562,10 @@ def test_hybrid_joins_channels_and_text(inpainting_model):
 
 def test_hybrid_samples_with_guidance(inpainting_model):
     x, _, c = unet_inputs()
-    extra = torch.randn(2, 5, 16, 16)
+    extra = torch.randn(2, 5, 8, 8)
     conds = [{"c_concat": [extra], "c_crossattn": [text]} for text in (c, torch.zeros_like(c))]
     out, _ = DDIMSampler(inpainting_model).sample(
-        2, 2, (4, 16, 16), conds[0], x_T=x, verbose=False,
+        2, 2, (4, 8, 8), conds[0], x_T=x, verbose=False,
         unconditional_guidance_scale=3.0, unconditional_conditioning=conds[1],
     )  # fmt: skip
     assert out.shape == x.shape and out.isfinite().all()
@@ -580,7 +581,7 @@ def test_concat_reads_a_bare_tensor_as_channels():
     model = build({"context_dim": None, "in_channels": 8}, conditioning_key="concat")
     model.model = wrapper
     x, t, _ = unet_inputs()
-    extra = torch.randn(2, 4, 16, 16)
+    extra = torch.randn(2, 4, 8, 8)
     expected = wrapper.diffusion_model(torch.cat([x, extra], dim=1), t)
     assert torch.equal(model.apply_model(x, t, extra), expected)
 

@@ -26,8 +26,9 @@ def finished(workspace):
 
 
 @pytest.fixture(autouse=True)
-def new_stamp(monkeypatch):
+def new_stamp(monkeypatch, caplog):
     monkeypatch.delenv(STAMP_VARIABLE, raising=False)
+    caplog.set_level("INFO")
 
 
 def test_run_folder(finished):
@@ -171,8 +172,7 @@ def test_image_logger_writes_grids(workspace):
 
 def test_the_model_makes_the_class_images_that_lack(workspace):
     folder = pictures(workspace.path / "few", 1)
-    arguments = workspace.arguments("class-images", "data.params.num_class_images=3", "--max_steps", "1",
-                                    "data.params.class_image_steps=2")  # fmt: skip
+    arguments = workspace.arguments("class-images", "data.params.num_class_images=3", "--max_steps", "1")
     arguments[arguments.index("--reg_data_root") + 1] = str(folder)
     assert main.main(arguments) == 0
     made = sorted(path.name for path in folder.iterdir())
@@ -195,7 +195,6 @@ def test_validation_and_the_best_checkpoint(workspace, caplog):
 
 
 def test_the_summaries(workspace, caplog):
-    caplog.set_level("INFO")
     run = workspace.train("summaries")
     text = caplog.text
     for part in ("UNet 1.06 M + text encoder 1.60 M; frozen: autoencoder 0.66 M", "3 images", "4 images",
@@ -237,7 +236,8 @@ def test_sigusr1_writes_a_checkpoint_and_ctrl_c_stops_with_one(workspace):
 
 
 def test_two_processes_end_with_the_same_weights(workspace):
-    devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--max_steps", "3"]
+    devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+    rate = ["--max_steps", "3", "model.base_learning_rate=1e-6"]
     # Each rank writes what it ends with: rank 0's checkpoint alone could not show a difference.
     spy = workspace.path / "spy.py"
     spy.write_text(
@@ -249,7 +249,9 @@ def test_two_processes_end_with_the_same_weights(workspace):
     environment = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(workspace.path)
     try:
-        process = workspace.start(*workspace.arguments("ddp", *devices, "lightning.callbacks.spy.target=spy.Spy"))
+        process = workspace.start(
+            *workspace.arguments("ddp", *devices, *rate, "lightning.callbacks.spy.target=spy.Spy")
+        )
         output, _ = process.communicate(timeout=300)
     finally:
         os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
@@ -259,7 +261,10 @@ def test_two_processes_end_with_the_same_weights(workspace):
     run = workspace.run("ddp")
     assert same(checkpoint(run)["state_dict"], first)
     assert len(list(workspace.logs.glob("*_ddp"))) == 1, "one run folder for all ranks"
-    # And the two ranks saw what one process with twice the batch sees.
-    single = workspace.train("ddp-single", "data.params.batch_size=2", "--max_steps", "3")
-    for key, value in checkpoint(single)["state_dict"].items():
-        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=2e-5, msg=key)
+    # And the two ranks computed what one process with twice the batch computes. AdamW's mean of the gradients
+    # shows it; the weights would not, where a gradient is so small that its sign is rounding.
+    single = workspace.train("ddp-single", "data.params.batch_size=2", *rate)
+    ours, theirs = (checkpoint(run)["optimizer_states"][0]["state"] for run in (run, single))
+    scale = max(state["exp_avg"].abs().max() for state in theirs.values())
+    for index, state in theirs.items():
+        assert (ours[index]["exp_avg"] - state["exp_avg"]).abs().max() < 1e-5 * scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -132,6 +133,10 @@ class AutoencoderKL(pl.LightningModule):
             torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=BETAS),
         ]
 
+    def on_train_start(self) -> None:
+        # Lightning proposes to save the weights from before a manual step; those after it are what resumes.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """One step of the autoencoder, then one of the discriminator on the same reconstructions."""
         step = self.global_step
@@ -142,12 +147,13 @@ class AutoencoderKL(pl.LightningModule):
         logged = self._step_autoencoder(x, reconstruction, posterior, step)
         if self.loss.discriminates(step):
             logged |= self._step_discriminator(x, reconstruction)
-        self.log_dict(logged, prog_bar=True, on_step=True, batch_size=len(x))
+        for name, value in logged.items():
+            self.log(name, value, prog_bar=name == "train/rec_loss", on_step=True, batch_size=len(x))
 
     def _step_autoencoder(
         self, x: Images, reconstruction: Images, posterior: DiagonalGaussianDistribution, step: int
     ) -> dict[str, Tensor]:
-        optimizer = self.optimizers()[0]
+        optimizer = self.optimizers()[0]  # type: ignore[index]
         self.toggle_optimizer(optimizer)  # no gradients for the discriminator's weights
         loss, logged = self.loss.generator_loss(x, reconstruction, posterior, step, self.get_last_layer())
         optimizer.zero_grad()
@@ -157,7 +163,7 @@ class AutoencoderKL(pl.LightningModule):
         return logged
 
     def _step_discriminator(self, x: Images, reconstruction: Images) -> dict[str, Tensor]:
-        optimizer = self.optimizers(use_pl_optimizer=False)[1]
+        optimizer = self.optimizers(use_pl_optimizer=False)[1]  # type: ignore[index]
         loss, logged = self.loss.discriminator_loss(x, reconstruction)
         optimizer.zero_grad()
         self.manual_backward(loss)

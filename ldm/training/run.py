@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,18 +41,26 @@ class Run:
         return sorted(self.configs.glob("*.yaml"))
 
 
-def time_stamp() -> str:
-    """The time of the run's start, the same for all of its processes."""
-    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    return os.environ.setdefault(STAMP_VARIABLE, now)
+def time_stamp(taken: Callable[[str], bool]) -> str:
+    """The time of the run's start, the same for all of its processes, made different where it is `taken`."""
+    if STAMP_VARIABLE not in os.environ:
+        now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+        candidates = (now if number == 0 else f"{now}_{number}" for number in itertools.count())
+        os.environ[STAMP_VARIABLE] = next(stamp for stamp in candidates if not taken(stamp))
+    return os.environ[STAMP_VARIABLE]
 
 
 def new_run(args: argparse.Namespace) -> Run:
     """The folder that the flags name for a new run; it is not made yet."""
-    stamp = time_stamp()
+    parent = Path(args.project or args.logdir)
     data = Path(args.data_root).resolve().name if args.datadir_in_name and args.data_root else ""
     name = args.name or (Path(args.base[0]).stem if args.base else "run")
-    return Run(Path(args.project or args.logdir) / f"{data}{stamp}_{name}{args.postfix}", stamp)
+
+    def folder(stamp: str) -> Path:
+        return parent / f"{data}{stamp}_{name}{args.postfix}"
+
+    stamp = time_stamp(lambda stamp: folder(stamp).exists())
+    return Run(folder(stamp), stamp)
 
 
 def resumed_run(resume: str) -> Run:
@@ -70,7 +80,8 @@ def resumed_run(resume: str) -> Run:
         others = sorted((folder / "checkpoints").glob("*.ckpt"))
         hint = f"; there is {others[-1]}" if others else ""
         raise UserError(f"--resume {resume}: no checkpoint {checkpoint}{hint}")
-    run = Run(folder, time_stamp(), checkpoint)
+    stamp = time_stamp(lambda stamp: (folder / "configs" / f"{stamp}-project.yaml").exists())
+    run = Run(folder, stamp, checkpoint)
     if not run.saved_configs():
         raise UserError(f"--resume {resume}: no configs in {run.configs}: give the run's folder, or start with --base")
     return run

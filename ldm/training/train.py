@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
         UserError: for what the user gave, before anything is written.
     """
     start = start or Start()
+    _quiet_lightning()
     seed = config.get("run", {}).get("seed", defaults.SEED)
     pl.seed_everything(seed, workers=True, verbose=False)
     data = instantiate_from_config(config["data"], "data", **_seeded(config["data"], seed))
@@ -82,6 +84,20 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     if test and "test" in data.datasets and not interrupts.interrupted:
         trainer.test(model, datamodule=data)
     return Trained(model, data, trainer, run, interrupts.interrupted)
+
+
+def _quiet_lightning() -> None:
+    """Silence what Lightning says of every run: its start summary is ours, and the rest is as intended."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        r".*you defined a `validation_step` but have no `val_dataloader`.*",
+        r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks
+        r".*does not have many workers.*",
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r".*exists and is not empty.*",  # a resumed run's checkpoints
+        r".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message=f"(?i){message}")
 
 
 def _seeded(config: Mapping[str, Any], seed: int) -> dict[str, Any]:

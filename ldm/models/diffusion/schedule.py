@@ -67,7 +67,9 @@ class NoiseSchedule:
         Raises:
             UserError: an unknown `beta_schedule`, or betas that leave (0, 1).
         """
-        betas = make_betas(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        betas = np.empty(0)
+        if timesteps > 0 and min(linear_start, linear_end) > 0:  # no roots of negative numbers
+            betas = make_betas(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         if not (betas.size and (betas > 0).all() and (betas < 1).all()):
             raise UserError(
                 f"model.params: timesteps {timesteps}, linear_start {linear_start}, linear_end {linear_end} "

@@ -36,6 +36,9 @@ class LPIPS(nn.Module):
         UserError: that file is missing or something else. Nothing is ever downloaded.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, vgg_path: str | None = None):
         super().__init__()
         vgg = load_vgg16(vgg_path)
@@ -50,11 +53,11 @@ class LPIPS(nn.Module):
 
     def forward(self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 1 1"]:
         """The distance of each pair."""
-        distance = 0.0
+        distances = []
         for level, (fx, fy) in enumerate(zip(self._features(x), self._features(y))):
             difference = (_unit(fx) - _unit(fy)) ** 2
-            distance = distance + F.conv2d(difference, self.get_buffer(f"linear{level}")).mean((2, 3), keepdim=True)
-        return distance
+            distances.append(F.conv2d(difference, self.get_buffer(f"linear{level}")).mean((2, 3), keepdim=True))
+        return torch.stack(distances).sum(0)
 
     def _features(self, x: Tensor) -> Iterator[Tensor]:
         h = (x - self.shift) / self.scale
@@ -131,6 +134,8 @@ class LPIPSWithDiscriminator(nn.Module):
     Raises:
         UserError: a value outside of what is listed here, or no weights for the perceptual loss.
     """
+
+    logvar: Tensor
 
     def __init__(
         self,
