@@ -7,9 +7,8 @@ import logging
 import os
 import pickle
 import shutil
-import struct
+import tarfile
 import types
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,14 @@ class Stub:
     It keeps what the pickle says about it in `args` and `state`, and never runs anything.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    args: tuple[Any, ...]
+    items: list[Any]
+    state: Any
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Stub:  # pickles make objects without `__init__`
+        self = super().__new__(cls)
         self.args, self.items, self.state = args, [], {}
+        return self
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -65,6 +70,7 @@ _ALLOWED_GLOBALS = frozenset(
         ("collections", "OrderedDict"),
         ("torch._utils", "_rebuild_tensor"),
         ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_tensor_v3"),
         ("torch._utils", "_rebuild_parameter"),
         ("torch", "Size"),
         ("torch", "device"),
@@ -73,18 +79,37 @@ _ALLOWED_GLOBALS = frozenset(
 )
 
 
+def _guarded(value: Any) -> Any:
+    """A function that is the pickle's own: pickles can set attributes of whatever they name."""
+    return (lambda *args: value(*args)) if isinstance(value, types.FunctionType) else value
+
+
 class _SafeUnpickler(pickle.Unpickler):
     """Builds tensors and plain containers; every other class becomes a `Stub`, without being imported."""
+
+    @property
+    def persistent_load(self) -> Callable[[Any], Any]:
+        return self._persistent_load
+
+    @persistent_load.setter
+    def persistent_load(self, load_storage: Callable[[Any], Any]) -> None:  # torch does
+        self._load_storage = load_storage
+
+    def _persistent_load(self, saved_id: Any) -> Any:
+        # Old files keep classes with their source, of which torch would write a comparison to a file.
+        if isinstance(saved_id, tuple) and saved_id[0] in ("module", b"module"):
+            return saved_id[1]
+        return self._load_storage(saved_id)
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("builtins", "__builtin__") and name in _ALLOWED_BUILTINS:
             return super().find_class("builtins", name)
         if (module, name) in _ALLOWED_GLOBALS:
-            return super().find_class(module, name)
-        if module == "torch" and "." not in name:
-            value = getattr(torch, name, None)
-            if isinstance(value, torch.dtype) or (isinstance(value, type) and name.endswith("Storage")):
-                return value
+            return _guarded(super().find_class(module, name))
+        if module == "torch" and isinstance(value := vars(torch).get(name), torch.dtype):
+            return value
+        if module in ("torch", "torch.storage") and name == "UntypedStorage":
+            return types.SimpleNamespace(dtype=torch.uint8)  # all that torch asks it for; it resolves the others
         return type(name, (Stub,), {"__module__": f"stub.{module}"})
 
 
@@ -113,18 +138,32 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return _read_safetensors(path)
     try:
         content = torch.load(
-            path,
-            map_location="cpu",
-            mmap=zipfile.is_zipfile(path) or None,
-            weights_only=False,
-            pickle_module=_SAFE_PICKLE,
+            path, map_location="cpu", mmap=_is_plain_zip(path), weights_only=False, pickle_module=_SAFE_PICKLE
         )
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError, AttributeError, KeyError,
-            IndexError, UnicodeDecodeError, struct.error, OSError) as error:  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can cause any
         raise UserError(f"{path}: truncated or not a checkpoint: {_first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a mapping")
     return dict(content)
+
+
+def _is_plain_zip(path: Path) -> bool:
+    """Whether torch will read the file as a zip archive rather than in its format before that.
+
+    Raises:
+        UserError: it would do more than unpickle: run TorchScript, or extract a tar archive.
+    """
+    if tarfile.is_tarfile(path):
+        raise UserError(f"{path}: not a checkpoint: a tar archive")
+    with open(path, "rb") as file:
+        if not torch.serialization._is_zipfile(file):
+            return False
+        with torch.serialization._open_zipfile_reader(file) as archive:
+            if torch.serialization._is_torchscript_zip(archive):
+                raise UserError(f"{path}: not a checkpoint: a TorchScript archive")
+    return True
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -193,7 +232,7 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ign
     if needed:
         raise UserError(
             f"{path}: {len(needed)} of the model's {len(wanted)} tensors are missing, first '{needed[0]}' "
-            f"(the file has {len(state)}, first '{next(iter(state))}'): use the config that fits this checkpoint"
+            f"(the file has {len(state)}, first '{next(iter(state), None)}'): use the config that fits this checkpoint"
         )
     return LoadReport(used, missing, [key for key in state if key not in wanted])
 
@@ -239,7 +278,10 @@ def instantiate_filled(
         model = instantiate_from_config(config, where)
     if compare(model, state, path).missing:
         model = instantiate_from_config(config, where)
-    return model, load_state(model, state, path)
+    report = load_state(model, state, path)
+    if any(key.startswith(OPTIONAL_PREFIXES) for key in report.missing):
+        model.model_ema = type(model.model_ema)(model.model)  # averages start from what was loaded
+    return model, report
 
 
 # Writing
@@ -261,7 +303,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], None], expected_b
         UserError: the disk lacks `expected_bytes`, or writing failed; what was at `path` is still there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: not written: {_first_line(error)}") from error
     free = shutil.disk_usage(path.parent).free
     if expected_bytes > free:
         raise UserError(

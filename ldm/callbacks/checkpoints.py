@@ -60,6 +60,15 @@ class CheckpointKeeper(ModelCheckpoint):
             trainer.save_checkpoint(self.last_path, self.save_weights_only)
             self._last_global_step_saved = trainer.global_step
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # Not only in on_train_end: by then Lightning has closed the epoch that it stopped in, and a run that
+        # goes on from there would begin a new one.
+        if 0 < trainer.max_steps <= trainer.global_step:
+            self.save_last_now(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self.save_last_now(trainer)

@@ -277,13 +277,11 @@ class LatentDiffusion(pl.LightningModule):
         size = len(self.objective.halves(batch)[0][self.first_stage_key])
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
-    def on_train_start(self) -> None:
-        self._last_averaged = self.global_step
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.model_ema and self.global_step != self._last_averaged:  # not between accumulated batches
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here and not at the batch's end: a checkpoint written there must hold this step's averages.
+        if self.model_ema:
             self.model_ema(self.model)
-            self._last_averaged = self.global_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW over the UNet and, if it is trained, the text encoder."""
