@@ -68,6 +68,7 @@ _ALLOWED_BUILTINS = frozenset({"set", "frozenset", "dict", "list", "tuple", "int
 _ALLOWED_GLOBALS = frozenset(
     {
         ("collections", "OrderedDict"),
+        ("_codecs", "encode"),  # how old protocols write bytes
         ("torch._utils", "_rebuild_tensor"),
         ("torch._utils", "_rebuild_tensor_v2"),
         ("torch._utils", "_rebuild_tensor_v3"),
@@ -253,7 +254,7 @@ def load_into(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = 
 
 
 class EmptyInit(torch.overrides.TorchFunctionMode):
-    """Inside, `torch.nn.init` does nothing: for models whose every weight a checkpoint will fill.
+    """Inside, the initialisation that layers do by default is skipped: for models that a checkpoint will fill.
 
     Saves the time, and the memory of pages that nobody touches.
     """
@@ -296,7 +297,7 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None], expected_bytes: int = 0) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object], expected_bytes: int = 0) -> None:
     """Let `write` make a temporary file beside `path`, then rename it: there is never half a file at `path`.
 
     Raises:

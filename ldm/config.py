@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError, nearest
-from ldm.util import check_params, get_obj_from_str
+from ldm.util import check_mapping, check_params, get_obj_from_str
 
 # Keys outside of `params`, which the signatures of their targets check.
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ def load_yaml(path: str | Path) -> DictConfig:
         raise UserError(f"{path}: no such config file")
     try:
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path}: expected a mapping with {', '.join(SECTIONS[''])} at the top")
@@ -87,8 +87,7 @@ def check_config(config: Mapping[str, Any], trainer_keys: Sequence[str] = ()) ->
 def _get(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
     for key in path.split(".") if path else ():
         config = config.get(key) or {}
-    if not isinstance(config, Mapping):
-        raise UserError(f"{path}: expected a mapping, got {config!r}")
+    check_mapping(config, path)
     return config
 
 
@@ -107,7 +106,8 @@ def _check_targets(node: Any, path: str) -> None:
     if isinstance(node, Mapping):
         if "target" in node:
             cls = get_obj_from_str(node["target"], f"{path}.target")
-            check_params(cls, node.get("params") or {}, f"{path}.params")
+            check_mapping(params := node.get("params") or {}, f"{path}.params")
+            check_params(cls, params, f"{path}.params")
         for key, value in node.items():
             _check_targets(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list):

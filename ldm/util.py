@@ -13,7 +13,7 @@ from ldm.errors import UserError, nearest
 def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
     """The object that a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names."""
     module_name, _, name = str(target).rpartition(".")
-    if not module_name:
+    if not module_name or not all(part.isidentifier() for part in str(target).split(".")):
         raise UserError(f"{where}: '{target}' is not a dotted path such as 'package.module.Class'")
     try:
         module = importlib.import_module(module_name)
@@ -24,7 +24,9 @@ def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
     if not hasattr(module, name):
         public = [n for n in dir(module) if not n.startswith("_")]
         raise UserError(f"{where}: unknown target '{target}': {module_name} has no '{name}'{nearest(name, public)}")
-    return getattr(module, name)
+    if not callable(found := getattr(module, name)):
+        raise UserError(f"{where}: '{target}' is not a class or function, but a {type(found).__name__}")
+    return found
 
 
 def instantiate_from_config(config: Mapping[str, Any], where: str = "config", **overrides: Any) -> Any:
@@ -42,9 +44,16 @@ def instantiate_from_config(config: Mapping[str, Any], where: str = "config", **
         key = sorted(unknown)[0]
         raise UserError(f"{where}.{key}: unknown key{nearest(key, ['target', 'params'])}; accepted: target, params")
     cls = get_obj_from_str(config["target"], f"{where}.target")
-    params = {**(config.get("params") or {}), **overrides}
+    check_mapping(params := config.get("params") or {}, f"{where}.params")
+    params = {**params, **overrides}
     check_params(cls, params, f"{where}.params")
     return cls(**params)
+
+
+def check_mapping(value: Any, where: str) -> None:
+    """Raise a `UserError` if a part of the config is no mapping."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected a mapping, got {value!r}")
 
 
 def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:

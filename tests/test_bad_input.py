@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import main
 from scripts import stable_txt2img
@@ -74,7 +73,7 @@ def test_mistyped_flag(refused):
 @pytest.mark.parametrize(
     "override, named",
     [
-        ("model.params.reg_wieght=1", "model.params.reg_wieght: unknown key for LatentDiffusion (did you mean 'reg_weight'?)"),
+        ("model.params.reg_wieght=1", "reg_wieght: unknown key for LatentDiffusion (did you mean 'reg_weight'?)"),
         ("model.params.unet_config.params.num_head=1", "model.params.unet_config.params.num_head: unknown key"),
         ("data.params.batchsize=1", "data.params.batchsize: unknown key"),
         ("data.params.train.params.sizes=1", "data.params.train.params.sizes: unknown key"),

@@ -166,8 +166,14 @@ def test_scale_lr(workspace):
 
 def test_image_logger_writes_grids(workspace):
     base = config(workspace.path)
-    more = OmegaConf.create({"lightning": {"callbacks": {"image_logger": {"target": "main.ImageLogger", "params": {
-        "batch_frequency": 2, "max_images": 2, "increase_log_steps": False, "log_images_kwargs": {"ddim_steps": 2}}}}}})  # fmt: skip
+    params = {
+        "batch_frequency": 2,
+        "max_images": 2,
+        "increase_log_steps": False,
+        "log_images_kwargs": {"ddim_steps": 2},
+    }
+    logger = {"image_logger": {"target": "main.ImageLogger", "params": params}}
+    more = OmegaConf.create({"lightning": {"callbacks": logger}})
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(base), more), base := workspace.path / "images.yaml")
     run = workspace.train("images", base=base)
     names = sorted(path.name.split("_e-")[0] for path in (run / "images/train").iterdir())

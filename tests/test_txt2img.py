@@ -25,9 +25,8 @@ def sample(ckpt, tmp_path):
 
     def call(*arguments, outdir="out"):
         outdir = tmp_path / outdir
-        assert stable_txt2img.main(
-            ["--ckpt", str(ckpt), "--outdir", str(outdir), "--prompt", "photo of a sks dog", "--ddim_steps", "2", *arguments]
-        ) == 0  # fmt: skip
+        always = ["--ckpt", str(ckpt), "--outdir", str(outdir), "--prompt", "photo of a sks dog", "--ddim_steps", "2"]
+        assert stable_txt2img.main([*always, *arguments]) == 0
         return [Image.open(path) for path in sorted((outdir / "samples").iterdir())]
 
     return call

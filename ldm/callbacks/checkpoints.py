@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from ldm.checkpoint import read_checkpoint, save_checkpoint
+from ldm.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +88,7 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, temporary)
         os.replace(temporary, target)
     except OSError:
-        from ldm.checkpoint import write_atomically
-
-        data = source.read_bytes
-        write_atomically(target, lambda path: path.write_bytes(data()) and None, source.stat().st_size)
+        write_atomically(target, lambda path: shutil.copyfile(source, path), source.stat().st_size)
 
 
 class InterruptHandler(pl.Callback):

@@ -64,7 +64,7 @@ class ImageLogger(pl.Callback):
         if self.due(trainer.global_step) and trainer.global_step != self._last_step:
             self.log_images(trainer, pl_module, batch, "train")
 
-    def log_images(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, split: str) -> None:
+    def log_images(self, trainer: pl.Trainer, pl_module: Any, batch: Any, split: str) -> None:
         """Make the grids of a batch and save them, on the first rank."""
         self._last_step = trainer.global_step
         if self.disabled or not trainer.is_global_zero:

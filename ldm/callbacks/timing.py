@@ -26,6 +26,8 @@ class TimingCallback(pl.Callback):
         self.steps = 0
         self.seconds = 0.0
         self.peak_bytes = 0
+        self._step = 0
+        self._since: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step, self._since = trainer.global_step, None

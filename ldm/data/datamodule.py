@@ -236,7 +236,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         folder = Path(self._reg_params["data_root"]).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         make_class_images(
-            model=trainer.lightning_module,
+            model=trainer.lightning_module,  # type: ignore[arg-type]
             folder=folder,
             prompts=self.class_prompts,
             count=missing,

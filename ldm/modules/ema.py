@@ -19,6 +19,9 @@ class LitEma(nn.Module):
         use_num_updates: start with a short memory, `(1 + n) / (10 + n)`, until it reaches `decay`.
     """
 
+    decay: Tensor
+    num_updates: Tensor
+
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_updates: bool = True):
         super().__init__()
         if not 0.0 <= decay <= 1.0:

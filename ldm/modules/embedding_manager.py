@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,4 +90,5 @@ def _vectors(content: dict[str, Any]) -> dict[str, Tensor]:
     if isinstance(named, Stub):  # a pickled ParameterDict
         state = named.state if isinstance(named.state, dict) else {}
         named = state.get("_parameters") or state
-    return {str(word): vector for word, vector in dict(named).items() if isinstance(vector, Tensor) and vector.ndim}
+    named = named if isinstance(named, Mapping) else {}
+    return {str(word): vector for word, vector in named.items() if isinstance(vector, Tensor) and vector.ndim}

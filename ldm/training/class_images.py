@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from pytorch_lightning import LightningModule
 from tqdm import tqdm
 
 from ldm.inference import Recipe, image_seed, next_number, recipe_text, save_png, text_to_image
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
 
 def make_class_images(
-    model: LightningModule,
+    model: LatentDiffusion,
     folder: Path,
     prompts: Sequence[str],
     count: int,

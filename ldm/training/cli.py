@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    boolean = {"type": str2bool, "nargs": "?", "const": True, "metavar": "BOOL"}
+    boolean: dict[str, Any] = {"type": str2bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     what = parser.add_argument_group("what to run")
     what.add_argument("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs, merged left to right")
     what.add_argument("-t", "--train", default=False, help="train", **boolean)

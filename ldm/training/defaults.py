@@ -66,6 +66,7 @@ CALLBACKS: dict[str, Any] = {
         "target": "pytorch_lightning.callbacks.LearningRateMonitor",
         "params": {"logging_interval": "step"},
     },
+    "progress": {"target": "ldm.callbacks.progress.StepProgress"},
     "timing": {"target": "ldm.callbacks.timing.TimingCallback"},
 }
 

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -44,7 +43,7 @@ def prompts(texts: list[str], shown: int = 2) -> str:
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
-def start(trainer: pl.Trainer, model: pl.LightningModule, data: Any, run: Run, weights: str) -> str:
+def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
     """What is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
     rows = {"training": parameters(model), "weights": weights}
     found = data.summary()
@@ -68,7 +67,7 @@ def start(trainer: pl.Trainer, model: pl.LightningModule, data: Any, run: Run, w
     return _rows("Training", rows)
 
 
-def end(trainer: pl.Trainer, keeper: CheckpointKeeper, timing: TimingCallback, prompt: str | None) -> str:
+def end(trainer: Any, keeper: CheckpointKeeper, timing: TimingCallback, prompt: str | None) -> str:
     """What has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done = f"{trainer.global_step} steps"
     if timing.seconds_per_step:

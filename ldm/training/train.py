@@ -104,7 +104,7 @@ def _seeded(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return {} if "seed" in (config.get("params") or {}) else {"seed": seed}
 
 
-def _only(trainer: pl.Trainer, kind: type) -> Any:
+def _only(trainer: Any, kind: type) -> Any:
     return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
 
 
@@ -114,12 +114,12 @@ class _Announcement(pl.Callback):
     def __init__(self, run: Run, weights: str):
         self.run, self.weights = run, weights
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             log.info(summary.start(trainer, pl_module, trainer.datamodule, self.run, self.weights))
 
 
-def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple[pl.LightningModule, str]:
+def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple[Any, str]:
     """The model with its initial weights, and a line that says where they are from.
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
@@ -143,7 +143,7 @@ def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple
     return model, report
 
 
-def _build_filled(config: Mapping[str, Any], path: Path) -> tuple[pl.LightningModule, str]:
+def _build_filled(config: Mapping[str, Any], path: Path) -> tuple[Any, str]:
     state = state_dict_of(read_checkpoint(path), path)
     model, report = instantiate_filled(_target(config), state, path)
     if getattr(model, "model_ema", None) is not None and not any(key.startswith("model_ema.") for key in state):
@@ -176,7 +176,7 @@ def learning_rate(config: Mapping[str, Any], trainer: pl.Trainer, batch_size: in
     return rate
 
 
-def build_trainer(config: Mapping[str, Any], run: Run) -> pl.Trainer:
+def build_trainer(config: Mapping[str, Any], run: Run) -> Any:
     """Lightning's Trainer with the config's arguments and callbacks over the project's defaults."""
     lightning = config.get("lightning") or {}
     arguments = {**defaults.TRAINER, **(lightning.get("trainer") or {})}
@@ -189,6 +189,8 @@ def build_trainer(config: Mapping[str, Any], run: Run) -> pl.Trainer:
     callbacks = build_callbacks(lightning, config, run)
     if not arguments["logger"]:
         callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.LearningRateMonitor)]
+    if not arguments.get("enable_progress_bar", True):
+        callbacks = [c for c in callbacks if not isinstance(c, pl.callbacks.ProgressBar)]
     try:
         return pl.Trainer(
             **{"default_root_dir": run.folder, **arguments}, callbacks=callbacks, plugins=[AtomicCheckpointIO()]

@@ -18,10 +18,11 @@ CONDITIONING_KEYS = ("crossattn", "concat", "hybrid")
 
 def as_mapping(cond: Cond, conditioning_key: str) -> dict[str, list[Tensor]]:
     """The dict form of a conditioning; bare tensors go where `conditioning_key` says."""
-    if isinstance(cond, Mapping):
-        return {key: list(value) for key, value in cond.items()}
     key = "c_concat" if conditioning_key == "concat" else "c_crossattn"
-    return {key: [cond] if isinstance(cond, Tensor) else list(cond)}
+    if isinstance(cond, Tensor):
+        return {key: [cond]}
+    named = cond if isinstance(cond, Mapping) else {key: cond}
+    return {name: list(tensors) for name, tensors in named.items()}
 
 
 def concat_batches(first: Cond, second: Cond) -> Cond:
@@ -37,9 +38,10 @@ def concat_batches(first: Cond, second: Cond) -> Cond:
 
 def batch_size(cond: Cond) -> int:
     """How many samples a conditioning is for."""
-    while not isinstance(cond, Tensor):
-        cond = next(iter(cond.values() if isinstance(cond, Mapping) else cond))
-    return len(cond)
+    if isinstance(cond, Tensor):
+        return len(cond)
+    parts: Sequence[Any] = list(cond.values()) if isinstance(cond, Mapping) else cond
+    return batch_size(parts[0])
 
 
 class DiffusionWrapper(nn.Module):

@@ -63,6 +63,10 @@ class LatentDiffusion(pl.LightningModule):
     """
 
     learning_rate: float = 1e-6
+    betas: Tensor
+    lvlb_weights: Tensor
+    first_stage_model: Any
+    cond_stage_model: Any
 
     def __init__(
         self,
@@ -256,7 +260,9 @@ class LatentDiffusion(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch, "train")
         size = len(self.objective.halves(batch)[0][self.first_stage_key])
-        self.log_dict(logged, prog_bar=True, logger=True, on_step=True, batch_size=size)
+        shown: dict[str, Any] = {key: logged.pop(key) for key in ("train/loss", "train/loss_prior") if key in logged}
+        self.log_dict(shown, prog_bar=True, batch_size=size)
+        self.log_dict(logged, batch_size=size)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Denoiser
@@ -25,7 +26,7 @@ class PLMSSampler(Sampler):
         eps, pred_x0 = self._predictions(x, index, denoise(x, self._batch_of(index, x)))
         if self._history:
             coefficients = MULTISTEP[len(self._history)]
-            combined = sum(c * e for c, e in zip(coefficients, [eps, *self._history]))
+            combined = torch.stack([c * e for c, e in zip(coefficients, [eps, *self._history])]).sum(dim=0)
         else:
             # No past yet: the mean of this noise and the one an Euler step ahead (improved Euler).
             ahead, before = self._ddim_update(index, eps, pred_x0, noise), max(index - 1, 0)

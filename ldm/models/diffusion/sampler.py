@@ -89,7 +89,7 @@ class Sampler(ABC):
         S: int,
         batch_size: int,
         shape: Sequence[int],
-        conditioning: Cond | None = None,
+        conditioning: Cond,
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
         eta: float = 0.0,

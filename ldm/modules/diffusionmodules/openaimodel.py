@@ -75,7 +75,9 @@ class ResBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence whose layers get the time embedding or the text, as each needs."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)

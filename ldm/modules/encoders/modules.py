@@ -74,14 +74,14 @@ class FrozenCLIPEmbedder(nn.Module):
 
     def forward(self, text: Sequence[str]) -> Float[Tensor, "b n d"]:
         """Embeddings of the texts, (b, max_length, hidden_size)."""
-        text_model = self.transformer.text_model
+        text_model: Any = self.transformer.text_model
         tokens = self.tokenize(text).to(text_model.embeddings.position_ids.device)
         return text_model(input_ids=tokens).last_hidden_state
 
     encode = forward
 
 
-def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> nn.Module:
+def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if version != CLIP_VIT_L_14 and text_config is None:
