@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import sys
@@ -48,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-d", "--debug"} & set(arguments):
             raise
         logging.getLogger(__name__).error("error: %s", error)
+        return 1
+    except OSError as error:  # a full disk or a folder without write permission, met while logging
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = error.filename or "the run folder"
+        logging.getLogger(__name__).error("error: %s: %s: make room, or choose another --logdir", where, error.strerror)
         return 1
 
 

@@ -18,7 +18,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "": ("model", "data", "lightning", "run"),
     "model": ("base_learning_rate", "target", "params"),
     "data": ("target", "params"),
-    "lightning": ("trainer", "callbacks", "modelcheckpoint", "logger"),
+    "lightning": ("trainer", "callbacks", "modelcheckpoint"),
     "lightning.modelcheckpoint": ("target", "params"),
     "run": ("seed", "scale_lr"),
 }

@@ -307,6 +307,7 @@ def gradients(model, autocast):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(autocast, monkeypatch):
     calls = []
@@ -434,7 +435,7 @@ def loader(*batches):
     return torch.utils.data.DataLoader(batches, batch_size=None)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*torch.utils._pytree.*")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*treespec.*")
 def test_the_average_moves_once_for_each_step_and_is_evaluated():
     model = build(use_ema=True)
     before = unet_of(model)
@@ -449,7 +450,7 @@ def test_the_average_moves_once_for_each_step_and_is_evaluated():
     assert plain != average
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*treespec.*")
 def test_without_an_average_the_monitored_metric_is_there_too(golden_model):
     trainer = small_trainer()
     (metrics,) = trainer.validate(golden_model, loader(batch(9)), verbose=False)
@@ -641,7 +642,7 @@ def test_a_sample_does_not_depend_on_its_batch(golden_model):
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"max_length": 78}, "max_length 78 exceeds max_position_embeddings 77"),
+    ({"text_config": golden.TEXT_CONFIG, "max_length": 78}, "max_length 78 exceeds max_position_embeddings 77"),
     ({"text_config": {**golden.TEXT_CONFIG, "vocab_size": 1000}}, "vocab_size 1000 is below CLIP's 49408"),
     ({"text_config": {"hiden_size": 32}}, "text_config.hiden_size: unknown field .did you mean 'hidden_size'"),
     ({"version": "no/such/folder/at/all"}, "cannot load the hub model or local folder 'no/such/folder/at/all'"),

@@ -34,9 +34,8 @@ class EmbeddingManager:
 
     Args:
         embedder: a `FrozenCLIPEmbedder`.
-        placeholder_strings: the words to write; the identifier `sks` unless given to the methods.
-        initializer_words, per_image_tokens, num_vectors_per_token, progressive_words: accepted for older
-            configs, without effect.
+        placeholder_strings, initializer_words, per_image_tokens, num_vectors_per_token, progressive_words:
+            accepted for older configs, without effect.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class EmbeddingManager:
         return self.embedder.transformer.text_model.embeddings.token_embedding.weight
 
     @torch.no_grad()
-    def initialize(self, init_word: str, placeholder: str = "sks") -> None:
+    def initialize(self, init_word: str, placeholder: str) -> None:
         """Give `placeholder` the embedding of `init_word` (the mean, if that is several tokens)."""
         ids = tokenizer.encode(init_word)
         if not ids:

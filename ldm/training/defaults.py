@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 SEED = 23
+IDENTIFIER = "sks"
 
 # The arguments of Lightning's Trainer, as the keys of lightning.trainer. Written down, because importing
 # Lightning takes seconds that `--help` and a mistyped flag need not wait for; a test compares.
@@ -59,6 +60,9 @@ TRAINER: dict[str, Any] = {
     # The datamodule shares the samples out itself, as a function of their position in the run.
     "use_distributed_sampler": False,
 }
+
+# Lightning refuses a barebones Trainer that is told anything about logging or validation.
+BAREBONES_TRAINER: dict[str, Any] = {"use_distributed_sampler": False}
 
 # Merged under lightning.callbacks; a config changes the params of one by its name.
 CALLBACKS: dict[str, Any] = {

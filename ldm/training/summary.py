@@ -67,12 +67,15 @@ def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
     return _rows("Training", rows)
 
 
-def end(trainer: Any, keeper: CheckpointKeeper, timing: TimingCallback, prompt: str | None) -> str:
+def end(trainer: Any, keeper: CheckpointKeeper | None, timing: TimingCallback, prompt: str | None) -> str:
     """What has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done = f"{trainer.global_step} steps"
     if timing.seconds_per_step:
         done += f", {timing.seconds_per_step:.3g} s a step, {timing.peak_bytes / 1e9:.2f} GB peak memory"
-    rows = {"trained": done, "last": str(keeper.last_path)}
+    rows = {"trained": done}
+    if keeper is None or not keeper.last_path.exists():
+        return _rows("Done, without a checkpoint, as configured", rows)
+    rows["last"] = str(keeper.last_path)
     if keeper.best:
         rows["best"] = f"{keeper.best[0]} ({keeper.score} {keeper.best[1]:.4g})"
     if prompt is not None:

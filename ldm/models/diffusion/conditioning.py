@@ -19,13 +19,12 @@ CONDITIONING_KEYS = ("crossattn", "concat", "hybrid")
 def as_mapping(cond: Cond, conditioning_key: str) -> dict[str, list[Tensor]]:
     """The dict form of a conditioning; bare tensors go where `conditioning_key` says."""
     key = "c_concat" if conditioning_key == "concat" else "c_crossattn"
-    if isinstance(cond, Tensor):
-        return {key: [cond]}
-    named = cond if isinstance(cond, Mapping) else {key: cond}
-    return {name: list(tensors) for name, tensors in named.items()}
+    if isinstance(cond, Mapping):
+        return dict(zip(cond, map(list, cond.values())))
+    return {key: [cond] if isinstance(cond, Tensor) else list(cond)}
 
 
-def concat_batches(first: Cond, second: Cond) -> Cond:
+def concat_batches(first: Cond, second: Cond) -> Any:
     """One conditioning for both batches, in that order; the two must have the same form."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.cat([first, second])

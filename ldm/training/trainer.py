@@ -1,0 +1,101 @@
+"""Lightning's Trainer, with the config's arguments and callbacks over the project's defaults."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from ldm.callbacks.checkpoints import AtomicCheckpointIO, InterruptHandler
+from ldm.callbacks.setup import SetupCallback
+from ldm.errors import UserError
+from ldm.training import defaults
+from ldm.training.run import Run
+from ldm.util import instantiate_from_config
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says of every run: its start summary is ours, and the rest is as intended."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        r".*you defined a `validation_step` but have no `val_dataloader`.*",
+        r".*module\(s\) in eval mode at the start of training.*",  # the frozen networks
+        r".*does not have many workers.*",
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r".*exists and is not empty.*",  # a resumed run's checkpoints
+        r".*GPU available but not used.*",
+    ):
+        warnings.filterwarnings("ignore", message=f"(?i){message}")
+
+
+def build_trainer(config: Mapping[str, Any], run: Run) -> Any:
+    """The Trainer of a run.
+
+    Raises:
+        UserError: an argument that Lightning does not take.
+    """
+    lightning = config.get("lightning") or {}
+    given = lightning.get("trainer") or {}
+    default = defaults.TRAINER if not given.get("barebones") else defaults.BAREBONES_TRAINER
+    arguments = {**default, **given}
+    for key, why in {"callbacks": "lightning.callbacks", "plugins": None}.items():
+        if key in arguments:
+            raise UserError(f"lightning.trainer.{key}: not settable here{f'; use {why}' if why else ''}")
+    arguments.setdefault("default_root_dir", run.folder)
+    if arguments.get("logger", True) is True:
+        arguments["logger"] = False if arguments.get("barebones") else _loggers(run)
+    callbacks = [c for c in build_callbacks(lightning, config, run) if not _switched_off(c, arguments)]
+    try:
+        return pl.Trainer(**arguments, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
+    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
+
+
+def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:
+    """Whether the Trainer's arguments forbid a callback, which Lightning would refuse to run with."""
+    switches = {
+        pl.callbacks.LearningRateMonitor: arguments["logger"],
+        pl.callbacks.ProgressBar: arguments.get("enable_progress_bar", True),
+        pl.callbacks.Checkpoint: arguments.get("enable_checkpointing", True),
+    }
+    return any(
+        isinstance(callback, kind) and (not on or bool(arguments.get("barebones"))) for kind, on in switches.items()
+    )
+
+
+def _loggers(run: Run) -> list[Any]:
+    # A folder for each start: Lightning's CSV logger empties the one it finds.
+    return [
+        TensorBoardLogger(run.folder, name="tensorboard", version="", default_hp_metric=False),
+        CSVLogger(run.folder, name="csv", version=run.stamp, flush_logs_every_n_steps=10),
+    ]
+
+
+def build_callbacks(lightning: Mapping[str, Any], config: Mapping[str, Any], run: Run) -> list[pl.Callback]:
+    """The default callbacks, the config's, and the keepers of the run folder and its checkpoints."""
+    configured = {name: dict(value) for name, value in defaults.CALLBACKS.items()}
+    for name, value in (lightning.get("callbacks") or {}).items():
+        known = configured.get(name, {})
+        configured[name] = {**known, **value, "params": {**known.get("params", {}), **(value.get("params") or {})}}
+    monitor = (config["model"].get("params") or {}).get("monitor")
+    return [
+        SetupCallback(run, {**config}),
+        InterruptHandler(),
+        *(instantiate_from_config(value, f"lightning.callbacks.{name}") for name, value in configured.items()),
+        _checkpoint_callback(lightning.get("modelcheckpoint") or {}, run, monitor),
+    ]
+
+
+def _checkpoint_callback(given: Mapping[str, Any], run: Run, monitor: str | None) -> pl.Callback:
+    default = defaults.MODELCHECKPOINT
+    params = {"dirpath": str(run.checkpoints.resolve()), **default["params"], **(given.get("params") or {})}
+    target = given.get("target", default["target"])
+    if target.rpartition(".")[2] == "ModelCheckpoint":  # Lightning's own, in the configs of others
+        target = default["target"]
+    if target == default["target"]:
+        params = {"score": monitor, **params}
+    return instantiate_from_config({"target": target, "params": params}, "lightning.modelcheckpoint")
