@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import errno
+import argparse
 import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ldm.commands import exit_status
 from ldm.config import check_config
-from ldm.errors import UserError
 from ldm.training import cli, defaults
+from ldm.training.run import forget_stamp
 
 # What YAML files name as main.*, imported when asked for.
 EXPORTS = {
@@ -27,9 +28,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'main' has no attribute '{name}'")
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, train; the exit status."""
-    args = cli.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Check and train; the exit status."""
     config, folder = cli.prepare(args)
     check_config(config, defaults.TRAINER_KEYS)
     # Lightning takes seconds to import, which a mistyped flag or key need not wait for.
@@ -40,22 +40,18 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`run`, with what the user can mend told in one line."""
+    """The command; its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    parsed = argparse.Namespace(debug=False)
+
+    def command() -> int:
+        vars(parsed).update(vars(cli.parse_args(argv)))
+        return run(parsed)
+
     try:
-        return run(arguments)
-    except UserError as error:
-        if {"-d", "--debug"} & set(arguments):
-            raise
-        logging.getLogger(__name__).error("error: %s", error)
-        return 1
-    except OSError as error:  # a full disk or a folder without write permission, met while logging
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = error.filename or "the run folder"
-        logging.getLogger(__name__).error("error: %s: %s: make room, or choose another --logdir", where, error.strerror)
-        return 1
+        return exit_status(command, lambda: parsed.debug)
+    finally:
+        forget_stamp()
 
 
 if __name__ == "__main__":

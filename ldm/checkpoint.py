@@ -268,6 +268,13 @@ class EmptyInit(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def without_initial_weights(config: Any) -> Any:
+    """The config without the `ckpt_path`s in it: its weights come from elsewhere, and those files may be gone."""
+    if isinstance(config, Mapping):
+        return {key: without_initial_weights(value) for key, value in config.items() if key != "ckpt_path"}
+    return [without_initial_weights(value) for value in config] if isinstance(config, list) else config
+
+
 def instantiate_filled(
     config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path, where: str = "model"
 ) -> tuple[Any, LoadReport]:
@@ -275,6 +282,7 @@ def instantiate_filled(
 
     No weight is initialised that the checkpoint then overwrites.
     """
+    config = without_initial_weights(config)
     with EmptyInit():
         model = instantiate_from_config(config, where)
     if compare(model, state, path).missing:

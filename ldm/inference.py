@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of
+from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of, write_atomically
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
 from ldm.rng import SampleRandom, derive_seed
@@ -48,7 +48,7 @@ def find_config(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] 
     """The config that a checkpoint of ours carries, or that lies in its run folder; None for others."""
     if isinstance(config := content.get("config"), dict) and "model" in config:
         return config
-    saved = sorted((checkpoint.resolve().parent.parent / "configs").glob("*.yaml"))
+    saved = sorted((checkpoint.resolve().parent.parent / "configs").glob("*-project.yaml"))
     config = to_plain(load_config(saved)) if saved else {}
     return config if "model" in config else None
 
@@ -172,11 +172,9 @@ def save_png(image: Image.Image, path: Path, parameters: str = "") -> None:
     info = PngInfo()
     if parameters:
         info.add_itxt("parameters", parameters)
-    try:
-        with open(path, "xb") as file:
-            image.save(file, "PNG", pnginfo=info)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    if path.exists():
+        raise UserError(f"{path}: is there already, and is not overwritten")
+    write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
 
 
 def next_number(folder: Path, pattern: str = "*") -> int:

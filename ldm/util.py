@@ -73,8 +73,24 @@ def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str)
                     f"{where}.{key}: unknown key for {cls.__qualname__}{nearest(str(key), accepted)}; "
                     f"accepted: {', '.join(accepted)}"
                 )
+    for parameter in parameters:
+        if parameter.name in params:
+            _check_type(params[parameter.name], parameter.annotation, f"{where}.{parameter.name}")
     required = [
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if missing := [name for name in required if name not in params]:
         raise UserError(f"{where}: {cls.__qualname__} needs {', '.join(missing)}")
+
+
+_PLAIN_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def _check_type(value: Any, annotation: Any, where: str) -> None:
+    """Raise a `UserError` if a value is not of a plain type that the signature asks for; others are not checked."""
+    names = [name.strip() for name in str(getattr(annotation, "__name__", annotation)).split("|")]
+    if not all(name in _PLAIN_TYPES or name == "None" for name in names):
+        return
+    accepted = tuple(kind for name in names for kind in _PLAIN_TYPES.get(name, (type(None),)))
+    if not isinstance(value, accepted) or (isinstance(value, bool) and "bool" not in names):
+        raise UserError(f"{where}: expected {' or '.join(names)}, got {value!r}")

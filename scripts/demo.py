@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldm.commands import exit_status
 from ldm.contact_sheet import contact_sheet
 from ldm.data.image_folder import find_images, load_image
 from ldm.errors import UserError
@@ -72,8 +73,8 @@ def draw(checkpoint: Path, prompts: Sequence[str]) -> dict[str, list[Image.Image
     return {prompt: text_to_image(model, [prompt] * SHOWN, seeds, recipe) for prompt in prompts}
 
 
-def demo(args: argparse.Namespace) -> Path:
-    """Photos, training, samples; the contact sheet's path."""
+def demo(args: argparse.Namespace) -> None:
+    """Photos, training, samples, and a contact sheet of them all."""
     begin = time.monotonic()
     photos, outdir = photos_of(args.subject), Path(args.outdir)
     class_word = args.class_word or photos.resolve().name.rstrip("0123456789")
@@ -92,17 +93,12 @@ def demo(args: argparse.Namespace) -> Path:
     print(f"\ncontact sheet after {(time.monotonic() - begin) / 60:.1f} minutes: {sheet}\nanother prompt:")
     prompt = f"photo of a sks {class_word} on the beach"
     print(f"  .venv/bin/python scripts/stable_txt2img.py --ckpt {shlex.quote(str(checkpoint))} --prompt {prompt!r}")
-    return sheet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        demo(build_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    args = build_parser().parse_args(argv)
+    return exit_status(lambda: demo(args))
 
 
 if __name__ == "__main__":

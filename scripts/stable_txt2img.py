@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.inference import (
     Recipe,
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plms", action="store_true", help="the PLMS sampler instead of DDIM")
     add("--ddim_eta", type=float, default=0.0, help="0 is deterministic (default: %(default)s)")
     add("--scale", type=float, default=7.5, help="guidance (default: %(default)s)")
-    add("--n_iter", type=int, default=1, help="batches for each prompt (default: %(default)s)")
+    add("--n_iter", type=int, default=2, help="batches for each prompt (default: %(default)s)")
     add("--n_samples", type=int, default=3, help="pictures in a batch (default: %(default)s)")
     add("--n_rows", type=int, default=0, help="pictures in a row of the grid (default: n_samples)")
     add("--H", type=int, help="height, pixels (default: the model's)")
@@ -68,14 +70,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_prompts(args: argparse.Namespace) -> list[list[str]]:
     """The batches of prompts: one repeated, or the lines of a file in turn."""
-    if args.n_samples < 1 or args.n_iter < 1:
-        raise UserError("--n_samples and --n_iter must be at least 1")
+    if args.n_samples < 1 or args.n_iter < 1 or args.n_rows < 0:
+        raise UserError("--n_samples and --n_iter must be at least 1, --n_rows at least 0")
+    if not (math.isfinite(args.scale) and math.isfinite(args.ddim_eta) and args.ddim_eta >= 0):
+        raise UserError(f"--scale {args.scale} and --ddim_eta {args.ddim_eta} must be numbers, eta not negative")
     if not args.from_file:
         return [[args.prompt] * args.n_samples]
     path = Path(args.from_file)
     if not path.is_file():
         raise UserError(f"--from-file {path}: no such file")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--from-file {path}: not UTF-8 text") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"--from-file {path}: no prompts in it")
     return [lines[start : start + args.n_samples] for start in range(0, len(lines), args.n_samples)]
@@ -96,6 +104,9 @@ def sample(args: argparse.Namespace) -> None:
     if args.laion400m:
         raise UserError("--laion400m: not supported: that model's BERT text encoder is not part of this project")
     batches = read_prompts(args)
+    outdir = Path(args.outdir)
+    folder = outdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
     model = load_model(args.ckpt, args.config, pick_device(args.device), fallback=V1_CONFIG)
     for flag, given, actual in (("C", args.C, model.latent_channels), ("f", args.f, model.downsampling)):
         if given not in (None, actual):
@@ -108,9 +119,6 @@ def sample(args: argparse.Namespace) -> None:
     sampler = "plms" if args.plms else "ddim"
     recipe = Recipe(args.ddim_steps, args.scale, args.ddim_eta, sampler, args.H or side, args.W or side, args.seed)
 
-    outdir = Path(args.outdir)
-    folder = outdir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
     file_number = next_number(folder)
     made: list[Image.Image] = []
     work = list(numbered_batches(batches, args.n_iter, args.fixed_code))
@@ -136,12 +144,7 @@ def sample(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     args = build_parser().parse_args(argv)
-    try:
-        sample(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: sample(args))
 
 
 if __name__ == "__main__":

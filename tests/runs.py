@@ -16,7 +16,6 @@ from PIL import Image
 
 import main
 from ldm.checkpoint import read_checkpoint
-from ldm.training.run import STAMP_VARIABLE
 from tests import golden
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,13 +86,11 @@ class Workspace:
 
     def train(self, name: str, *more: str, base: Path | None = None) -> Path:
         """Train in this process; the run folder."""
-        os.environ.pop(STAMP_VARIABLE, None)
         assert main.main(self.arguments(name, *more, base=base)) == 0
         return self.run(name)
 
     def resume(self, run: Path, *more: str) -> None:
         """Go on with a run in this process."""
-        os.environ.pop(STAMP_VARIABLE, None)
         assert main.main(["-r", str(run), *more]) == 0
 
     def run(self, name: str) -> Path:
@@ -104,7 +101,6 @@ class Workspace:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """The training command as a process of its own."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment.pop(STAMP_VARIABLE, None)
         return subprocess.Popen(
             [sys.executable, str(ROOT / "main.py"), *arguments],
             env=environment,

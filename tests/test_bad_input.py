@@ -84,6 +84,10 @@ def test_mistyped_flag(refused):
         ("model.base_learning_rate=fast", "model.base_learning_rate: expected a positive number"),
         ("lightning.trainer.precision=17", "lightning.trainer: "),
         ("model.params.parameterization=epsilon", "accepted: eps, x0, v"),
+        ("lightning.trainer.precision=bf16-true", "use 16-mixed or bf16-mixed"),
+        ("data.params.train.params.size=64", "need one size"),
+        ("data.params.batch_size=two", "data.params.batch_size: expected int, got 'two'"),
+        ("model.params.use_ema=maybe", "model.params.use_ema: expected bool, got 'maybe'"),
     ],
 )  # fmt: skip
 def test_mistyped_keys_and_values(refused, override, named):
@@ -122,14 +126,17 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(workspace, monkey
         (["--ckpt", "{ckpt}", "--f", "8"], "--f 8: this model has 2"),
         (["--ckpt", "{ckpt}", "--n_samples", "0"], "at least 1"),
         (["--ckpt", "{ckpt}", "--device", "cuda"], "--device cuda"),
+        (["--ckpt", "{ckpt}", "--scale", "nan"], "must be numbers"),
+        (["--ckpt", "{ckpt}", "--n_rows", "-1"], "--n_rows at least 0"),
+        (["--ckpt", "{ckpt}", "--outdir", "{ckpt}/out"], "a file stands where a folder is needed"),
         (["--laion400m"], "not supported"),
     ],
 )
-def test_sampling_what_cannot_be_sampled(workspace, arguments, message, capsys, tmp_path):
-    if "{ckpt}" in arguments and not (ckpt := workspace.path / "sampled.ckpt").exists():
+def test_sampling_what_cannot_be_sampled(workspace, arguments, message, caplog, tmp_path):
+    if not (ckpt := workspace.path / "sampled.ckpt").exists():
         run = workspace.train("sampled", "--max_steps", "1")
         (run / "checkpoints/last.ckpt").rename(ckpt)
-    arguments = [str(workspace.path / "sampled.ckpt") if a == "{ckpt}" else a for a in arguments]
-    assert stable_txt2img.main([*arguments, "--outdir", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    arguments = [a.replace("{ckpt}", str(workspace.path / "sampled.ckpt")) for a in arguments]
+    assert stable_txt2img.main(["--outdir", str(tmp_path / "out"), *arguments]) == 1
+    error = caplog.records[-1].getMessage()
+    assert error.startswith("error: ") and message in error and "\n" not in error

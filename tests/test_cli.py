@@ -73,6 +73,27 @@ def test_trainer_arguments_are_flags():
     assert trainer["accelerator"] == "cpu"  # no --gpus, nothing in the YAML
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("7", 7),
+        ("1e4", 10000),
+        ("0.5", 0.5),
+        ("true", True),
+        ("10:00:00:00", "10:00:00:00"),
+        ("bf16-mixed", "bf16-mixed"),
+    ],
+)
+def test_values_of_trainer_flags(text, value):
+    assert cli.trainer_value(text) == value and type(cli.trainer_value(text)) is type(value)
+
+
+@pytest.mark.parametrize("flag", ["--actual_resume", "--init_word", "-n"])
+def test_flags_of_a_new_run_do_not_go_with_resume(flag):
+    with pytest.raises(UserError, match="not together with --resume"):
+        cli.prepare(cli.parse_args(["-r", "run", flag, "x"]))
+
+
 def test_no_class_images_are_needed_when_they_weigh_nothing():
     args = cli.parse_args(["--base", V1, "-t", "--data_root", "a", "model.params.reg_weight=0.0"])
     assert "reg" not in cli.prepare(args)[0]["data"]["params"]
@@ -85,6 +106,7 @@ def test_no_class_images_are_needed_when_they_weigh_nothing():
         (["-t", "--max_step=3"], "unknown flag --max_step (did you mean '--max_steps'?)"),
         (["-t", "stray"], "expected true or false, got 'stray'"),
         (["-n", "a", "stray"], "'stray' is neither a flag nor key.path=value"),
+        (["-t", "--max_steps", "[1"], "argument --max_steps: '[1' is not a YAML value"),
         (["-s", "many"], "invalid int value: 'many'"),
     ],
 )

@@ -9,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 
 import main
-from ldm.training.run import STAMP_VARIABLE
 from tests import golden
 from tests.runs import SIZE, Workspace, checkpoint, config, metrics, pictures, same
 
@@ -26,8 +25,7 @@ def finished(workspace):
 
 
 @pytest.fixture(autouse=True)
-def new_stamp(monkeypatch, caplog):
-    monkeypatch.delenv(STAMP_VARIABLE, raising=False)
+def logged(caplog):
     caplog.set_level("INFO")
 
 
@@ -131,6 +129,27 @@ def test_resume_from_a_checkpoint_inside_a_run(workspace, finished):
     assert same(checkpoint(resumed)["state_dict"], checkpoint(finished)["state_dict"])
 
 
+def test_going_on_from_an_earlier_checkpoint_keeps_the_newest(workspace):
+    run = workspace.train("kept", "--max_steps", "3")
+    newest = checkpoint(run)["state_dict"]
+    workspace.resume(run / "checkpoints/epoch=000000-step=000000002.ckpt", "--max_steps", "2")
+    (kept,) = (run / "checkpoints").glob("last-of-*.ckpt")
+    assert same(checkpoint(run, kept.name)["state_dict"], newest)
+
+
+def test_two_runs_of_one_process_have_their_own_folders(workspace):
+    first, second = (workspace.train(name, "--max_steps", "1") for name in ("one", "two"))
+    assert main.main(workspace.arguments("one", "--max_steps", "1")) == 0
+    assert len(list(workspace.logs.glob("photos*_one"))) == 2 and first != second
+
+
+def test_a_resumed_run_does_not_make_class_images(workspace, caplog):
+    run = workspace.train("prior-lost", "--max_steps", "1")
+    assert main.main(["-r", str(run), "--max_steps", "2", "data.params.num_class_images=9"]) == 1
+    assert "5 of 9 class images are missing" in caplog.text
+    assert len(list(workspace.class_images.iterdir())) == 4
+
+
 def test_resuming_a_finished_run_changes_nothing(workspace, finished):
     before = checkpoint(finished)["state_dict"]
     workspace.resume(finished)
@@ -187,6 +206,29 @@ def test_the_model_makes_the_class_images_that_lack(workspace):
     assert main.main(arguments) == 0
     made = sorted(path.name for path in folder.iterdir())
     assert len(made) == 3 and "0.png" in made
+
+
+def test_arguments_that_log_images_does_not_take(workspace, caplog):
+    more = "lightning.callbacks.image_logger={target: main.ImageLogger, params: {log_images_kwargs: {ddim_step: 2}}}"
+    assert main.main(workspace.arguments("mistyped-images", more)) == 1
+    assert "log_images_kwargs.ddim_step: unknown key" in caplog.text and "'ddim_steps'" in caplog.text
+
+
+def test_what_has_no_effect_is_said_once_a_run(workspace, caplog):
+    workspace.train("without-effect", "--max_steps", "1")
+    (line,) = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    assert "model_lr" in line and "personalization_config" in line and "scale_factor" not in line
+
+
+def test_initial_weights_of_a_part_are_not_needed_again(workspace):
+    (first_stage := workspace.path / "first_stage.ckpt").unlink(missing_ok=True)
+    torch.save({"state_dict": golden.latent_diffusion().first_stage_model.state_dict()}, first_stage)
+    run = workspace.train(
+        "parts-weights", "--max_steps", "1", f"model.params.first_stage_config.params.ckpt_path={first_stage}"
+    )
+    first_stage.unlink()
+    workspace.resume(run, "--max_steps", "2")
+    assert checkpoint(run)["global_step"] == 2
 
 
 def test_validation_and_the_best_checkpoint(workspace, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import shutil
@@ -47,6 +48,17 @@ class CheckpointKeeper(ModelCheckpoint):
     def last_path(self) -> Path:
         """Where the newest checkpoint is."""
         return Path(self.dirpath or ".") / LAST
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Going on from an earlier checkpoint will replace `last.ckpt`, which may be the only one of its step.
+        start, last = trainer.ckpt_path, self.last_path
+        if not (start and trainer.is_global_zero and last.exists()) or last.samefile(start):
+            return
+        if last.stat().st_nlink == 1:
+            stamp = datetime.datetime.fromtimestamp(last.stat().st_mtime).strftime("%Y-%m-%dT%H-%M-%S")
+            os.link(last, kept := last.with_name(f"last-of-{stamp}.ckpt"))
+            log.info("%s is kept as %s", last, kept.name)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
+from ldm.util import check_params
+
 
 class ImageLogger(pl.Callback):
     """Every `batch_frequency` steps, the grids that the model's `log_images` returns, in `images/{split}/`.
@@ -48,6 +50,12 @@ class ImageLogger(pl.Callback):
         self._early = {2**n for n in range(32) if 2**n < batch_frequency} if increase_log_steps else set()
         self._last_step = -1
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Raises a `UserError` for arguments that the model's `log_images` does not take."""
+        if not self.disabled:
+            given = {"batch": None, "N": self.max_images, **self.log_images_kwargs}
+            check_params(pl_module.log_images, given, "lightning.callbacks.image_logger.params.log_images_kwargs")
+
     def due(self, step: int) -> bool:
         """Whether this many optimizer steps deserve a grid."""
         return step > 0 and (step % self.batch_frequency == 0 or step in self._early)
@@ -72,7 +80,7 @@ class ImageLogger(pl.Callback):
         was_training = pl_module.training
         pl_module.eval()
         try:
-            pictures = pl_module.log_images(batch, N=self.max_images, **self.log_images_kwargs)
+            pictures = pl_module.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
         finally:
             pl_module.train(was_training)
         for name, images in pictures.items():

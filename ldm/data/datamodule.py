@@ -191,6 +191,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         for name, loader in (("validation", "val_dataloader"), ("test", "test_dataloader")):
             if name not in self.datasets:  # not overridden in Lightning's eyes, which then runs no such loop
                 setattr(self, loader, getattr(super(), loader))
+        sizes = {name: ((config or {}).get("params") or {}).get("size") for name, config in configs.items()}
+        if train and reg and sizes["train"] != sizes["reg"]:
+            raise UserError(
+                f"data.params: train.params.size is {sizes['train']}, reg.params.size {sizes['reg']}: "
+                "subject and class images share a batch and need one size"
+            )
         if num_class_images:  # the folder may still be empty; all else can be checked now
             self._check_reg()
 
@@ -231,6 +237,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         trainer, missing = self.trainer, self.class_images_to_make
         if trainer is None or not trainer.training or not missing:
             return
+        if trainer.ckpt_path:
+            # Lightning restores the weights after this hook, and a tuned model's images are not its prior.
+            raise UserError(
+                f"{self._reg_params['data_root']}: {missing} of {self.num_class_images} class images are missing, and "
+                "only a new run makes them: put them back, or lower data.params.num_class_images"
+            )
         from ldm.training.class_images import make_class_images
 
         folder = Path(self._reg_params["data_root"]).expanduser()

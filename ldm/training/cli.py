@@ -42,6 +42,26 @@ def str2bool(text: str) -> bool:
     return bool(value)
 
 
+def trainer_value(text: str) -> Any:
+    """The value of one of Lightning's flags, as YAML would have it."""
+    if ":" in text:  # a duration such as 00:12:00:00, which YAML takes for a number to the base of 60
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a YAML value") from error
+    return _number(value) if isinstance(value, str) else value
+
+
+def _number(text: str) -> int | float | str:
+    """1e4 and the like are text to YAML."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
 class Parser(argparse.ArgumentParser):
     """Raises instead of exiting, so that every error of the command ends in the same way."""
 
@@ -98,7 +118,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     visible = {flag for action in parser._actions for flag in action.option_strings}
     for key in TRAINER_KEYS:
-        parser.add_argument(f"--{key}", dest=f"trainer.{key}", type=yaml.safe_load, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{key}", dest=f"trainer.{key}", type=trainer_value, help=argparse.SUPPRESS)
     words = list(sys.argv[1:] if argv is None else argv)
     # Taken out first: behind a flag with an optional value, argparse would take an override for that value.
     overrides = [word for word in words if OVERRIDE.match(word)]
@@ -126,6 +146,9 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], Run]:
     """
     if not args.train and not args.resume:
         raise UserError("nothing to do: give -t to train, or -r RUN to go on with a run")
+    for flag in ("actual_resume", "init_word", "embedding_manager_ckpt", "name", "postfix", "project"):
+        if args.resume and getattr(args, flag):
+            raise UserError(f"--{flag}: not together with --resume, which takes it from the run")
     run = resumed_run(args.resume) if args.resume else new_run(args)
     paths = [*(run.saved_configs() if args.resume else []), *args.base]
     if not paths:

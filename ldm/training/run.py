@@ -50,6 +50,11 @@ def time_stamp(taken: Callable[[str], bool]) -> str:
     return os.environ[STAMP_VARIABLE]
 
 
+def forget_stamp() -> None:
+    """End what `time_stamp` began, so that the next run in this process has a time of its own."""
+    os.environ.pop(STAMP_VARIABLE, None)
+
+
 def new_run(args: argparse.Namespace) -> Run:
     """The folder that the flags name for a new run; it is not made yet."""
     parent = Path(args.project or args.logdir)

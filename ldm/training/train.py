@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
-from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of
+from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of, without_initial_weights
 from ldm.errors import UserError
 from ldm.training import defaults, summary
 from ldm.training.run import Run
@@ -59,7 +59,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
         test: run the config's test set afterwards, if it has one.
 
     Raises:
-        UserError: for what the user gave, before anything is written.
+        UserError: for what the user gave; for all that can be known then, before anything is written.
     """
     start = start or Start()
     quiet_lightning()
@@ -72,8 +72,9 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     model.learning_rate = learning_rate(config, trainer, data.batch_size)
 
     trainer.callbacks.append(_Announcement(run, report))
-    # Setting up after the class images may have been made: Lightning calls prepare_data first.
-    trainer.fit(model, datamodule=data, ckpt_path=run.resume_from, weights_only=False)
+    if run.resume_from:  # not as an argument of fit, which hides it from the callbacks and the data
+        trainer.ckpt_path = str(run.resume_from)
+    trainer.fit(model, datamodule=data, weights_only=False)
 
     keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
     if trainer.is_global_zero:
@@ -111,11 +112,13 @@ def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple
     """
     target = {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
     if resumes:
-        return instantiate_from_config(target, "model"), ""
+        return instantiate_from_config(without_initial_weights(target), "model"), ""
     if start.weights is None:
         model, report = instantiate_from_config(target, "model"), "newly initialised"
     else:
-        model, report = _build_filled(target, start.weights)
+        state = state_dict_of(read_checkpoint(start.weights), start.weights)
+        model, loaded = instantiate_filled(target, state, start.weights)
+        report = f"{start.weights}: {loaded}"
     if start.embeddings or start.init_word:
         report += _write_embeddings(model, start, _identifier(config["data"]))
     return model, report
@@ -137,14 +140,6 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
     if start.embeddings:
         report += f"; embeddings of {', '.join(manager.load(start.embeddings))}"
     return report
-
-
-def _build_filled(config: Mapping[str, Any], path: Path) -> tuple[Any, str]:
-    state = state_dict_of(read_checkpoint(path), path)
-    model, report = instantiate_filled(config, state, path)
-    if getattr(model, "model_ema", None) is not None and not any(key.startswith("model_ema.") for key in state):
-        model.model_ema = type(model.model_ema)(model.model)  # averages start from what was loaded
-    return model, f"{path}: {report}"
 
 
 def learning_rate(config: Mapping[str, Any], trainer: pl.Trainer, batch_size: int) -> float:

@@ -17,6 +17,12 @@ from ldm.training import defaults
 from ldm.training.run import Run
 from ldm.util import instantiate_from_config
 
+NOT_SETTABLE = {
+    "callbacks": "lightning.callbacks",
+    "plugins": "lightning.trainer.precision and strategy",
+    "default_root_dir": "--logdir",
+}
+
 
 def quiet_lightning() -> None:
     """Silence what Lightning says of every run: its start summary is ours, and the rest is as intended."""
@@ -42,15 +48,17 @@ def build_trainer(config: Mapping[str, Any], run: Run) -> Any:
     given = lightning.get("trainer") or {}
     default = defaults.TRAINER if not given.get("barebones") else defaults.BAREBONES_TRAINER
     arguments = {**default, **given}
-    for key, why in {"callbacks": "lightning.callbacks", "plugins": None}.items():
+    for key, instead in NOT_SETTABLE.items():
         if key in arguments:
-            raise UserError(f"lightning.trainer.{key}: not settable here{f'; use {why}' if why else ''}")
-    arguments.setdefault("default_root_dir", run.folder)
+            raise UserError(f"lightning.trainer.{key}: not settable here; use {instead}")
+    if arguments.get("precision") in ("16-true", "bf16-true"):
+        # Lightning would round the noise schedule with the weights: its first step would become noiseless.
+        raise UserError(f"lightning.trainer.precision: {arguments['precision']}: use 16-mixed or bf16-mixed")
     if arguments.get("logger", True) is True:
         arguments["logger"] = False if arguments.get("barebones") else _loggers(run)
     callbacks = [c for c in build_callbacks(lightning, config, run) if not _switched_off(c, arguments)]
     try:
-        return pl.Trainer(**arguments, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
+        return pl.Trainer(default_root_dir=run.folder, **arguments, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
     except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
 
@@ -79,6 +87,9 @@ def build_callbacks(lightning: Mapping[str, Any], config: Mapping[str, Any], run
     """The default callbacks, the config's, and the keepers of the run folder and its checkpoints."""
     configured = {name: dict(value) for name, value in defaults.CALLBACKS.items()}
     for name, value in (lightning.get("callbacks") or {}).items():
+        if value is None:  # switched off
+            configured.pop(name, None)
+            continue
         known = configured.get(name, {})
         configured[name] = {**known, **value, "params": {**known.get("params", {}), **(value.get("params") or {})}}
     monitor = (config["model"].get("params") or {}).get("monitor")

@@ -29,14 +29,6 @@ log = logging.getLogger(__name__)
 Images = Float[Tensor, "b 3 height width"]
 Batch = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
-# Keys of the reference's configs that change nothing here, and the values of them that need no word.
-WITHOUT_EFFECT: dict[str, Any] = {
-    "num_timesteps_cond": 1,
-    "embedding_reg_weight": 0.0,
-    "unfreeze_model": True,
-    "model_lr": None,
-}
-
 
 class LatentDiffusion(pl.LightningModule):
     """A text-to-image diffusion model in the latent space of an autoencoder (Rombach et al., 2112.10752).
@@ -56,8 +48,8 @@ class LatentDiffusion(pl.LightningModule):
         first_stage_key, cond_stage_key: a batch's entries for the image and the caption.
         monitor: the metric that names the best checkpoint.
         personalization_config: without effect: the identifier is a token that exists (`--init_word`
-            gives it another word's embedding). Nor have `channels`, `log_every_t` and
-            the keys of `WITHOUT_EFFECT`, which older configs hold.
+            gives it another word's embedding). Nor have the keys behind it, which older configs hold;
+            a training says so once.
 
     The learning rate is the attribute `learning_rate`, which the training command sets.
     """
@@ -90,21 +82,25 @@ class LatentDiffusion(pl.LightningModule):
         cond_stage_key: str = "caption",
         monitor: str | None = None,
         personalization_config: Mapping[str, Any] | None = None,
-        num_timesteps_cond: int = 1,
-        embedding_reg_weight: float = 0.0,
-        unfreeze_model: bool = True,
+        num_timesteps_cond: int | None = None,
+        embedding_reg_weight: float | None = None,
+        unfreeze_model: bool | None = None,
         model_lr: float | None = None,
         log_every_t: int | None = None,
         image_size: int = 64,
         channels: int | None = None,
     ):
         super().__init__()
-        _warn_without_effect(
-            num_timesteps_cond=num_timesteps_cond,
-            embedding_reg_weight=embedding_reg_weight,
-            unfreeze_model=unfreeze_model,
-            model_lr=model_lr,
-        )
+        without_effect = {
+            "personalization_config": personalization_config,
+            "num_timesteps_cond": num_timesteps_cond,
+            "embedding_reg_weight": embedding_reg_weight,
+            "unfreeze_model": unfreeze_model,
+            "model_lr": model_lr,
+            "log_every_t": log_every_t,
+            "channels": channels,
+        }
+        self._without_effect = [name for name, value in without_effect.items() if value is not None]
         if parameterization not in PARAMETERIZATIONS:
             accepted = ", ".join(PARAMETERIZATIONS)
             raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
@@ -257,6 +253,13 @@ class LatentDiffusion(pl.LightningModule):
 
     # Lightning
 
+    def on_fit_start(self) -> None:
+        if self._without_effect and self.trainer.is_global_zero:
+            log.warning(
+                "model.params: without effect here: %s (the learning rate is model.base_learning_rate)",
+                ", ".join(self._without_effect),
+            )
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch, "train")
         size = len(self.objective.halves(batch)[0][self.first_stage_key])
@@ -329,11 +332,3 @@ class LatentDiffusion(pl.LightningModule):
                 )
             pictures["samples"] = self.decode_first_stage(latents)
         return pictures
-
-
-def _warn_without_effect(**given: Any) -> None:
-    if names := [name for name, value in given.items() if value != WITHOUT_EFFECT[name]]:
-        log.warning(
-            "model.params: without effect here: %s (the learning rate is base_learning_rate)",
-            ", ".join(names),
-        )

@@ -77,8 +77,8 @@ class Sampler(ABC):
         self.ddim_timesteps = self.timesteps(ddim_num_steps).to(acp.device)
         self.ddim_alphas = acp[self.ddim_timesteps]
         self.ddim_alphas_prev = torch.cat([acp[:1], self.ddim_alphas[:-1]])
-        # DDIM, eq. 16; float64, because 1 - a_t / a_prev cancels.
-        a, a_prev = self.ddim_alphas.double().cpu(), self.ddim_alphas_prev.double().cpu()
+        # DDIM, eq. 16; float64, because 1 - a_t / a_prev cancels; on the CPU, because MPS has none.
+        a, a_prev = self.ddim_alphas.cpu().double(), self.ddim_alphas_prev.cpu().double()
         sigmas = ddim_eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
         self.ddim_sigmas = sigmas.to(acp)
         self.ddim_sqrt_one_minus_alphas = (1 - self.ddim_alphas).sqrt()

@@ -61,7 +61,7 @@ class FrozenCLIPEmbedder(nn.Module):
         if text_model.config.vocab_size <= END:
             raise UserError(f"cond_stage_config: vocab_size {text_model.config.vocab_size} is below CLIP's {END + 1}")
         if use_checkpoint:
-            text_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpoint_activations(text_model)
         # Checkpoints hold the ids as a buffer; transformers stopped saving it.
         text_model.embeddings.register_buffer("position_ids", text_model.embeddings.position_ids, persistent=True)
         # transformers 5 has no `text_model` level any more; the checkpoint's keys do.
@@ -79,6 +79,15 @@ class FrozenCLIPEmbedder(nn.Module):
         return text_model(input_ids=tokens).last_hidden_state
 
     encode = forward
+
+
+def _checkpoint_activations(text_model: Any) -> None:
+    # transformers is renaming this method.
+    enable = getattr(text_model, "activation_checkpointing_enable", None)
+    if enable is None:
+        text_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        enable()
 
 
 def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> Any:

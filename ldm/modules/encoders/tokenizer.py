@@ -24,11 +24,6 @@ def encode(text: str) -> list[int]:
     return _bpe().encode(text)
 
 
-def decode(token: int) -> str:
-    """The piece of text that an id stands for; `</w>` marks the end of a word."""
-    return _bpe().decoder[token]
-
-
 def tokenize(texts: Sequence[str], max_length: int = 77) -> Int[Tensor, "b n"]:
     """Ids of each text: start, pieces, end, then the end token again as padding (as SD v1 was trained).
 

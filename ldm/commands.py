@@ -1,0 +1,39 @@
+"""How the command-line entry points end: what a user can mend is one line, and a status that is not 0."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+OF_THE_DISK = {
+    errno.ENOSPC: "make room there, or write elsewhere",
+    errno.EDQUOT: "make room there, or write elsewhere",
+    errno.EROFS: "write elsewhere",
+    errno.EACCES: "change its permissions, or use another",
+    errno.EPERM: "change its permissions, or use another",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EEXIST: "a file stands where a folder is needed",
+}
+
+
+def exit_status(command: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> int:
+    """Run a command; its status, or 1 with one line for a `UserError` or a disk that refuses.
+
+    Other errors, and all while `debug()`, keep their traceback.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        if debug():
+            raise
+        log.error("error: %s", error)
+    except OSError as error:
+        if debug() or error.errno not in OF_THE_DISK:
+            raise
+        log.error("error: %s: %s: %s", error.filename or "writing", error.strerror, OF_THE_DISK[error.errno])
+    return 1
