@@ -1,6 +1,5 @@
 """The schedule, the objective and `LatentDiffusion`, against identities that hold whatever the weights."""
 
-import logging
 import math
 
 import numpy as np
@@ -263,18 +262,6 @@ def test_p_losses_draws_noise_and_logs_under_the_mode(golden_model):
 def test_unknown_parameterization():
     with pytest.raises(UserError, match="parameterization: unknown 'epsilon'; accepted: eps, x0, v"):
         build(parameterization="epsilon")
-
-
-def test_keys_without_effect_are_named_in_a_warning(caplog):
-    with caplog.at_level(logging.WARNING, "ldm"):
-        build(embedding_reg_weight=0.1, unfreeze_model=False, model_lr=None)
-    (record,) = caplog.records
-    assert "embedding_reg_weight, unfreeze_model" in record.message and "model_lr" not in record.message
-
-
-def test_the_defaults_of_keys_without_effect_need_no_warning(caplog):
-    build(model_lr=None, num_timesteps_cond=1, embedding_reg_weight=0.0, unfreeze_model=True)
-    assert not caplog.records
 
 
 # What trains

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -129,68 +130,34 @@ class UNetModel(nn.Module):
         super().__init__()
         if not use_spatial_transformer:
             raise UserError("unet_config: use_spatial_transformer must be true: the text is read by cross-attention")
-        widths = [mult * model_channels for mult in channel_mult]
-        blocks = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
-        attends = [2**level in set(attention_resolutions) for level in range(len(widths))]
-        _check_widths(widths, blocks, num_heads, num_head_channels)
+        levels = _plan(model_channels, channel_mult, num_res_blocks, attention_resolutions)
+        _check_widths([level.width for level in levels], num_heads, num_head_channels)
+        make = BlockFactory(
+            emb_channels=4 * model_channels,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            depth=transformer_depth,
+            context_dim=context_dim,
+            dropout=dropout,
+            use_linear=use_linear_in_transformer,
+            use_checkpoint=use_checkpoint,
+        )
         self.in_channels = in_channels
         self.model_channels = model_channels
-        emb_channels = 4 * model_channels
-
-        def res_block(channels_in: int, channels_out: int) -> ResBlock:
-            return ResBlock(channels_in, emb_channels, channels_out, dropout, use_checkpoint)
-
-        def transformer(channels: int) -> SpatialTransformer:
-            heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-            return SpatialTransformer(
-                channels,
-                heads,
-                channels // heads,
-                transformer_depth,
-                context_dim,
-                dropout,
-                use_linear_in_transformer,
-                use_checkpoint,
-            )
-
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            nn.Linear(model_channels, make.emb_channels), nn.SiLU(), nn.Linear(make.emb_channels, make.emb_channels)
         )
-
-        # Down: the width after every block is remembered for its skip into the way up.
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))]
-        )
-        skips = [channels := model_channels]
-        for level, width in enumerate(widths):
-            for _ in range(blocks[level]):
-                layers: list[nn.Module] = [res_block(channels, channels := width)]
-                if attends[level]:
-                    layers.append(transformer(channels))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skips.append(channels)
-            if level != len(widths) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(channels)))
-                skips.append(channels)
-
+        conv_in = TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))
+        down, skips = _way_down(make, levels, model_channels)
+        self.input_blocks = nn.ModuleList([conv_in, *down])
+        width = levels[-1].width
         self.middle_block = TimestepEmbedSequential(
-            res_block(channels, channels), transformer(channels), res_block(channels, channels)
+            make.res_block(width, width), make.transformer(width), make.res_block(width, width)
         )
-
-        self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            for block in range(blocks[level] + 1):
-                layers = [res_block(channels + skips.pop(), channels := width)]
-                if attends[level]:
-                    layers.append(transformer(channels))
-                if level and block == blocks[level]:
-                    layers.append(Upsample(channels))
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
-
+        self.output_blocks = nn.ModuleList(_way_up(make, levels, skips))
+        width = levels[0].width
         self.out = nn.Sequential(
-            nn.GroupNorm(32, channels),
-            nn.SiLU(),
-            zero_module(nn.Conv2d(channels, out_channels, 3, padding=1)),
+            nn.GroupNorm(32, width), nn.SiLU(), zero_module(nn.Conv2d(width, out_channels, 3, padding=1))
         )
 
     def forward(
@@ -211,9 +178,96 @@ class UNetModel(nn.Module):
         return self.out(h)
 
 
-def _check_widths(widths: list[int], blocks: list[int], num_heads: int, num_head_channels: int) -> None:
-    if len(blocks) != len(widths):
-        raise UserError(f"unet_config: num_res_blocks has {len(blocks)} entries for {len(widths)} in channel_mult")
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the UNet: its width in channels, its residual blocks, and whether they attend."""
+
+    width: int
+    blocks: int
+    attends: bool
+
+
+@dataclass(frozen=True)
+class BlockFactory:
+    """Makes the UNet's blocks, which share these options."""
+
+    emb_channels: int
+    num_heads: int
+    num_head_channels: int
+    depth: int
+    context_dim: int | None
+    dropout: float
+    use_linear: bool
+    use_checkpoint: bool
+
+    def res_block(self, channels: int, out_channels: int) -> ResBlock:
+        return ResBlock(channels, self.emb_channels, out_channels, self.dropout, self.use_checkpoint)
+
+    def transformer(self, channels: int) -> SpatialTransformer:
+        heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
+        return SpatialTransformer(
+            channels,
+            heads,
+            channels // heads,
+            self.depth,
+            self.context_dim,
+            self.dropout,
+            self.use_linear,
+            self.use_checkpoint,
+        )
+
+
+def _plan(
+    model_channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int | Sequence[int],
+    attention_resolutions: Sequence[int],
+) -> list[Level]:
+    blocks = [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+    if len(blocks) != len(channel_mult):
+        raise UserError(
+            f"unet_config: num_res_blocks has {len(blocks)} entries for {len(channel_mult)} in channel_mult"
+        )
+    return [
+        Level(mult * model_channels, number, 2**index in attention_resolutions)
+        for index, (mult, number) in enumerate(zip(channel_mult, blocks))
+    ]
+
+
+def _way_down(make: BlockFactory, levels: list[Level], channels: int) -> tuple[list[nn.Module], list[int]]:
+    """The input blocks, and the width after each (and after the first convolution), for the skips."""
+    modules: list[nn.Module] = []
+    skips = [channels]
+    for index, level in enumerate(levels):
+        for _ in range(level.blocks):
+            layers: list[nn.Module] = [make.res_block(skips[-1], level.width)]
+            if level.attends:
+                layers.append(make.transformer(level.width))
+            modules.append(TimestepEmbedSequential(*layers))
+            skips.append(level.width)
+        if index != len(levels) - 1:
+            modules.append(TimestepEmbedSequential(Downsample(level.width)))
+            skips.append(level.width)
+    return modules, skips
+
+
+def _way_up(make: BlockFactory, levels: list[Level], skips: list[int]) -> list[nn.Module]:
+    """The output blocks, which take the skips from last to first."""
+    modules: list[nn.Module] = []
+    channels, skips = levels[-1].width, list(skips)
+    for index, level in reversed(list(enumerate(levels))):
+        for block in range(level.blocks + 1):
+            layers: list[nn.Module] = [make.res_block(channels + skips.pop(), level.width)]
+            channels = level.width
+            if level.attends:
+                layers.append(make.transformer(channels))
+            if index and block == level.blocks:
+                layers.append(Upsample(channels))
+            modules.append(TimestepEmbedSequential(*layers))
+    return modules
+
+
+def _check_widths(widths: Sequence[int], num_heads: int, num_head_channels: int) -> None:
     if num_heads < 1 and num_head_channels < 1:
         raise UserError("unet_config: give num_heads or num_head_channels")
     for width in widths:
