@@ -116,13 +116,18 @@ def checkpoint(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
     return read_checkpoint(run / "checkpoints" / name)
 
 
-def metrics(run: Path) -> list[dict[str, str]]:
+def csv_rows(run: Path) -> list[dict[str, str]]:
     """The logged rows of all starts of a run, in order."""
-    rows = []
+    rows: list[dict[str, str]] = []
     for path in sorted(run.glob("csv/*/metrics.csv")):
         with open(path, newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row.get("train/loss_total")]
+            rows += csv.DictReader(file)
     return rows
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of training steps."""
+    return [row for row in csv_rows(run) if row.get("train/loss_total")]
 
 
 def same(first: Any, second: Any) -> bool:

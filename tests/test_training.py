@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 import main
 from tests import golden
-from tests.runs import SIZE, Workspace, checkpoint, config, metrics, pictures, same
+from tests.runs import SIZE, Workspace, checkpoint, config, csv_rows, metrics, pictures, same
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +238,15 @@ def test_validation_and_the_best_checkpoint(workspace, caplog):
         "params": {"size": SIZE, "set": "val"},
     }
     OmegaConf.save(base, path := workspace.path / "validated.yaml")
-    run = workspace.train("validated", "--val_check_interval", "1", "--max_steps", "4", base=path)
-    assert any("val/loss_simple_ema" in text.read_text() for text in run.glob("csv/*/metrics.csv"))
-    assert "best" in caplog.text and "val/loss_simple_ema" in caplog.text
+    run = workspace.train("validated", "--val_check_interval", "2", "--max_steps", "5", base=path)
+    measured = {}
+    for row in csv_rows(run):
+        if row.get("val/loss_simple_ema"):
+            measured[int(row["step"]) + 1] = float(row["val/loss_simple_ema"])
+    assert sorted(measured) == [2, 4]  # the epoch has six batches
+    step = min(measured, key=measured.get)
+    best = run / "checkpoints" / f"epoch=000000-step={step:09}.ckpt"
+    assert f"{best} (val/loss_simple_ema {measured[step]:.4g})" in caplog.text
 
 
 # Summaries

@@ -43,6 +43,8 @@ class CheckpointKeeper(ModelCheckpoint):
         self.score = score
         self.keep_last = save_last
         self.scores: dict[str, float] = {}
+        self._newest: tuple[int, str] = (-1, "")
+        self._validated = -2  # the step of the latest validation
 
     @property
     def last_path(self) -> Path:
@@ -62,10 +64,23 @@ class CheckpointKeeper(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if (value := trainer.callback_metrics.get(self.score or "")) is not None:
-            self.scores[filepath] = float(value)
+        self._newest = (trainer.global_step, filepath)
+        self._score_newest(trainer)
         if self.keep_last and trainer.is_global_zero:
             _link(Path(filepath), self.last_path)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self._validated = trainer.global_step
+            self._score_newest(trainer)
+
+    def _score_newest(self, trainer: pl.Trainer) -> None:
+        """Remember the newest checkpoint's score, if the validation was of its very step."""
+        step, filepath = self._newest
+        value = trainer.callback_metrics.get(self.score or "")
+        if value is not None and step == self._validated:
+            self.scores[filepath] = float(value)
 
     def save_last_now(self, trainer: pl.Trainer) -> None:
         """Write `last.ckpt`, unless the newest checkpoint already is of this step; on all ranks."""
