@@ -1,4 +1,6 @@
-"""DreamBooth on the embedded default, from photos to a contact sheet. `make demo` runs this.
+"""DreamBooth in miniature, from photos to a contact sheet. `make demo` runs this.
+
+The model starts from random weights: the loop is the real one, the samples are noise until it is pretrained.
 
 python scripts/demo.py --subject robot
 python scripts/demo.py --subject my/photos --class_word mug
@@ -90,7 +92,8 @@ def demo(args: argparse.Namespace) -> None:
     sheet = outdir / f"{photos.resolve().name}.png"
     contact_sheet(rows, title=f"DreamBooth: a sks {class_word}").save(sheet)
 
-    print(f"\ncontact sheet after {(time.monotonic() - begin) / 60:.1f} minutes: {sheet}\nanother prompt:")
+    print("\nthe model started from random weights: expect noise below the photos")
+    print(f"contact sheet after {(time.monotonic() - begin) / 60:.1f} minutes: {sheet}\nanother prompt:")
     prompt = f"photo of a sks {class_word} on the beach"
     print(f"  .venv/bin/python scripts/stable_txt2img.py --ckpt {shlex.quote(str(checkpoint))} --prompt {prompt!r}")
 
