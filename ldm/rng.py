@@ -50,3 +50,10 @@ class SampleRandom:
             return torch.randint(0, high, (batch,)).to(self.device)
         assert batch == len(self._generators), f"{batch} samples for {len(self._generators)} seeds"
         return torch.cat([torch.randint(0, high, (1,), generator=g) for g in self._generators]).to(self.device)
+
+    def rand(self, batch: int) -> Tensor:
+        """`batch` numbers, uniform in [0, 1)."""
+        if self._generators is None:
+            return torch.rand(batch).to(self.device)
+        assert batch == len(self._generators), f"{batch} samples for {len(self._generators)} seeds"
+        return torch.cat([torch.rand(1, generator=g) for g in self._generators]).to(self.device)

@@ -233,9 +233,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.class_prompts  # noqa: B018 (raises what is wrong with the templates)
 
     def prepare_data(self) -> None:
-        """Make the class images that are missing; Lightning calls this on one process of a machine."""
+        """Make the class images that are missing, and fill caches; Lightning calls this on one process of a machine."""
         trainer, missing = self.trainer, self.class_images_to_make
-        if trainer is None or not trainer.training or not missing:
+        if trainer is None or not trainer.training:
+            return
+        for dataset in self.datasets.values():
+            if hasattr(dataset, "fill"):
+                dataset.fill(None if trainer.ckpt_path else trainer.lightning_module, trainer.strategy.root_device)
+        if not missing:
             return
         if trainer.ckpt_path:
             # Lightning restores the weights after this hook, and a tuned model's images are not its prior.
@@ -263,6 +268,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if self.num_class_images and "reg" not in self.datasets and stage in (None, "fit"):
             assert self.reg is not None
             self.datasets["reg"] = instantiate_from_config(self.reg, where="data.params.reg")
+        for dataset in self.datasets.values():
+            if hasattr(dataset, "open"):
+                dataset.open()
         self.check()
 
     def check(self) -> None:

@@ -277,8 +277,10 @@ class World(Dataset):
     """Pictures with captions, `{"image": (size, size, 3) float32 in [-1, 1], "caption": str}`, `length` an epoch.
 
     `classes` is "all", "narrow" (the easy ones) or a list of nouns. A fraction `held_out` of each class's designs
-    is left out of the split "train" and makes up the split "test". With `labels` an example also holds the
-    "class_word", the "scene" and the "colour" ("" for a natural one) that are pictured, whatever the caption says.
+    is left out of the split "train" and makes up the split "test". A class comes up in proportion to its number of
+    sprites to the power `balance`: 0 makes all equal, more gives the varied ones more room. With `labels` an example
+    also holds the "class_word", the "scene" and the "colour" ("" for a natural one) that are pictured, whatever the
+    caption says.
 
     Raises:
         UserError: no sprites, an unknown class, or a parameter out of its range.
@@ -293,6 +295,7 @@ class World(Dataset):
         split: str = "train",
         held_out: float = 0.0,
         labels: bool = False,
+        balance: float = 0.0,
     ):
         for name, value in (("size", size), ("length", length)):
             if not isinstance(value, int) or value < 1:
@@ -312,6 +315,8 @@ class World(Dataset):
         self.classes = list(self.sprites)
         if not self.classes:
             raise UserError(f"{sprites}: no sprite is left for split {split}; its classes have a single design each")
+        shares = np.array([len(self.sprites[class_word]) for class_word in self.classes], float) ** balance
+        self._shares = None if balance == 0 else shares / shares.sum()
         table = read_sprite_table()
         self._mirrored = {c for c in self.classes if table.get(c, {}).get("mirror", True)}
         self._sprites: dict[Path, Sprite] = {}
@@ -342,7 +347,7 @@ class World(Dataset):
         return self._describe(_numpy_rng(generator))
 
     def _describe(self, rng: np.random.Generator) -> Description:
-        class_word = _pick(rng, self.classes)
+        class_word = _pick(rng, self.classes, self._shares)
         sprite = _pick(rng, self.sprites[class_word])
         scene = _pick(rng, PLAIN if rng.random() < PLAIN_SCENE else _placed_scenes())
         colour = _pick(rng, list(COLOURS)) if rng.random() < COLOURED else None
@@ -403,5 +408,5 @@ def _numpy_rng(generator: torch.Generator | None) -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
 
 
-def _pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
-    return options[int(rng.integers(len(options)))]
+def _pick(rng: np.random.Generator, options: Sequence[Any], shares: Array | None = None) -> Any:
+    return options[int(rng.integers(len(options)) if shares is None else rng.choice(len(options), p=shares))]

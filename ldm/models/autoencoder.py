@@ -12,11 +12,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ldm.errors import UserError
+from ldm.lr_scheduler import with_schedule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.optim import make_optimizer
 from ldm.rng import SampleRandom
 from ldm.util import check_params, instantiate_from_config
 
@@ -38,6 +39,8 @@ class AutoencoderKL(pl.LightningModule):
         image_key: a batch's entry for the images, (b, h, w, c) in [-1, 1].
         monitor: the metric that names the best checkpoint.
         use_checkpoint: recompute the residual blocks' activations in the backward pass instead of keeping them.
+        optimizer: adam or muon, for the autoencoder; the discriminator has Adam.
+        scheduler_config: a function from step to a factor for the autoencoder's learning rate.
         colorize_nlabels: accepted for older configs, without effect.
 
     On several GPUs, train with `strategy: ddp_find_unused_parameters_true`: no backward pass reaches both
@@ -61,6 +64,8 @@ class AutoencoderKL(pl.LightningModule):
         colorize_nlabels: int | None = None,
         monitor: str | None = None,
         use_checkpoint: bool = False,
+        optimizer: str = "adam",
+        scheduler_config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         if colorize_nlabels is not None:
@@ -77,6 +82,7 @@ class AutoencoderKL(pl.LightningModule):
         self.embed_dim = embed_dim
         self.image_key = image_key
         self.monitor = monitor
+        self.optimizer, self.scheduler_config = optimizer, scheduler_config
         self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
         # Lightning steps several optimizers only by hand.
         self.automatic_optimization = False
@@ -120,18 +126,18 @@ class AutoencoderKL(pl.LightningModule):
 
     # Training
 
-    def configure_optimizers(self) -> list[Optimizer]:
+    def configure_optimizers(self) -> Any:
         if isinstance(self.loss, nn.Identity):
             raise UserError(
                 "lossconfig: torch.nn.Identity cannot train an autoencoder; "
                 "use target: ldm.modules.losses.LPIPSWithDiscriminator"
             )
         parts = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
-        weights = [parameter for part in parts for parameter in part.parameters()]
-        return [
-            torch.optim.Adam(weights, lr=self.learning_rate, betas=BETAS),
-            torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=BETAS),
-        ]
+        autoencoder = make_optimizer(self.optimizer, parts, self.learning_rate, betas=BETAS)
+        adversary = torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=BETAS)
+        if self.scheduler_config is None:
+            return autoencoder, adversary
+        return with_schedule(autoencoder, self.scheduler_config), {"optimizer": adversary}
 
     def on_train_start(self) -> None:
         # Lightning proposes to save the weights from before a manual step; those after it are what resumes.
@@ -160,6 +166,8 @@ class AutoencoderKL(pl.LightningModule):
         self.manual_backward(loss)
         optimizer.step()
         self.untoggle_optimizer(optimizer)
+        if schedule := self.lr_schedulers():
+            schedule.step()  # type: ignore[union-attr,call-arg]
         return logged
 
     def _step_discriminator(self, x: Images, reconstruction: Images) -> dict[str, Tensor]:

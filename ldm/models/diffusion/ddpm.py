@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.lr_scheduler import with_schedule
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
@@ -21,7 +22,8 @@ from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like
-from ldm.rng import SampleRandom
+from ldm.optim import make_optimizer
+from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,11 @@ class LatentDiffusion(pl.LightningModule):
         use_ema: keep an exponential moving average of the UNet's weights.
         first_stage_key, cond_stage_key: a batch's entries for the image and the caption.
         monitor: the metric that names the best checkpoint.
+        min_snr_gamma: weight the loss of each time step as min-SNR does (2303.09556); None weights all alike.
+        caption_dropout: share of captions that training empties, for classifier-free guidance (2207.12598).
+        ema_decay: of the average that `use_ema` keeps.
+        optimizer: adamw or muon.
+        scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
         personalization_config: without effect: the identifier is a token that exists (`--init_word`
             gives it another word's embedding). Nor have the keys behind it, which older configs hold;
             a training says so once.
@@ -81,6 +88,11 @@ class LatentDiffusion(pl.LightningModule):
         first_stage_key: str = "image",
         cond_stage_key: str = "caption",
         monitor: str | None = None,
+        min_snr_gamma: float | None = None,
+        caption_dropout: float = 0.0,
+        ema_decay: float = 0.9999,
+        optimizer: str = "adamw",
+        scheduler_config: Mapping[str, Any] | None = None,
         personalization_config: Mapping[str, Any] | None = None,
         num_timesteps_cond: int | None = None,
         embedding_reg_weight: float | None = None,
@@ -105,7 +117,14 @@ class LatentDiffusion(pl.LightningModule):
             accepted = ", ".join(PARAMETERIZATIONS)
             raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
         self.parameterization: Parameterization = PARAMETERIZATIONS[parameterization]
+        for name, value in (("caption_dropout", caption_dropout), ("ema_decay", ema_decay)):
+            if not 0 <= value <= 1:
+                raise UserError(f"model.params.{name}: expected a share from 0 to 1, got {value}")
+        if min_snr_gamma is not None and min_snr_gamma <= 0:
+            raise UserError(f"model.params.min_snr_gamma: expected a positive number, got {min_snr_gamma}")
         self.objective = PriorPreservation(reg_weight)
+        self.min_snr_gamma, self.caption_dropout = min_snr_gamma, caption_dropout
+        self.optimizer, self.scheduler_config = optimizer, scheduler_config
         self.loss_type = loss_type
         self.original_elbo_weight = original_elbo_weight
         self.scale_factor = scale_factor
@@ -123,7 +142,7 @@ class LatentDiffusion(pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
         self.cond_stage_model = instantiate_from_config(cond_stage_config, "model.params.cond_stage_config")
-        self.model_ema = LitEma(self.model) if use_ema else None
+        self.model_ema = LitEma(self.model, ema_decay) if use_ema else None
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
         self.train(self.training)
@@ -200,56 +219,72 @@ class LatentDiffusion(pl.LightningModule):
 
     # The objective
 
-    def _losses(self, x_start: Latent, cond: Cond, t: Steps, noise: Latent) -> tuple[Tensor, Tensor]:
-        """The simple loss and the term of the variational bound of each sample, (b,) each."""
+    def _losses(self, x_start: Latent, cond: Cond, t: Steps, noise: Latent) -> dict[str, Tensor]:
+        """For each sample, (b,): the loss, and in it the simple loss and the term of the variational bound."""
         schedule = self.schedule
         output = self.apply_model(schedule.q_sample(x_start, t, noise), t, cond)
         target = self.parameterization.target(schedule, x_start, t, noise)
         simple = per_sample_loss(output, target, self.loss_type)
-        return simple, self.lvlb_weights[t] * simple
-
-    def _reduce(self, simple: Tensor, vlb: Tensor, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch, and what to log of it."""
-        loss = simple.mean() + self.original_elbo_weight * vlb.mean()
-        parts = {"loss_simple": simple.mean(), "loss_vlb": vlb.mean(), "loss": loss}
-        return loss, {f"{prefix}/{name}": value.detach() for name, value in parts.items()}
+        vlb = self.lvlb_weights[t] * simple
+        weighted = simple
+        if self.min_snr_gamma is not None:
+            weighted = simple * self.parameterization.min_snr_weight(schedule, t, self.min_snr_gamma)
+        return {"loss_simple": simple, "loss_vlb": vlb, "loss": weighted + self.original_elbo_weight * vlb}
 
     def p_losses(
         self, x_start: Latent, cond: Cond, t: Steps, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch of scaled latents, and its parts for the log."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        return self._reduce(*self._losses(x_start, cond, t, noise), "train" if self.training else "val")
+        prefix = "train" if self.training else "val"
+        means = {name: value.mean() for name, value in self._losses(x_start, cond, t, noise).items()}
+        return means["loss"], {f"{prefix}/{name}": value.detach() for name, value in means.items()}
 
     def shared_step(self, batch: Batch, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a subject batch, or of a (subject, prior) pair, in one pass of every network."""
         halves = self.objective.halves(batch)
-        images = torch.cat([half[self.first_stage_key] for half in halves])
-        captions = [caption for half in halves for caption in half[self.cond_stage_key]]
-        posterior = self.encode_first_stage(rearrange(images, "b h w c -> b c h w").contiguous())
+        posterior = self._posterior(halves)
         draws = [self._draw(half, posterior.mean.shape[1:]) for half in halves]
         eps, t, noise = (torch.cat(parts) for parts in zip(*draws))
+        captions = [caption for half in halves for caption in self._captions(half, dropout=prefix == "train")]
         x_start = self.get_first_stage_encoding(posterior, eps)
-        simple, vlb = self._losses(x_start, self.get_learned_conditioning(captions), t, noise)
+        losses = self._losses(x_start, self.get_learned_conditioning(captions), t, noise)
 
-        seeds = [t for _, t, _ in draws]
-        parts = [self._reduce(s, v, prefix) for s, v in zip(split_like(simple, seeds), split_like(vlb, seeds))]
-        loss = self.objective.combine([part for part, _ in parts])
-        logged = dict(parts[0][1])
-        if len(parts) > 1:
-            logged[f"{prefix}/loss_prior"] = parts[1][0].detach()
+        steps = [t for _, t, _ in draws]
+        means = {name: [part.mean() for part in split_like(value, steps)] for name, value in losses.items()}
+        loss = self.objective.combine(means["loss"])
+        logged = {f"{prefix}/{name}": parts[0].detach() for name, parts in means.items()}
+        if len(halves) > 1:
+            logged[f"{prefix}/loss_prior"] = means["loss"][1].detach()
         logged[f"{prefix}/loss_total"] = loss.detach()
         return loss, logged
 
+    def _posterior(self, halves: Sequence[Mapping[str, Any]]) -> DiagonalGaussianDistribution:
+        """Of all the halves' images, encoded now or, as `moments`, when a latent cache was made."""
+        if "moments" in halves[0]:
+            return DiagonalGaussianDistribution(torch.cat([half["moments"] for half in halves]).float())
+        images = torch.cat([half[self.first_stage_key] for half in halves])
+        return self.encode_first_stage(rearrange(images, "b h w c -> b c h w").contiguous())
+
     def _draw(self, half: Mapping[str, Any], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior noise, time steps and diffusion noise of a half, a function of its samples' seeds."""
-        batch = len(half[self.first_stage_key])
+        batch = len(half[self.cond_stage_key])
         random = SampleRandom(half.get("noise_seed"), self.device)
         return (
             random.randn((batch, *latent_shape)),
             random.randint(len(self.betas), batch),
             random.randn((batch, *latent_shape)),
         )
+
+    def _captions(self, half: Mapping[str, Any], dropout: bool) -> list[str]:
+        """A half's captions, with `dropout` some of them empty, which ones being a function of their seeds."""
+        captions = list(half[self.cond_stage_key])
+        if not dropout or self.caption_dropout == 0:
+            return captions
+        seeds = half.get("noise_seed")
+        random = SampleRandom(None if seeds is None else [derive_seed("caption", int(seed)) for seed in seeds])
+        dropped = random.rand(len(captions)) < self.caption_dropout
+        return ["" if drop else caption for drop, caption in zip(dropped, captions)]
 
     # Lightning
 
@@ -262,7 +297,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch, "train")
-        size = len(self.objective.halves(batch)[0][self.first_stage_key])
+        size = len(self.objective.halves(batch)[0][self.cond_stage_key])
         shown: dict[str, Any] = {key: logged.pop(key) for key in ("train/loss", "train/loss_prior") if key in logged}
         self.log_dict(shown, prog_bar=True, batch_size=size)
         self.log_dict(logged, batch_size=size)
@@ -283,7 +318,7 @@ class LatentDiffusion(pl.LightningModule):
             with self.ema_scope():
                 _, averaged = self.shared_step(batch, prefix)
         logged = logged | {f"{name}_ema": value for name, value in averaged.items()}
-        size = len(self.objective.halves(batch)[0][self.first_stage_key])
+        size = len(self.objective.halves(batch)[0][self.cond_stage_key])
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -292,12 +327,10 @@ class LatentDiffusion(pl.LightningModule):
         if self.model_ema:
             self.model_ema(self.model)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One AdamW over the UNet and, if it is trained, the text encoder."""
-        parameters = list(self.model.parameters())
-        if self.cond_stage_trainable:
-            parameters += list(self.cond_stage_model.parameters())
-        return torch.optim.AdamW(parameters, lr=self.learning_rate)
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the UNet and, if it is trained, the text encoder."""
+        modules = [self.model, *([self.cond_stage_model] if self.cond_stage_trainable else [])]
+        return with_schedule(make_optimizer(self.optimizer, modules, self.learning_rate), self.scheduler_config)
 
     @torch.no_grad()
     def log_images(
@@ -312,11 +345,13 @@ class LatentDiffusion(pl.LightningModule):
     ) -> dict[str, Images]:
         """Pictures of up to `N` images of each half: inputs, reconstructions and samples for their captions."""
         halves = self.objective.halves(batch)
-        images = torch.cat([half[self.first_stage_key][:N] for half in halves])
-        captions = [caption for half in halves for caption in half[self.cond_stage_key][:N]]
-        x = rearrange(images, "b h w c -> b c h w").contiguous()
-        z = self.get_first_stage_encoding(self.encode_first_stage(x).mode())
-        pictures = {"inputs": x, "reconstruction": self.decode_first_stage(z)}
+        halves = [{key: value[:N] for key, value in half.items()} for half in halves]
+        captions = [caption for half in halves for caption in half[self.cond_stage_key]]
+        z = self.get_first_stage_encoding(self._posterior(halves).mode())
+        pictures = {"reconstruction": self.decode_first_stage(z)}
+        if all(self.first_stage_key in half for half in halves):
+            inputs = torch.cat([half[self.first_stage_key] for half in halves])
+            pictures = {"inputs": rearrange(inputs, "b h w c -> b c h w").contiguous(), **pictures}
         if sample:
             with self.ema_scope("samples"):
                 latents, _ = DDIMSampler(self).sample(

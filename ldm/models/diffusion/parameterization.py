@@ -17,6 +17,13 @@ class Parameterization(Protocol):
     def to_noise(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent: ...
     def to_start(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent: ...
     def vlb_weights(self, schedule: NoiseSchedule) -> Tensor: ...
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor: ...
+
+
+def signal_to_noise(schedule: NoiseSchedule, t: Steps) -> Tensor:
+    """SNR(t) = acp / (1 - acp), (b,)."""
+    acp = schedule.alphas_cumprod[t]
+    return acp / (1 - acp)
 
 
 class Eps:
@@ -38,6 +45,11 @@ class Eps:
         weights = s["betas"] ** 2 / (2 * s["posterior_variance"] * alphas * (1 - s["alphas_cumprod"]))
         weights[0] = weights[1]  # the variance is 0 at the first step
         return weights.float()
+
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor:
+        """min(SNR, gamma) / SNR: a loss on the clean latent has min(SNR, gamma) (Hang et al., 2303.09556, eq. 9)."""
+        snr = signal_to_noise(schedule, t)
+        return snr.clamp(max=gamma) / snr
 
 
 class X0:
@@ -61,6 +73,10 @@ class X0:
         weights[0] = weights[1]
         return weights.float()
 
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor:
+        """min(SNR, gamma)."""
+        return signal_to_noise(schedule, t).clamp(max=gamma)
+
 
 class V:
     """The velocity (Salimans & Ho 2022, appendix D)."""
@@ -77,6 +93,11 @@ class V:
     def vlb_weights(self, schedule: NoiseSchedule) -> Tensor:
         """Ones: the bound is not used with v, only logged."""
         return torch.ones_like(schedule.betas)
+
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor:
+        """min(SNR, gamma) / (SNR + 1)."""
+        snr = signal_to_noise(schedule, t)
+        return snr.clamp(max=gamma) / (snr + 1)
 
 
 PARAMETERIZATIONS: dict[str, Parameterization] = {"eps": Eps(), "x0": X0(), "v": V()}

@@ -42,6 +42,7 @@ class FrozenCLIPEmbedder(nn.Module):
         text_config: fields of transformers' `CLIPTextConfig` that replace ViT-L/14's.
         max_length: tokens a text is padded or cut to.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
+        ckpt_path: initial weights, from a training of `ldm.models.clip.CLIP`.
         device: accepted for older configs, without effect: the module follows its parent.
     """
 
@@ -52,6 +53,7 @@ class FrozenCLIPEmbedder(nn.Module):
         max_length: int = 77,
         text_config: Mapping[str, Any] | None = None,
         use_checkpoint: bool = False,
+        ckpt_path: str | None = None,
     ):
         super().__init__()
         self.max_length = max_length
@@ -67,6 +69,12 @@ class FrozenCLIPEmbedder(nn.Module):
         # transformers 5 has no `text_model` level any more; the checkpoint's keys do.
         self.transformer = nn.Module()
         self.transformer.text_model = text_model
+        if ckpt_path is not None:
+            from ldm.checkpoint import load_state, read_checkpoint, state_dict_of
+            from ldm.models.clip import text_tower
+
+            state = state_dict_of(read_checkpoint(ckpt_path), ckpt_path)
+            load_state(self, text_tower(state, ckpt_path), ckpt_path)
 
     def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
         """Token ids of the texts, on the CPU."""

@@ -1,0 +1,147 @@
+"""A dataset's examples as latents that the first stage encoded once, so that epochs cost the UNet alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm.checkpoint import write_atomically
+from ldm.errors import UserError
+from ldm.util import instantiate_from_config
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+BATCH = 32  # images that are encoded at once
+
+
+class CachedLatents(Dataset):
+    """Another dataset's examples, `{"moments": (2 z, h, w), "caption": str}`, encoded once into a file.
+
+    The moments are those of the first stage's posterior, in float16, so training still samples it anew.
+    The file says what it was made from: another dataset or first stage makes it anew.
+
+    Args:
+        path: the file, `.safetensors`.
+        dataset: the config of what to encode; with the parameter `labels` its examples need a "class_word".
+        classes: of an epoch, only the examples of these classes.
+
+    Raises:
+        UserError: a file that is not a cache, or none when there is no model to make it.
+    """
+
+    def __init__(self, path: str | Path, dataset: Mapping[str, Any], classes: Sequence[str] | None = None):
+        self.path, self.config, self.classes = Path(path).expanduser(), dataset, classes
+        self.source: Any = instantiate_from_config(dataset, "data.params.train.params.dataset")
+        self.moments: Tensor | None = None
+        self.captions: list[str] = []
+
+    @property
+    def n_images(self) -> int:
+        """How many examples an epoch has."""
+        return len(self.source) if self.moments is None else len(self.moments)
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert self.moments is not None, "open() comes first"
+        return {"moments": self.moments[index], "caption": self.captions[index]}
+
+    def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """Item `index`: nothing about it is random."""
+        return self[index]
+
+    def fill(self, model: LatentDiffusion | None, device: torch.device) -> None:
+        """Make the file if it is not there or was made from something else; without a `model` it has to be there."""
+        if model is None:
+            if not self.path.is_file():
+                raise UserError(f"{self.path}: the latent cache of this run is gone, and only a new run makes it")
+            return
+        made_from = {"dataset": _plain(self.config), "first_stage": digest(model.first_stage_model)}
+        if self.path.is_file() and self._header().get("made_from") == json.dumps(made_from, sort_keys=True):
+            return
+        log.info("encoding %d examples into %s", len(self.source), self.path)
+        home = model.device
+        model.to(device)
+        moments, texts, classes = self._encode(model, device)
+        model.to(home)
+        tensors = {"moments": moments, "captions": _bytes(texts), "classes": _bytes(classes)}
+        header = {"made_from": json.dumps(made_from, sort_keys=True)}
+        size = moments.numel() * moments.element_size()
+        write_atomically(self.path, lambda temporary: save_file(tensors, temporary, metadata=header), size)
+
+    @torch.no_grad()
+    def _encode(self, model: LatentDiffusion, device: torch.device) -> tuple[Tensor, list[str], list[str]]:
+        moments, captions, classes = [], [], []
+        for start in tqdm(range(0, len(self.source), BATCH), desc="latents"):
+            examples = [self.source[i] for i in range(start, min(start + BATCH, len(self.source)))]
+            images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).to(device)
+            posterior = model.encode_first_stage(rearrange(images, "b h w c -> b c h w").contiguous())
+            moments.append(posterior.parameters.half().cpu())
+            captions += [example["caption"] for example in examples]
+            classes += [example.get("class_word", "") for example in examples]
+        return torch.cat(moments), captions, classes
+
+    def open(self) -> None:
+        """Read the file into memory."""
+        if self.moments is not None:
+            return
+        self._header()
+        with safe_open(self.path, "pt") as file:
+            moments, self.captions, classes = (
+                file.get_tensor("moments"),
+                _texts(file.get_tensor("captions")),
+                _texts(file.get_tensor("classes")),
+            )
+        if self.classes is not None:
+            kept = [i for i, class_word in enumerate(classes) if class_word in set(self.classes)]
+            if not kept:
+                raise UserError(f"{self.path}: no examples of {', '.join(self.classes)}")
+            moments, self.captions = moments[kept], [self.captions[i] for i in kept]
+        self.moments = moments
+
+    def _header(self) -> dict[str, str]:
+        try:
+            with safe_open(self.path, "pt") as file:
+                header, keys = file.metadata() or {}, set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path}: not a latent cache ({error}); remove it to make it anew") from error
+        if keys != {"moments", "captions", "classes"}:
+            raise UserError(f"{self.path}: not a latent cache; name another file for it")
+        return header
+
+
+def digest(module: nn.Module) -> str:
+    """A hash of a network's weights."""
+    found = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        found.update(key.encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _plain(config: Any) -> Any:
+    return json.loads(json.dumps(config, default=list))
+
+
+def _bytes(texts: Sequence[str]) -> Tensor:
+    return torch.tensor(list("\n".join(texts).encode()), dtype=torch.uint8)
+
+
+def _texts(data: Tensor) -> list[str]:
+    return bytes(data.tolist()).decode().split("\n")

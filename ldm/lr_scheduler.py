@@ -1,0 +1,45 @@
+"""Learning rates over time, as `scheduler_config` of a model names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.errors import UserError
+from ldm.util import instantiate_from_config
+
+
+class WarmupLinearDecay:
+    """A factor for the learning rate: up from zero over `warmup_steps`, 1 until `decay_start`, down to zero at `steps`.
+
+    Args:
+        steps: training steps in all; later ones have the rate of the last.
+        warmup_steps: steps until the full rate.
+        decay: the share of `steps`, at the end, over which the rate falls.
+        final: the factor that it ends at.
+    """
+
+    def __init__(self, steps: int, warmup_steps: int = 0, decay: float = 1.0, final: float = 0.0):
+        if steps < 1 or not 0 <= warmup_steps < steps or not 0 < decay <= 1:
+            raise UserError(
+                f"scheduler_config: expected steps > warmup_steps >= 0 and 0 < decay <= 1, "
+                f"got {steps}, {warmup_steps} and {decay}"
+            )
+        self.steps, self.warmup_steps, self.decay, self.final = steps, warmup_steps, decay, final
+
+    def __call__(self, step: int) -> float:
+        """The factor of optimizer step `step`, from 0."""
+        up = (step + 1) / (self.warmup_steps + 1)
+        left = max(0.0, 1 - step / self.steps) / self.decay
+        return min(up, 1.0, self.final + (1 - self.final) * left)
+
+
+def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None) -> Any:
+    """What `configure_optimizers` returns: the optimizer, with a rate that each step changes if a config says how."""
+    if scheduler_config is None:
+        return optimizer
+    schedule = instantiate_from_config(scheduler_config, "scheduler_config")
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}
