@@ -1,7 +1,5 @@
 """DreamBooth in miniature, from photos to a contact sheet. `make demo` runs this.
 
-The model starts from random weights: the loop is the real one, the samples are noise until it is pretrained.
-
 python scripts/demo.py --subject robot
 python scripts/demo.py --subject my/photos --class_word mug
 """
@@ -11,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,82 +17,75 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.commands import exit_status
-from ldm.contact_sheet import contact_sheet
+from ldm.contact_sheet import Entry, contact_sheet
 from ldm.data.image_folder import find_images, load_image
-from ldm.errors import UserError
+from ldm.miniature import WEIGHTS, Painter, class_word_of, dreambooth, photos_of, subject_names
 
-ROOT = Path(__file__).resolve().parent.parent
-SUBJECTS = ROOT / "models/tiny/subjects"
-CONFIG = ROOT / "configs/tiny/dreambooth.yaml"
 SHOWN = 5  # pictures in a row of the sheet
+SCENES = (
+    "in the snow",
+    "on the beach",
+    "in the jungle",
+    "with the Eiffel Tower in the background",
+    "on top of a wooden floor",
+    "at night",
+)
+COLOURS = ("red", "purple")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    names = ", ".join(sorted(path.name for path in SUBJECTS.iterdir() if path.is_dir()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subject", default="robot", help=f"{names}, or a folder of photos (default: %(default)s)")
+    names = ", ".join(subject_names())
+    parser.add_argument("--subject", default="dog", help=f"{names}, or a folder of photos (default: %(default)s)")
     parser.add_argument("--class_word", help="the subject's class noun (default: its folder's name)")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
     parser.add_argument("--outdir", default="outputs/demo", help="default: %(default)s")
     return parser
 
 
-def photos_of(subject: str) -> Path:
-    """The folder of a subject that ships with the project, or of the user's own photos."""
-    folder = SUBJECTS / subject if (SUBJECTS / subject).is_dir() else Path(subject)
-    if not folder.is_dir():
-        raise UserError(f"--subject {subject}: neither a subject in {SUBJECTS} nor a folder of photos")
-    return folder
+def sheet_rows(photos: Sequence[Image.Image], class_word: str, checkpoint: Path) -> list[tuple[str, Sequence[Entry]]]:
+    """The photos and what the model makes of the subject and of its class, before and after."""
+    tuned, base = Painter(checkpoint), Painter(WEIGHTS)
+    subject, of_class = f"photo of a sks {class_word}", f"photo of a {class_word}"
+    scenes = [f"{subject} {scene}" for scene in SCENES]
+    coloured = [f"photo of a {colour} sks {class_word}" for colour in COLOURS for _ in range(SHOWN // 2)]
 
+    def captioned(prompts: Sequence[str]) -> list[Entry]:
+        return [(prompt.removeprefix("photo of "), image) for prompt, image in zip(prompts, tuned(prompts))]
 
-def train(photos: Path, class_word: str, outdir: Path, steps: int | None) -> Path:
-    """Run the training command, as a user would; its last checkpoint."""
-    before = set((outdir / "logs").glob("*"))
-    command = [
-        *[sys.executable, str(ROOT / "main.py"), "--base", str(CONFIG), "-t"],
-        *["--data_root", str(photos), "--reg_data_root", str(outdir / "class_images" / class_word)],
-        *["--class_word", class_word, "--logdir", str(outdir / "logs")],
-        *(["--max_steps", str(steps)] if steps else []),
+    return [
+        ("the subject's photos", list(photos[: SHOWN + 1])),
+        (subject, tuned([subject] * (SHOWN + 1))),
+        (f"{subject} ...", captioned(scenes)),
+        ("in other colours", captioned(coloured)),
+        (f"{of_class}, before", base([of_class] * (SHOWN + 1))),
+        (f"{of_class}, after", tuned([of_class] * (SHOWN + 1))),
     ]
-    print(f"$ {shlex.join(['python', 'main.py', *command[2:]])}\n", flush=True)
-    if status := subprocess.run(command).returncode:
-        raise UserError(f"the training ended with status {status}")
-    (run,) = set((outdir / "logs").glob("*")) - before
-    return run / "checkpoints" / "last.ckpt"
-
-
-def draw(checkpoint: Path, prompts: Sequence[str]) -> dict[str, list[Image.Image]]:
-    """A row of pictures for each prompt."""
-    from ldm.inference import Recipe, image_seed, load_model, text_to_image
-
-    model = load_model(checkpoint)
-    side = model.image_size * model.downsampling
-    recipe = Recipe(steps=50, scale=4.0, height=side, width=side)
-    seeds = [image_seed(recipe.seed, number) for number in range(SHOWN)]
-    return {prompt: text_to_image(model, [prompt] * SHOWN, seeds, recipe) for prompt in prompts}
 
 
 def demo(args: argparse.Namespace) -> None:
     """Photos, training, samples, and a contact sheet of them all."""
     begin = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"\n[{(time.monotonic() - begin) / 60:.1f} min] {what}", flush=True)
+
     photos, outdir = photos_of(args.subject), Path(args.outdir)
-    class_word = args.class_word or photos.resolve().name.rstrip("0123456789")
+    class_word = args.class_word or class_word_of(photos)
+    pictures = [load_image(path) for path in find_images(photos)]
+    say(f"{len(pictures)} photos of a {class_word}; class images and training\n")
+    more = ["--max_steps", str(args.steps)] if args.steps else []
+    checkpoint = dreambooth(photos, class_word, outdir / "class_images" / class_word, outdir / "logs", more, print)
 
-    checkpoint = train(photos, class_word, outdir, args.steps)
-    print(f"\ntrained after {(time.monotonic() - begin) / 60:.1f} minutes; sampling", flush=True)
-
-    pictures = [load_image(path) for path in find_images(photos)][:SHOWN]
-    class_images = [load_image(path) for path in find_images(outdir / "class_images" / class_word)][:SHOWN]
-    rows = [("the subject's photos", pictures)]
-    rows += draw(checkpoint, [f"photo of a sks {class_word}", f"photo of a {class_word}"]).items()
-    rows.append((f"photo of a {class_word}, before training", class_images))
+    say("sampling")
+    rows = sheet_rows(pictures, class_word, checkpoint)
     sheet = outdir / f"{photos.resolve().name}.png"
     contact_sheet(rows, title=f"DreamBooth: a sks {class_word}").save(sheet)
 
-    print("\nthe model started from random weights: expect noise below the photos")
-    print(f"contact sheet after {(time.monotonic() - begin) / 60:.1f} minutes: {sheet}\nanother prompt:")
-    prompt = f"photo of a sks {class_word} on the beach"
-    print(f"  .venv/bin/python scripts/stable_txt2img.py --ckpt {shlex.quote(str(checkpoint))} --prompt {prompt!r}")
+    say(f"contact sheet: {sheet}\nanother prompt:")
+    prompt = f"photo of a sks {class_word} floating on top of water"
+    command = ["scripts/stable_txt2img.py", "--ckpt", str(checkpoint), "--ddim_steps", "25", "--scale", "4"]
+    print(f"  .venv/bin/python {shlex.join([*command, '--prompt', prompt])}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

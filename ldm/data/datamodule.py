@@ -21,13 +21,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from ldm.data.image_folder import list_images
 from ldm.data.personalized import warn_no_effect
 from ldm.data.prompts import captions_from_templates
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 from ldm.rng import derive_seed, generator
 from ldm.util import check_params, get_obj_from_str, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
 CHECK_UP_TO = 64  # images of a folder that are decoded before training starts
+
+CLASS_IMAGE_KEYS = ("batch_size", "steps", "scale")  # how class images are made
 
 Batch = dict[str, Any]  # image (b, h, w, c) in [-1, 1], caption list[str], noise_seed (b,) int64
 
@@ -152,7 +154,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     A batch is `{"image": (b, h, w, c) in [-1, 1], "caption": list[str], "noise_seed": (b,) int64}`; both
     halves of a pair have `batch_size` examples. With `num_class_images`, class images that `reg`'s folder
-    lacks are made by the model before the training starts.
+    lacks are made by the model before the training starts; `class_images` says how (`batch_size`, `steps`, `scale`,
+    see `make_class_images`).
 
     Raises:
         UserError: a config that does not fit its target, or what the datasets raise.
@@ -170,6 +173,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         use_worker_init_fn: bool = False,
         seed: int = 23,
         num_class_images: int = 0,
+        class_images: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         for key, value in (("batch_size", batch_size - 1), ("num_workers", num_workers or 0)):
@@ -182,6 +186,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise UserError("data.params.num_class_images: needs data.params.reg, which says where they go")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.reg, self.num_class_images = reg, num_class_images
+        self.class_images = dict(class_images or {})
+        if unknown := sorted(set(self.class_images) - set(CLASS_IMAGE_KEYS)):
+            hint = nearest(unknown[0], list(CLASS_IMAGE_KEYS))
+            accepted = ", ".join(CLASS_IMAGE_KEYS)
+            raise UserError(f"data.params.class_images.{unknown[0]}: unknown key{hint}; accepted: {accepted}")
         configs = {"train": train, "reg": reg, "validation": validation, "test": test}
         self.datasets: dict[str, Any] = {
             name: instantiate_from_config(config, where=f"data.params.{name}")
@@ -260,6 +269,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             size=int(self._reg_params["size"]),
             seed=self.seed,
             device=trainer.strategy.root_device,
+            **self.class_images,
         )
         assert not self.class_images_to_make, f"{self.class_images_to_make} class images are still missing in {folder}"
 

@@ -304,7 +304,7 @@ class World(Dataset):
             raise UserError(f"split: expected train or test, got {split!r}")
         if not 0 <= held_out < 1 or (split == "test" and held_out == 0):
             raise UserError(f"held_out: expected a fraction below 1, above 0 for split test; got {held_out!r}")
-        self.size, self.length, self.labels = size, length, labels
+        self.root, self.size, self.length, self.labels = Path(sprites), size, length, labels
         found = find_sprites(sprites)
         self.sprites: dict[str, list[Path]] = {}
         for class_word in _choose(classes, found):

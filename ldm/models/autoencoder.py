@@ -101,6 +101,29 @@ class AutoencoderKL(pl.LightningModule):
         """Images, about in [-1, 1], of latents."""
         return self.decoder(self.post_quant_conv(z))
 
+    @torch.no_grad()
+    def whiten(self, mean: Float[Tensor, " z"], covariance: Float[Tensor, "z z"]) -> None:
+        """Give latents of this mean and covariance zero mean and uncorrelated channels of unit variance.
+
+        The change goes into the convolutions on both sides of the latents: reconstructions stay as they are.
+        A log variance becomes the mean of those that its channel mixes, plus the gain, which bounds the true
+        one from below.
+        """
+        values, vectors = torch.linalg.eigh(covariance.double())
+        whitening = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+        mean, squares, channels = mean.double(), whitening.square(), len(mean)
+        gain = squares.sum(1)
+        mixing = torch.block_diag(whitening, squares / gain[:, None])
+        shift = torch.cat([-whitening @ mean, gain.log()])
+        inward, outward = self.quant_conv, self.post_quant_conv
+        into = inward.weight.double().flatten(1)
+        outof = outward.weight.double().flatten(1)
+        assert channels == self.embed_dim and inward.bias is not None and outward.bias is not None
+        inward.bias.copy_(mixing @ inward.bias.double() + shift)
+        inward.weight.copy_((mixing @ into).view_as(inward.weight))
+        outward.bias.copy_(outof @ mean + outward.bias.double())
+        outward.weight.copy_((outof @ whitening.inverse()).view_as(outward.weight))
+
     def forward(self, x: Images, sample_posterior: bool = True) -> tuple[Images, DiagonalGaussianDistribution]:
         """Reconstructions of a sample or of the mode of the posterior, and the posterior."""
         posterior = self.encode(x)
