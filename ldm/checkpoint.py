@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import pickle
@@ -168,13 +169,21 @@ def _is_plain_zip(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
+    """The tensors, and the `config` that the header of a file of ours has."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path))
+        content: dict[str, Any] = dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file: {_first_line(error)}") from error
+    try:
+        config = json.loads(header.get("config", "null"))
+    except ValueError:  # another program's idea of a config
+        config = None
+    return {**content, "config": config} if isinstance(config, dict) and "model" in config else content
 
 
 def _first_line(error: BaseException) -> str:
@@ -192,6 +201,20 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
     if not tensors:
         raise UserError(f"{path}: no weights in it; its keys are {', '.join(map(str, list(content)[:5])) or 'none'}")
     return tensors
+
+
+def ema_weights(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """A checkpoint's weights with the averages (`model_ema.*`) in the places of what they average.
+
+    Raises:
+        UserError: it has no averages.
+    """
+    averages = {key.removeprefix("model_ema."): value for key, value in state.items() if key.startswith("model_ema.")}
+    shadowed = {key: key.removeprefix("model.").replace(".", "") for key in state if key.startswith("model.")}
+    found = {key: averages[name] for key, name in shadowed.items() if name in averages}
+    if not found:
+        raise UserError(f"{path}: no averaged weights (model_ema.*) in it")
+    return {**{key: value for key, value in state.items() if not key.startswith("model_ema.")}, **found}
 
 
 # Loading

@@ -58,10 +58,11 @@ def whiten(args: argparse.Namespace) -> None:
     model, _ = instantiate_filled({"target": config["model"]["target"], "params": params}, state, args.ckpt)
     model.eval()
     dataset = instantiate_from_config(config["data"]["params"]["train"], "data.params.train")
-    mean, covariance = statistics(model, dataset, args.images)
+    count = min(args.images, len(dataset))
+    mean, covariance = statistics(model, dataset, count)
     print(f"before: means {_listed(mean)}; deviations {_listed(covariance.diag().sqrt())}")
     model.whiten(mean, covariance)
-    mean, covariance = statistics(model, dataset, args.images)
+    mean, covariance = statistics(model, dataset, count)
     print(f"after:  means {_listed(mean)}; deviations {_listed(covariance.diag().sqrt())}")
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     write_atomically(args.output, lambda temporary: save_file(weights, temporary))
