@@ -17,14 +17,22 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @torch.no_grad()
 def orthogonalized(update: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor, "m n"]:
-    """About the nearest matrix with orthonormal rows or columns, by Newton-Schulz iteration (Jordan, 2024)."""
+    """About the nearest matrix with orthonormal rows or columns, by Newton-Schulz iteration (Jordan, 2024).
+
+    A step multiplies x by a polynomial in x x^T. The product of these is found with the small square matrices
+    alone, and multiplied by the long x once.
+    """
     a, b, c = NS_COEFFICIENTS
     tall = update.shape[0] > update.shape[1]
     x = update.T if tall else update
     x = x / (x.norm() + 1e-7)
+    gram = x @ x.T
+    product = identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        factor = torch.addmm(b * gram + a * identity, gram, gram, alpha=c)
+        product = factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
     return x.T if tall else x
 
 

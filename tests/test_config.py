@@ -302,7 +302,8 @@ def test_every_yaml_is_complete_and_builds(path):
         config.setdefault("data", {"target": "torch.nn.Identity"})
     else:
         datasets = config["data"]["params"]
-        flags = [] if "World" in datasets["train"]["target"] else ["--data_root", "photos"]
+        of_photos = not datasets["train"]["target"].endswith((".World", ".CachedLatents"))
+        flags = ["--data_root", "photos"] if of_photos else []
         flags += ["--reg_data_root", "dogs"] if "reg" in datasets else []
         apply_flags(config, parse_args(flags))
     check_config(config, TRAINER_KEYS)
@@ -323,6 +324,18 @@ def test_stable_diffusion_has_exactly_the_published_keys(path):
 
 def test_inference_and_training_describe_one_model():
     """Every number that a sample depends on is the same in both."""
+    tiny = [
+        to_plain(load_config([ROOT / f"configs/tiny/{name}.yaml"]))["model"]["params"] for name in ("ldm", "dreambooth")
+    ]
+    for part in (
+        "unet_config",
+        "first_stage_config",
+        "cond_stage_config",
+        "linear_start",
+        "linear_end",
+        "scale_factor",
+    ):
+        assert tiny[0][part] == tiny[1][part]
     train, sample = (to_plain(load_config([path]))["model"]["params"] for path in (FINETUNE, INFERENCE))
     for params in (train, sample):
         params["unet_config"]["params"].pop("use_checkpoint", None)

@@ -392,6 +392,17 @@ def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
     np.testing.assert_allclose(covariance, np.eye(4), atol=1e-2)
 
 
+def test_a_frozen_encoder_keeps_its_latents():
+    ddconfig = {"z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1]}
+    ddconfig = {**ddconfig, "num_res_blocks": 1, "attn_resolutions": []}
+    loss = {"disc_start": 5, "perceptual_weight": 0.0, "disc_ch": 8, "disc_num_layers": 1}
+    lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}
+    model = AutoencoderKL(ddconfig, lossconfig, embed_dim=4, freeze_encoder=True, optimizer="muon")
+    trained = {id(p) for group in model.configure_optimizers()[0].param_groups for p in group["params"]}
+    decoder = {id(p) for part in (model.decoder, model.post_quant_conv) for p in part.parameters()}
+    assert trained == decoder
+
+
 def test_whitening_something_else(tmp_path, capsys, caplog):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     command = ["--ckpt", str(tmp_path / "other.safetensors"), "--output", str(tmp_path / "out.safetensors")]

@@ -14,7 +14,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.checkpoint import write_atomically
@@ -88,8 +88,9 @@ class CachedLatents(Dataset):
     @torch.no_grad()
     def _encode(self, model: LatentDiffusion, device: torch.device) -> tuple[Tensor, list[str], list[str]]:
         moments, captions, classes = [], [], []
-        for start in tqdm(range(0, len(self.source), BATCH), desc="latents"):
-            examples = [self.source[i] for i in range(start, min(start + BATCH, len(self.source)))]
+        workers = 1 if len(self.source) > 10 * BATCH else 0  # one draws while the first stage encodes
+        loader = DataLoader(self.source, BATCH, num_workers=workers, collate_fn=list)
+        for examples in tqdm(loader, desc="latents"):
             images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).to(device)
             posterior = model.encode_first_stage(rearrange(images, "b h w c -> b c h w").contiguous())
             moments.append(posterior.parameters.half().cpu())

@@ -40,6 +40,7 @@ class AutoencoderKL(pl.LightningModule):
         monitor: the metric that names the best checkpoint.
         use_checkpoint: recompute the residual blocks' activations in the backward pass instead of keeping them.
         optimizer: adam or muon, for the autoencoder; the discriminator has Adam.
+        freeze_encoder: train the decoder alone: latents stay as they are, and what was trained on them stays valid.
         scheduler_config: a function from step to a factor for the autoencoder's learning rate.
         colorize_nlabels: accepted for older configs, without effect.
 
@@ -66,6 +67,7 @@ class AutoencoderKL(pl.LightningModule):
         use_checkpoint: bool = False,
         optimizer: str = "adam",
         scheduler_config: Mapping[str, Any] | None = None,
+        freeze_encoder: bool = False,
     ):
         super().__init__()
         if colorize_nlabels is not None:
@@ -83,6 +85,8 @@ class AutoencoderKL(pl.LightningModule):
         self.image_key = image_key
         self.monitor = monitor
         self.optimizer, self.scheduler_config = optimizer, scheduler_config
+        for part in (self.encoder, self.quant_conv):
+            part.requires_grad_(not freeze_encoder)
         self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
         # Lightning steps several optimizers only by hand.
         self.automatic_optimization = False
