@@ -30,7 +30,7 @@ from ldm.rng import generator
 Draw = Callable[[Sequence[str]], list[Image.Image]]
 
 SIZE = 64
-CLASS_IMAGES = 64  # pictures of a class that similarity and diversity are measured on
+CLASS_IMAGES = 32  # pictures of a class that similarity and diversity are measured on
 SUBJECT_IMAGES = 16
 PER_PROMPT = 4
 PLACES = [scene for scene in SCENES if scene not in PLAIN]

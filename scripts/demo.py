@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--subject", default="dog", help=f"{names}, or a folder of photos (default: %(default)s)")
     parser.add_argument("--class_word", help="the subject's class noun (default: its folder's name)")
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
+    parser.add_argument("--without_prior", action="store_true", help="leave the prior-preservation loss out")
     parser.add_argument("--outdir", default="outputs/demo", help="default: %(default)s")
     return parser
 
@@ -75,12 +76,14 @@ def demo(args: argparse.Namespace) -> None:
     pictures = [load_image(path) for path in find_images(photos)]
     say(f"{len(pictures)} photos of a {class_word}; class images and training\n")
     more = ["--max_steps", str(args.steps)] if args.steps else []
+    more += ["model.params.reg_weight=0"] if args.without_prior else []
     checkpoint = dreambooth(photos, class_word, outdir / "class_images" / class_word, outdir / "logs", more, print)
 
     say("sampling")
     rows = sheet_rows(pictures, class_word, checkpoint)
-    sheet = outdir / f"{photos.resolve().name}.png"
-    contact_sheet(rows, title=f"DreamBooth: a sks {class_word}").save(sheet)
+    without = " without prior preservation" if args.without_prior else ""
+    sheet = outdir / f"{photos.resolve().name}{without.replace(' ', '-')}.png"
+    contact_sheet(rows, title=f"DreamBooth{without}: a sks {class_word}").save(sheet)
 
     say(f"contact sheet: {sheet}\nanother prompt:")
     prompt = f"photo of a sks {class_word} floating on top of water"

@@ -9,13 +9,13 @@ What was measured before is in `--outdir` and is not measured again.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,9 +24,10 @@ from ldm.checkpoint import write_atomically
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
 from ldm.data.image_folder import find_images, load_image
+from ldm.data.scenes import SCENES
 from ldm.data.world import SPRITES, World
 from ldm.errors import UserError
-from ldm.evaluation import Judges, fit_recognizer, measure_base, measure_subject
+from ldm.evaluation import CLASS_IMAGES, PLACES, Judges, fit_recognizer, measure_base, measure_subject
 from ldm.metrics import CLIPImages, EfficientNetLite0
 from ldm.miniature import (
     CLIP_CONFIG,
@@ -71,6 +72,13 @@ def make_judges(train: World) -> Judges:
     return Judges(encoders, fit_recognizer(encoders, train))
 
 
+@functools.cache
+def base_painter(seed: int) -> Callable[[Sequence[str]], list[Any]]:
+    """Draws with the base model, the pictures of a class once for all of its subjects."""
+    draw = functools.cache(Painter(WEIGHTS, seed))
+    return lambda prompts: draw(tuple(prompts))
+
+
 def remembered(path: Path, measure: Callable[[], Results]) -> Results:
     """What is in the file, or what `measure` gives, which goes into it."""
     if not path.is_file():
@@ -95,11 +103,12 @@ def evaluate(args: argparse.Namespace) -> None:
             for kind in [WITH] + [WITHOUT] * (subject in args.without_prior):
                 name = f"{subject}-{seed}" + ("-without" if kind == WITHOUT else "")
                 runs[kind, subject, seed] = remembered(
-                    args.outdir / f"{name}.json", partial(measure_run, subject, seed, kind, args.outdir, judges)
+                    args.outdir / f"{name}.json",
+                    functools.partial(measure_run, subject, seed, kind, args.outdir, judges),
                 )
                 print(f"{(time.monotonic() - begin) / 60:5.1f} min  {name}", flush=True)
     command = shlex.join(["python", "scripts/evaluate.py", "--seeds", *map(str, args.seeds)])
-    report = "\n".join([*HEAD, f"    {command}\n", *base_table(base), *run_tables(runs)]) + "\n"
+    report = "\n".join([HEAD, f"    {command}\n", *base_table(base), *run_tables(runs)]) + "\n"
     write_atomically(args.report, lambda temporary: temporary.write_text(report))
     print(args.report)
 
@@ -112,7 +121,7 @@ def measure_run(subject: str, seed: int, kind: str, outdir: Path, judges: Judges
     checkpoint = dreambooth(photos, class_word, outdir / f"class_images-{seed}" / class_word, outdir / "logs", more)
     seconds = time.monotonic() - start
     pictures = [load_image(path) for path in find_images(photos)]
-    measured = measure_subject(Painter(WEIGHTS, seed), Painter(checkpoint, seed), pictures, class_word, judges)
+    measured = measure_subject(base_painter(seed), Painter(checkpoint, seed), pictures, class_word, judges)
     checkpoint.unlink()
     return {**measured, "seconds": seconds}
 
@@ -125,16 +134,16 @@ Measured by the command below, with the weights in `models/tiny` and `configs/ti
 are read off by linear classifiers on the features of both encoders, fitted to renderings of the tiny world, never to
 samples. `CLIP-I` is the mean cosine of our small CLIP's image features, the other encoder is EfficientNet-Lite0,
 pretrained on ImageNet.
-""".splitlines()
+"""
 
 BASE = """
 ## The base model
 
 4 samples for each of {classes} classes ("a photo of a dog") and of {scenes} scenes ("a photo of a dog in the snow",
-classes in turn); diversity is the mean pairwise distance of the features of 64 pictures of "a photo of a dog".
+classes in turn); diversity is the mean pairwise distance of the features of {pictures} pictures of "a photo of a dog".
 
 | | samples | renderings of seen designs | of unseen designs |
-|---|---|---|---|""".splitlines()
+|---|---|---|---|"""
 
 SUBJECTS = """
 ## DreamBooth, {kind}
@@ -146,8 +155,7 @@ what sets the subject apart, 0 for no change towards it. *Diversity kept*: of "p
 *Nearest*: the sample most like a training image or its mirror, in dB.
 
 | subject | {columns} |
-|---|---|---|---|---|---|---|---|---|---|---|""".splitlines()
-
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 COLUMNS = (
     *("gap closed, CLIP-I", "EfficientNet", "scenes (base)", "class drift, CLIP-I", "EfficientNet"),
@@ -157,9 +165,7 @@ COLUMNS = (
 
 def base_table(base: Mapping[str, Any]) -> list[str]:
     """The base model's numbers."""
-    from ldm.data.scenes import SCENES
-
-    lines = "\n".join(BASE).format(classes=len(base["by_class"]), scenes=len(SCENES)).splitlines()
+    lines = [BASE.format(classes=len(base["by_class"]), scenes=len(SCENES), pictures=CLASS_IMAGES)]
     for name in ("class", "scene"):
         seen, unseen = (base[f"{name}, {kind} designs"] for kind in ("seen", "unseen"))
         lines.append(f"| {name} recognised | {base[name]:.0%} | {seen:.0%} | {unseen:.0%} |")
@@ -172,8 +178,6 @@ def base_table(base: Mapping[str, Any]) -> list[str]:
 
 def run_tables(runs: Mapping[tuple[str, str, int], Results]) -> list[str]:
     """A table for each kind of run."""
-    from ldm.evaluation import PLACES
-
     lines: list[str] = []
     for kind in (WITH, WITHOUT):
         found = {key: value for key, value in runs.items() if key[0] == kind}
@@ -182,7 +186,7 @@ def run_tables(runs: Mapping[tuple[str, str, int], Results]) -> list[str]:
         seeds = ", ".join(str(seed) for seed in sorted({seed for _, _, seed in found}))
         heading = kind if kind == WITH else "without prior preservation"
         fields = {"kind": heading, "seeds": seeds, "places": len(PLACES), "columns": " | ".join(COLUMNS)}
-        lines += "\n".join(SUBJECTS).format(**fields).splitlines()
+        lines.append(SUBJECTS.format(**fields))
         subjects = sorted({subject for _, subject, _ in found})
         rows = {s: [value for (_, subject, _), value in found.items() if subject == s] for s in subjects}
         lines += [row(name, results) for name, results in rows.items()]

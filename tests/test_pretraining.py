@@ -1,8 +1,6 @@
 """What the miniature is pretrained with: Muon, schedules, CLIP, cached latents, whitening, conversion."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,12 +23,9 @@ from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import tokenize
 from ldm.optim import Muon, make_optimizer, muon_groups, orthogonalized
+from scripts import convert, whiten_latents
 from tests import golden, runs
 from tests.test_diffusion import build
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import convert
-import whiten_latents
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 CLIP_PARAMS = {
