@@ -246,19 +246,35 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ign
     wanted = {key: value for key, value in model.state_dict().items() if not (ignore and key.startswith(ignore))}
     used = [key for key in wanted if key in state]
     missing = [key for key in wanted if key not in state]
-    needed = [k for k in missing if not (k.endswith(OPTIONAL_SUFFIXES) or k.startswith(OPTIONAL_PREFIXES))]
+    optional = OPTIONAL_PREFIXES + _unread(model)
+    needed = [k for k in missing if not (k.endswith(OPTIONAL_SUFFIXES) or k.startswith(optional))]
     for key in used:
         if state[key].shape != wanted[key].shape:
             raise UserError(
                 f"{path}: '{key}' has shape {list(state[key].shape)}, the config's model has "
-                f"{list(wanted[key].shape)}: use the config that this checkpoint was made with"
+                f"{list(wanted[key].shape)}: {_advice(state)}"
             )
     if needed:
         raise UserError(
             f"{path}: {len(needed)} of the model's {len(wanted)} tensors are missing, first '{needed[0]}' "
-            f"(the file has {len(state)}, first '{next(iter(state), None)}'): use the config that fits this checkpoint"
+            f"(the file has {len(state)}, first '{next(iter(state), None)}'): {_advice(state)}"
         )
     return LoadReport(used, missing, [key for key in state if key not in wanted])
+
+
+def _unread(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the keys of weights that are there for other programs and that the model never reads."""
+    modules = model.named_modules()
+    return tuple(f"{name}.{key}" if name else key for name, module in modules for key in getattr(module, "unread", ()))
+
+
+def _advice(state: Mapping[str, Tensor]) -> str:
+    """Which config fits a checkpoint that does not fit the one at hand."""
+    from ldm.families import recognise
+
+    if family := recognise(state):
+        return f"the file is {family}"
+    return "use the config that this checkpoint was made with"
 
 
 def load_state(

@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of, write_atomically
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
+from ldm.families import config_for
 from ldm.rng import SampleRandom, derive_seed
 
 if TYPE_CHECKING:
@@ -57,12 +58,11 @@ def load_model(
     checkpoint: str | Path,
     config: str | Path | None = None,
     device: torch.device | str = "cpu",
-    fallback: str | Path | None = None,
 ) -> LatentDiffusion:
     """A model ready to sample from, with a checkpoint's weights, in evaluation mode.
 
     Args:
-        config: its YAML; by default the one that trained it, else `fallback`.
+        config: its YAML; by default the one that trained it, else that of its family.
 
     Raises:
         UserError: a file that cannot be read, or a config that does not fit the checkpoint.
@@ -70,12 +70,11 @@ def load_model(
     checkpoint = Path(checkpoint)
     content = read_checkpoint(checkpoint)
     plain = to_plain(load_config([config])) if config else find_config(content, checkpoint)
+    state = state_dict_of(content, checkpoint)
     if plain is None:
-        if fallback is None:
-            raise UserError(f"{checkpoint}: it does not say which config it was made with: give --config")
-        plain = to_plain(load_config([fallback]))
+        plain = to_plain(load_config([config_for(state, checkpoint)]))
     model_config = {key: value for key, value in plain.get("model", {}).items() if key != "base_learning_rate"}
-    model, _ = instantiate_filled(model_config, state_dict_of(content, checkpoint), checkpoint)
+    model, _ = instantiate_filled(model_config, state, checkpoint)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -135,6 +134,8 @@ def text_to_image(
 
     if recipe.sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{recipe.sampler}'; accepted: {', '.join(SAMPLERS)}")
+    if model.model.conditioning_key != "crossattn":
+        raise UserError("this model inpaints: it needs an image and a mask beside the prompt")
     check_size(model, recipe.height, recipe.width)
     shape = (model.latent_channels, recipe.height // model.downsampling, recipe.width // model.downsampling)
     guides = recipe.scale != 1.0

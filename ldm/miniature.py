@@ -83,7 +83,7 @@ class Painter:
     """Pictures of prompts by one checkpoint, each a function of its prompt, its number and the seed."""
 
     def __init__(self, checkpoint: Path, seed: int = RECIPE.seed, batch_size: int = 32):
-        self.model = load_model(checkpoint, fallback=CONFIG)
+        self.model = load_model(checkpoint)
         self.seed, self.batch_size = seed, batch_size
 
     def __call__(self, prompts: Sequence[str]) -> list[Image.Image]:

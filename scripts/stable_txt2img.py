@@ -33,9 +33,6 @@ from ldm.inference import (
     text_to_image,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-V1_CONFIG = ROOT / "configs/stable-diffusion/v1-inference.yaml"
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--from-file", metavar="FILE", help="a prompt a line, instead of --prompt")
     add("--negative_prompt", default="", help="what guidance leads away from")
     add("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help=".ckpt or .safetensors")
-    add("--config", help="the model's YAML (default: the checkpoint's own, else Stable Diffusion v1's)")
+    add("--config", help="the model's YAML (default: the checkpoint's own, else that of its family)")
     add("--embedding_path", help="textual-inversion embeddings to add")
     add("--outdir", default="outputs/txt2img-samples", help="default: %(default)s")
     add("--ddim_steps", type=int, default=50, help="sampling steps (default: %(default)s)")
@@ -107,7 +104,7 @@ def sample(args: argparse.Namespace) -> None:
     outdir = Path(args.outdir)
     folder = outdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.ckpt, args.config, pick_device(args.device), fallback=V1_CONFIG)
+    model = load_model(args.ckpt, args.config, pick_device(args.device))
     for flag, given, actual in (("C", args.C, model.latent_channels), ("f", args.f, model.downsampling)):
         if given not in (None, actual):
             raise UserError(f"--{flag} {given}: this model has {actual}")

@@ -41,7 +41,7 @@ def init_array(key: str, shape: Sequence[int]) -> np.ndarray:
         x = 1 + 0.2 * x
     else:
         x = 0.1 * x
-    return x.astype(np.float32)
+    return np.asarray(x, np.float32)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.lr_scheduler import with_schedule
+from ldm.modules.encoders.names import open_clip_to_transformers
 from ldm.modules.encoders.tokenizer import END, tokenize
 from ldm.optim import make_optimizer
 
@@ -103,16 +104,6 @@ class CLIP(pl.LightningModule):
         return with_schedule(optimizer, self.scheduler_config)
 
 
-# What a block of open_clip's text tower is called in transformers', beside the attention's joint projection.
-BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-
-
 def text_tower(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """The text tower of `CLIP`'s state dict, read from `path`, under the keys that Stable Diffusion has for it.
 
@@ -121,21 +112,5 @@ def text_tower(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tenso
     """
     if "clip.token_embedding.weight" not in state:
         raise UserError(f"{path}: no text tower in it; expected a checkpoint of ldm.models.clip.CLIP")
-    prefix, out = "transformer.text_model.", {}
-    state = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
-    out[f"{prefix}embeddings.token_embedding.weight"] = state["token_embedding.weight"]
-    out[f"{prefix}embeddings.position_embedding.weight"] = state["positional_embedding"]
-    for kind in ("weight", "bias"):
-        out[f"{prefix}final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
-    for key, value in state.items():
-        if not key.startswith("transformer.resblocks."):
-            continue
-        number, name = key.removeprefix("transformer.resblocks.").split(".", 1)
-        layer = f"{prefix}encoder.layers.{number}."
-        module, _, kind = name.rpartition(".")
-        if name.startswith("attn.in_proj_"):
-            for part, piece in zip("qkv", value.chunk(3)):
-                out[f"{layer}self_attn.{part}_proj.{name.removeprefix('attn.in_proj_')}"] = piece
-        else:
-            out[f"{layer}{BLOCK[module]}.{kind}"] = value
-    return out
+    tower = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
+    return {f"transformer.{key}": value for key, value in open_clip_to_transformers(tower).items()}

@@ -33,7 +33,7 @@ class EmbeddingManager:
     the whole text encoder instead, so what is left is to choose where a placeholder starts.
 
     Args:
-        embedder: a `FrozenCLIPEmbedder`.
+        embedder: a text encoder with a `token_embedding`.
         placeholder_strings, initializer_words, per_image_tokens, num_vectors_per_token, progressive_words:
             accepted for older configs, without effect.
     """
@@ -51,7 +51,7 @@ class EmbeddingManager:
 
     @property
     def _rows(self) -> nn.Parameter:
-        return self.embedder.transformer.text_model.embeddings.token_embedding.weight
+        return self.embedder.token_embedding.weight
 
     @torch.no_grad()
     def initialize(self, init_word: str, placeholder: str) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError, nearest
 from ldm.modules.encoders.tokenizer import END, START, tokenize
@@ -88,6 +90,78 @@ class FrozenCLIPEmbedder(nn.Module):
 
     encode = forward
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of token embeddings."""
+        return self.transformer.text_model.embeddings.token_embedding  # type: ignore[union-attr,return-value]
+
+
+LAYERS = {"last": 0, "penultimate": 1}  # blocks at the end that are left out
+
+
+class FrozenOpenCLIPEmbedder(nn.Module):
+    """The text transformer of an open_clip model, as Stable Diffusion 2 reads it: ViT-H's penultimate layer.
+
+    Args:
+        arch: a model that open_clip has a config of. Nothing is downloaded: a checkpoint fills the weights.
+        layer: last, or penultimate, whose output goes through the final norm, too.
+        max_length: tokens a text is padded (with 0) or cut to.
+        text_config: open_clip's text fields that replace those of `arch`.
+        use_checkpoint: recompute activations in the backward pass instead of keeping them.
+        version, device, freeze: accepted for older configs, without effect: no weights are loaded, the
+            module follows its parent, and `LatentDiffusion.cond_stage_trainable` says whether it is trained.
+    """
+
+    def __init__(
+        self,
+        arch: str = "ViT-H-14",
+        version: str | None = None,
+        device: str | None = None,
+        max_length: int = 77,
+        freeze: bool = True,
+        layer: str = "penultimate",
+        text_config: Mapping[str, Any] | None = None,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        if layer not in LAYERS:
+            hint = nearest(layer, list(LAYERS))
+            raise UserError(f"cond_stage_config.layer: unknown '{layer}'{hint}; accepted: {', '.join(LAYERS)}")
+        self.max_length, self.blocks_left_out = max_length, LAYERS[layer]
+        self.model = _build_open_clip_text(arch, text_config)
+        blocks = range(len(self.model.transformer.resblocks))
+        left_out = [f"model.transformer.resblocks.{n}." for n in blocks[len(blocks) - self.blocks_left_out :]]
+        self.unread = ("model.text_projection", "model.logit_scale", *left_out)  # of its weights
+        if max_length > (limit := self.model.context_length):
+            raise UserError(f"cond_stage_config: max_length {max_length} exceeds context_length {limit}")
+        self.model.transformer.grad_checkpointing = use_checkpoint
+
+    def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
+        """Token ids of the texts, on the CPU."""
+        return tokenize(text, self.max_length, pad=0)
+
+    def forward(self, text: Sequence[str]) -> Float[Tensor, "b n d"]:
+        """Embeddings of the texts, (b, max_length, width)."""
+        model: Any = self.model
+        tokens = self.tokenize(text).to(model.positional_embedding.device)
+        n = tokens.shape[1]
+        x = model.token_embedding(tokens) + model.positional_embedding[:n]
+        mask = model.attn_mask[:n, :n].to(x.dtype)
+        blocks = model.transformer.resblocks
+        for block in blocks[: len(blocks) - self.blocks_left_out]:
+            if model.transformer.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, attn_mask=mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=mask)
+        return model.ln_final(x)
+
+    encode = forward
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of token embeddings."""
+        return self.model.token_embedding
+
 
 def _checkpoint_activations(text_model: Any) -> None:
     # transformers is renaming this method.
@@ -113,3 +187,21 @@ def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> An
         if key not in accepted:
             raise UserError(f"cond_stage_config.text_config.{key}: unknown field{nearest(key, accepted)}")
     return CLIPTextModel(CLIPTextConfig(**{**CLIP_VIT_L_14_TEXT, **fields}))
+
+
+def _build_open_clip_text(arch: str, text_config: Mapping[str, Any] | None) -> Any:
+    from open_clip import get_model_config, list_models
+    from open_clip.model import CLIP
+
+    config = get_model_config(arch)
+    if config is None:
+        raise UserError(f"cond_stage_config.arch: open_clip has no '{arch}'{nearest(arch, list_models())}")
+    fields = {**config["text_cfg"], **(text_config or {})}
+    # Its image tower is not read: a small one stands in for it until it goes.
+    vision = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64, "head_width": 32}
+    try:
+        model = CLIP(config["embed_dim"], vision, fields, quick_gelu=config.get("quick_gelu", False))
+    except TypeError as error:
+        raise UserError(f"cond_stage_config.text_config: {error}") from error
+    del model.visual
+    return model

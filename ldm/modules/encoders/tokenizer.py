@@ -24,13 +24,20 @@ def encode(text: str) -> list[int]:
     return _bpe().encode(text)
 
 
-def tokenize(texts: Sequence[str], max_length: int = 77) -> Int[Tensor, "b n"]:
-    """Ids of each text: start, pieces, end, then the end token again as padding (as SD v1 was trained).
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary, word -> id, and the merges in their order."""
+    bpe = _bpe()
+    ranks = bpe.bpe_ranks
+    return dict(bpe.encoder), sorted(ranks, key=ranks.__getitem__)
+
+
+def tokenize(texts: Sequence[str], max_length: int = 77, pad: int = END) -> Int[Tensor, "b n"]:
+    """Ids of each text: start, pieces, end, then padding (the end token again for SD v1, 0 for v2).
 
     Longer texts are cut so that the end token is the last one.
     """
-    tokens = torch.full((len(texts), max_length), END, dtype=torch.int64)
+    tokens = torch.full((len(texts), max_length), pad, dtype=torch.int64)
     for row, text in zip(tokens, texts):
-        ids = [START, *encode(text)[: max_length - 2]]
+        ids = [START, *encode(text)[: max_length - 2], END]
         row[: len(ids)] = torch.tensor(ids)
     return tokens
