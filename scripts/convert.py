@@ -76,6 +76,8 @@ def read(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights, and the config of their model (empty if nothing says it)."""
     given = to_plain(load_config([args.config])) if args.config else None
     if args.ckpt.is_dir():
+        if args.ema or args.only:
+            raise UserError(f"{args.ckpt}: --ema and --only are for checkpoint files, not for a pipeline folder")
         if given is None:
             raise UserError(f"{args.ckpt}: a pipeline does not say which of our configs it fits: give --config")
         with torch.device("meta"):

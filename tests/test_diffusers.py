@@ -172,6 +172,8 @@ def test_the_command_both_ways(ours, family, folder, tmp_path):
 def test_a_pipeline_without_a_config(folder, tmp_path, caplog):
     assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors")]) == 1
     assert "give --config" in caplog.text
+    assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors"), "--ema"]) == 1
+    assert "--ema and --only are for checkpoint files" in caplog.text
 
 
 # LoRA

@@ -66,7 +66,7 @@ def test_its_clip_knows_one_scene_from_another(clip_images, photos):
 
 
 def test_pictures_follow_their_prompts(clip_images):
-    """The average picture of a scene is most like renderings of that scene: bright snow, dark night, red ground."""
+    """Snow is bright, the night is dark, and a red background is red at the border."""
     paint = miniature.Painter(miniature.WEIGHTS)
     prompts = ["a photo of a cat in the snow", "a photo of a cat at night", "a photo of a cat on a red background"]
     snow, night, red = to_tensor(paint(prompts), 64)

@@ -117,11 +117,7 @@ class LatentDiffusion(pl.LightningModule):
             accepted = ", ".join(PARAMETERIZATIONS)
             raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
         self.parameterization: Parameterization = PARAMETERIZATIONS[parameterization]
-        for name, value in (("caption_dropout", caption_dropout), ("ema_decay", ema_decay)):
-            if not 0 <= value <= 1:
-                raise UserError(f"model.params.{name}: expected a share from 0 to 1, got {value}")
-        if min_snr_gamma is not None and min_snr_gamma <= 0:
-            raise UserError(f"model.params.min_snr_gamma: expected a positive number, got {min_snr_gamma}")
+        _check_options(caption_dropout, ema_decay, min_snr_gamma)
         self.objective = PriorPreservation(reg_weight)
         self.min_snr_gamma, self.caption_dropout = min_snr_gamma, caption_dropout
         self.optimizer, self.scheduler_config = optimizer, scheduler_config
@@ -367,3 +363,11 @@ class LatentDiffusion(pl.LightningModule):
                 )
             pictures["samples"] = self.decode_first_stage(latents)
         return pictures
+
+
+def _check_options(caption_dropout: float, ema_decay: float, min_snr_gamma: float | None) -> None:
+    for name, value in (("caption_dropout", caption_dropout), ("ema_decay", ema_decay)):
+        if not 0 <= value <= 1:
+            raise UserError(f"model.params.{name}: expected a share from 0 to 1, got {value}")
+    if min_snr_gamma is not None and min_snr_gamma <= 0:
+        raise UserError(f"model.params.min_snr_gamma: expected a positive number, got {min_snr_gamma}")
