@@ -246,7 +246,7 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ign
     wanted = {key: value for key, value in model.state_dict().items() if not (ignore and key.startswith(ignore))}
     used = [key for key in wanted if key in state]
     missing = [key for key in wanted if key not in state]
-    optional = OPTIONAL_PREFIXES + _unread(model)
+    optional = OPTIONAL_PREFIXES + _optional_keys(model)
     needed = [k for k in missing if not (k.endswith(OPTIONAL_SUFFIXES) or k.startswith(optional))]
     for key in used:
         if state[key].shape != wanted[key].shape:
@@ -262,10 +262,12 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ign
     return LoadReport(used, missing, [key for key in state if key not in wanted])
 
 
-def _unread(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the keys of weights that are there for other programs and that the model never reads."""
+def _optional_keys(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the keys that modules can do without in a checkpoint, as their `optional_keys` say."""
     modules = model.named_modules()
-    return tuple(f"{name}.{key}" if name else key for name, module in modules for key in getattr(module, "unread", ()))
+    return tuple(
+        f"{name}.{key}" if name else key for name, module in modules for key in getattr(module, "optional_keys", ())
+    )
 
 
 def _advice(state: Mapping[str, Tensor]) -> str:

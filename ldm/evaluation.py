@@ -20,6 +20,7 @@ from ldm.metrics import (
     diversity,
     features_of,
     gap_closed,
+    middle,
     nearest_psnr,
     similarity,
     similarity_within,
@@ -55,14 +56,23 @@ def renderings(world: World, count: int, key: str) -> tuple[Tensor, dict[str, li
     return images.contiguous(), {name: [e[name] for e in examples] for name in ("class_word", "scene")}
 
 
-def fit_recognizer(encoders: Mapping[str, Encoder], train: World, count: int = 6000) -> Recognizer:
-    """A recognizer of the world's classes and scenes, fitted to `count` renderings."""
+def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> Recognizer:
+    """A recognizer of the world's classes and scenes that has not been fitted."""
+    return Recognizer(list(encoders.values()), {"class_word": classes, "scene": list(SCENES)})
+
+
+def fit_recognizer(
+    recognizer: Recognizer, train: World, reconstruct: Callable[[Tensor], Tensor], count: int = 6000
+) -> None:
+    """Fit a recognizer to `count` renderings, half of them as the model's first stage gives them back.
+
+    Samples come out of the same decoder: what it does to a picture should not tell for or against a class.
+    """
     images, found = renderings(train, count, "recognizer")
-    labels = {"class_word": train.classes, "scene": list(SCENES)}
-    recognizer = Recognizer(list(encoders.values()), labels)
+    images[::2] = features_of(reconstruct, images[::2]).clamp(-1, 1)
+    labels = recognizer.labels
     targets = {name: torch.tensor([labels[name].index(value) for value in found[name]]) for name in labels}
     recognizer.fit(recognizer.features(images), targets)
-    return recognizer
 
 
 def class_prompts(classes: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -113,6 +123,9 @@ def measure_subject(
 ) -> dict[str, Any]:
     """What DreamBooth did: subject fidelity, scenes, copies, and what is left of the class.
 
+    Likeness is that of the pictures' middles: the photos were taken in five places, and features tell places apart
+    at least as well as things.
+
     Args:
         base: draws with the model before.
         tuned: draws with the model after.
@@ -134,7 +147,9 @@ def measure_subject(
         "class, base": accuracy(judges.recognise(before, "class_word"), [class_word] * CLASS_IMAGES),
     }
     for name, encoder in judges.encoders.items():
-        of_real, of_subject, of_before, of_after = (features_of(encoder, x) for x in (real, subject, before, after))
+        of_real, of_subject, of_before, of_after = (
+            features_of(encoder, middle(x)) for x in (real, subject, before, after)
+        )
         reached, start = similarity(of_subject, of_real), similarity(of_before, of_real)
         ceiling = similarity_within(of_real)
         measured |= {

@@ -22,6 +22,7 @@ Features = Float[Tensor, "b d"]
 Encoder = Callable[[Images], Features]
 
 BATCH = 64
+MIDDLE = 0.15  # of a side, on every side, is left out of a picture's middle
 
 
 def to_tensor(images: Sequence[Image.Image], size: int) -> Images:
@@ -35,6 +36,14 @@ def to_tensor(images: Sequence[Image.Image], size: int) -> Images:
 def features_of(encoder: Encoder, images: Images) -> Features:
     """An encoder's features of many images."""
     return torch.cat([encoder(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def middle(images: Images) -> Images:
+    """The middle of pictures at their size, for what tells things apart more than the places they are in."""
+    height, width = images.shape[-2:]
+    top, left = round(MIDDLE * height), round(MIDDLE * width)
+    cropped = images[..., top : height - top, left : width - left]
+    return F.interpolate(cropped, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 # Encoders
@@ -152,7 +161,7 @@ class Recognizer(nn.Module):
     """Linear classifiers of class and scene over encoders' features, fitted to renderings of the tiny world.
 
     Args:
-        encoders: whose features are joined.
+        encoders: whose features of a picture and of its middle are joined.
         labels: the names that each classifier tells apart, for example `{"class_word": [...], "scene": [...]}`.
     """
 
@@ -162,21 +171,26 @@ class Recognizer(nn.Module):
         self.heads = nn.ModuleDict()
 
     def features(self, images: Images) -> Features:
-        """The encoders' joined features."""
-        return torch.cat([features_of(encoder, images) for encoder in self.encoders], dim=1)
+        """The encoders' joined features, (b, 2 d summed over the encoders)."""
+        views = (images, middle(images))
+        return torch.cat([features_of(encoder, view) for encoder in self.encoders for view in views], dim=1)
 
     def fit(self, features: Features, targets: Mapping[str, Int[Tensor, " b"]], steps: int = 400) -> None:
         """Fit every head by full-batch Adam on the cross-entropy, with a little weight decay."""
-        for name, values in self.labels.items():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                head = nn.Linear(features.shape[1], len(values))
+        self.add_heads(features.shape[1])
+        for name, head in self.heads.items():
             optimizer = torch.optim.AdamW(head.parameters(), lr=0.02, weight_decay=0.02)
             for _ in range(steps):
                 optimizer.zero_grad()
                 F.cross_entropy(head(features), targets[name], label_smoothing=0.05).backward()
                 optimizer.step()
-            self.heads[name] = head.requires_grad_(False)
+            head.requires_grad_(False)
+
+    def add_heads(self, width: int) -> None:
+        """Untrained heads over features of `width` entries."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.heads.update({name: nn.Linear(width, len(values)) for name, values in self.labels.items()})
 
     def recognise(self, features: Features, name: str) -> list[str]:
         """The most likely label of each picture."""

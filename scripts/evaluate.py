@@ -3,13 +3,15 @@
     pip install -e '.[world]' && python scripts/fetch_sprites.py      # the classifiers learn from renderings
     python scripts/evaluate.py --seeds 23 24 25
 
-What was measured before is in `--outdir` and is not measured again.
+What was measured before, with the same weights and config, is in `--outdir` and is not measured again. So several can
+share the work, each with some of the `--subjects`; the last one writes the whole report.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import logging
 import shlex
@@ -20,18 +22,20 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ldm.checkpoint import write_atomically
+from ldm.checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
 from ldm.data.image_folder import find_images, load_image
 from ldm.data.scenes import SCENES
 from ldm.data.world import SPRITES, World
 from ldm.errors import UserError
-from ldm.evaluation import CLASS_IMAGES, PLACES, Judges, fit_recognizer, measure_base, measure_subject
+from ldm.evaluation import CLASS_IMAGES, PLACES, Judges, fit_recognizer, make_recognizer, measure_base, measure_subject
+from ldm.inference import load_model
 from ldm.metrics import CLIPImages, EfficientNetLite0
 from ldm.miniature import (
     CLIP_CONFIG,
     CLIP_IMAGES,
+    CONFIG,
     ROOT,
     WEIGHTS,
     Painter,
@@ -65,11 +69,20 @@ def worlds(sprites: Path) -> tuple[World, World]:
     return train, World(sprites, classes=classes, labels=True, held_out=0.1, split="test")
 
 
-def make_judges(train: World) -> Judges:
-    """The two encoders, and the classifiers that are fitted to renderings."""
+def make_judges(train: World, path: Path) -> Judges:
+    """The two encoders, and the classifiers that are fitted to renderings, unless `path` has them from before."""
     clip = CLIPImages(CLIP_IMAGES, to_plain(load_config([CLIP_CONFIG]))["model"])
     encoders = {"CLIP-I": clip, "EfficientNet-Lite0": EfficientNetLite0()}
-    return Judges(encoders, fit_recognizer(encoders, train))
+    recognizer = make_recognizer(encoders, train.classes)
+    if path.is_file():
+        state = read_checkpoint(path)
+        recognizer.add_heads(next(iter(state.values())).shape[-1])
+        recognizer.heads.load_state_dict(state)
+    else:
+        model = load_model(WEIGHTS)
+        fit_recognizer(recognizer, train, lambda x: model.first_stage_model(x, sample_posterior=False)[0])
+        save_checkpoint(recognizer.heads.state_dict(), path)
+    return Judges(encoders, recognizer)
 
 
 @functools.cache
@@ -94,17 +107,18 @@ def evaluate(args: argparse.Namespace) -> None:
     if unknown:
         raise UserError(f"--subjects: unknown {', '.join(unknown)}; there are {', '.join(subject_names())}")
     train, test = worlds(args.sprites)
-    judges = make_judges(train)
+    outdir = args.outdir / hashlib.sha256(WEIGHTS.read_bytes() + CONFIG.read_bytes()).hexdigest()[:8]
+    judges = make_judges(train, outdir / "recognizer.ckpt")
     begin = time.monotonic()
-    base = remembered(args.outdir / "base.json", lambda: measure_base(Painter(WEIGHTS), judges, train, test))
+    base = remembered(outdir / "base.json", lambda: measure_base(Painter(WEIGHTS), judges, train, test))
     runs: dict[tuple[str, str, int], Results] = {}
     for seed in args.seeds:
         for subject in subjects:
             for kind in [WITH] + [WITHOUT] * (subject in args.without_prior):
                 name = f"{subject}-{seed}" + ("-without" if kind == WITHOUT else "")
                 runs[kind, subject, seed] = remembered(
-                    args.outdir / f"{name}.json",
-                    functools.partial(measure_run, subject, seed, kind, args.outdir, judges),
+                    outdir / f"{name}.json",
+                    functools.partial(measure_run, subject, seed, kind, outdir, judges),
                 )
                 print(f"{(time.monotonic() - begin) / 60:5.1f} min  {name}", flush=True)
     command = shlex.join(["python", "scripts/evaluate.py", "--seeds", *map(str, args.seeds)])
@@ -131,9 +145,9 @@ def measure_run(subject: str, seed: int, kind: str, outdir: Path, judges: Judges
 HEAD = """# Results of the miniature
 
 Measured by the command below, with the weights in `models/tiny` and `configs/tiny/dreambooth.yaml`. Class and scene
-are read off by linear classifiers on the features of both encoders, fitted to renderings of the tiny world, never to
-samples. `CLIP-I` is the mean cosine of our small CLIP's image features, the other encoder is EfficientNet-Lite0,
-pretrained on ImageNet.
+are read off by linear classifiers on the features of both encoders, fitted to renderings of the tiny world (half of
+them reconstructed by the first stage), never to samples. `CLIP-I` is the mean cosine of our small CLIP's image
+features, the other encoder is EfficientNet-Lite0, pretrained on ImageNet.
 """
 
 BASE = """
@@ -148,11 +162,12 @@ classes in turn); diversity is the mean pairwise distance of the features of {pi
 SUBJECTS = """
 ## DreamBooth, {kind}
 
-Means over seeds {seeds}. *Gap closed*: how much of the way from the base model's pictures of the class to the
-photos' own likeness the pictures of "photo of a sks dog" have gone. *Scenes*: share of {places} scenes recognised with
-the subject in them, and with the class by the base model. *Class drift*: cosine of what changed in "photo of a dog" and
-what sets the subject apart, 0 for no change towards it. *Diversity kept*: of "photo of a dog", after / before.
-*Nearest*: the sample most like a training image or its mirror, in dB.
+Means over seeds {seeds}; likeness is that of the pictures' middles, 70 % of each side. *Gap closed*: how much of the
+way from the base model's pictures of the class to the photos' own likeness the pictures of "photo of a sks dog" have
+gone. *Scenes*: share of {places} scenes recognised with the subject in them, and with the class by the base model.
+*Class drift*: cosine of what changed in "photo of a dog" and what sets the subject apart, 0 for no change towards it.
+*Diversity kept*: of "photo of a dog", after / before. *Nearest*: the sample most like a training image or its mirror,
+in dB.
 
 | subject | {columns} |
 |---|---|---|---|---|---|---|---|---|---|---|"""

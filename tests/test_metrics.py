@@ -17,6 +17,7 @@ from ldm.metrics import (
     diversity,
     features_of,
     gap_closed,
+    middle,
     nearest_psnr,
     similarity,
     similarity_within,
@@ -72,6 +73,13 @@ def test_a_recognizer_learns_what_its_encoder_sees():
     found = recognizer.recognise(recognizer.features(images[45:]), "colour")
     assert accuracy(found, names[45:]) == 1
     assert accuracy(found, ["red"] * 15) == pytest.approx(1 / 3)
+
+
+def test_the_middle_of_a_picture_is_its_own_size_and_without_the_border():
+    images = torch.zeros(1, 3, 64, 64)
+    images[..., :9, :] = images[..., -9:, :] = images[..., :9] = images[..., -9:] = 1
+    assert middle(images).shape == images.shape
+    assert middle(images).abs().max() == 0
 
 
 def test_efficientnet_tells_the_subjects_apart():

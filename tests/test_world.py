@@ -188,9 +188,24 @@ def test_classes_are_chosen(sprites):
     assert instantiate_from_config(config).classes == ["owl"]
 
 
+def test_classes_come_up_by_their_designs_and_weights(sprites):
+    """Dogs and glasses have five times the owls' sprites."""
+
+    def share_of_owls(**params):
+        words = [World(sprites, **params).describe(generator("share", n)).class_word for n in range(300)]
+        return words.count("owl") / len(words)
+
+    assert share_of_owls() == pytest.approx(1 / 3, abs=0.08)
+    assert share_of_owls(balance=1.0) == pytest.approx(1 / 11, abs=0.05)
+    assert share_of_owls(balance=1.0, weights={"owl": 10.0}) == pytest.approx(1 / 2, abs=0.08)
+    assert share_of_owls(weights={"owl": 6.0}) == pytest.approx(3 / 4, abs=0.08)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
+        ({"weights": {"dgo": 2.0}}, "weights: no class 'dgo'.*did you mean 'dog'"),
+        ({"weights": {"dog": 0}}, "weights: expected a positive factor for 'dog', got 0"),
         ({"classes": ["dgo"]}, "'dgo'.*did you mean 'dog'"),
         ({"classes": "narow"}, "'narow'.*did you mean 'narrow'"),
         ({"classes": []}, "classes: the list is empty"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -278,7 +278,8 @@ class World(Dataset):
 
     `classes` is "all", "narrow" (the easy ones) or a list of nouns. A fraction `held_out` of each class's designs
     is left out of the split "train" and makes up the split "test". A class comes up in proportion to its number of
-    sprites to the power `balance`: 0 makes all equal, more gives the varied ones more room. With `labels` an example
+    sprites to the power `balance` (0 makes all equal, more gives the varied ones more room) times its factor in
+    `weights` (1 where it has none): those that are hard to learn can have more. With `labels` an example
     also holds the "class_word", the "scene" and the "colour" ("" for a natural one) that are pictured, whatever the
     caption says.
 
@@ -296,6 +297,7 @@ class World(Dataset):
         held_out: float = 0.0,
         labels: bool = False,
         balance: float = 0.0,
+        weights: Mapping[str, float] | None = None,
     ):
         for name, value in (("size", size), ("length", length)):
             if not isinstance(value, int) or value < 1:
@@ -315,11 +317,25 @@ class World(Dataset):
         self.classes = list(self.sprites)
         if not self.classes:
             raise UserError(f"{sprites}: no sprite is left for split {split}; its classes have a single design each")
-        shares = np.array([len(self.sprites[class_word]) for class_word in self.classes], float) ** balance
-        self._shares = None if balance == 0 else shares / shares.sum()
+        self._shares = self._frequencies(balance, weights or {})
         table = read_sprite_table()
         self._mirrored = {c for c in self.classes if table.get(c, {}).get("mirror", True)}
         self._sprites: dict[Path, Sprite] = {}
+
+    def _frequencies(self, balance: float, weights: Mapping[str, float]) -> Array | None:
+        """How often each class comes up; None when all are equal."""
+        for class_word, weight in weights.items():
+            if class_word not in self.classes:
+                hint = nearest(class_word, set(self.classes))
+                raise UserError(f"weights: no class {class_word!r}{hint} among {', '.join(self.classes)}")
+            if not weight > 0:
+                raise UserError(f"weights: expected a positive factor for {class_word!r}, got {weight!r}")
+        if balance == 0 and not weights:
+            return None
+        shares = np.array(
+            [len(self.sprites[class_word]) ** balance * weights.get(class_word, 1.0) for class_word in self.classes]
+        )
+        return shares / shares.sum()
 
     @property
     def n_images(self) -> int:

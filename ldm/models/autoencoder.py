@@ -53,6 +53,7 @@ class AutoencoderKL(pl.LightningModule):
     """
 
     learning_rate: float = 4.5e-6
+    optional_keys = ("loss.",)  # a first stage out of a latent diffusion model has no discriminator
 
     def __init__(
         self,

@@ -131,7 +131,8 @@ class FrozenOpenCLIPEmbedder(nn.Module):
         self.model = _build_open_clip_text(arch, text_config)
         blocks = range(len(self.model.transformer.resblocks))
         left_out = [f"model.transformer.resblocks.{n}." for n in blocks[len(blocks) - self.blocks_left_out :]]
-        self.unread = ("model.text_projection", "model.logit_scale", *left_out)  # of its weights
+        # Weights that are there for other programs, and that nothing here reads.
+        self.optional_keys = ("model.text_projection", "model.logit_scale", *left_out)
         if max_length > (limit := self.model.context_length):
             raise UserError(f"cond_stage_config: max_length {max_length} exceeds context_length {limit}")
         self.model.transformer.grad_checkpointing = use_checkpoint
