@@ -128,7 +128,7 @@ def test_the_report_holds_every_subject():
     runs = {(evaluate.WITH, "dog", seed): result for seed in (1, 2)} | {(evaluate.WITHOUT, "dog", 1): result}
     table = "\n".join(evaluate.run_tables(runs))
     assert table.count("| dog | 50% | 50% | 50% (50%) |") == 2
-    assert "Means over seeds 1, 2." in table and "without prior preservation" in table
+    assert "Means over seeds 1, 2;" in table and "without prior preservation" in table
 
 
 def test_an_evaluation_of_an_unknown_subject(caplog):
