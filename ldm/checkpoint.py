@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import pickle
 import shutil
 import tarfile
-import types
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,116 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.unpickle import SAFE_PICKLE
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
+AVERAGES = "model_ema."  # how the keys of a UNet's averaged weights begin
+SHARD_INDEX = ".safetensors.index.json"
 # What a model can do without: made anew with the model, or only for sampling.
 OPTIONAL_SUFFIXES = ("position_ids",)
-OPTIONAL_PREFIXES = ("model_ema.",)
+OPTIONAL_PREFIXES = (AVERAGES,)
 
 
 # Reading
 
 
-class Stub:
-    """Stands for an object of a class that a checkpoint names and this reader does not build.
-
-    It keeps what the pickle says about it in `args` and `state`, and never runs anything.
-    """
-
-    args: tuple[Any, ...]
-    items: list[Any]
-    state: Any
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Stub:  # pickles make objects without `__init__`
-        self = super().__new__(cls)
-        self.args, self.items, self.state = args, [], {}
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
-
-    def append(self, value: Any) -> None:
-        self.items.append(value)
-
-    def extend(self, values: Iterable[Any]) -> None:
-        self.items.extend(values)
-
-    add = append
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-_ALLOWED_BUILTINS = frozenset({"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "str", "bytes",
-                               "bytearray", "complex"})  # fmt: skip
-_ALLOWED_GLOBALS = frozenset(
-    {
-        ("collections", "OrderedDict"),
-        ("_codecs", "encode"),  # how old protocols write bytes
-        ("torch._utils", "_rebuild_tensor"),
-        ("torch._utils", "_rebuild_tensor_v2"),
-        ("torch._utils", "_rebuild_tensor_v3"),
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-    }
-)
-
-
-def _guarded(value: Any) -> Any:
-    """A function that is the pickle's own: pickles can set attributes of whatever they name."""
-    return (lambda *args: value(*args)) if isinstance(value, types.FunctionType) else value
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; every other class becomes a `Stub`, without being imported."""
-
-    @property
-    def persistent_load(self) -> Callable[[Any], Any]:
-        return self._persistent_load
-
-    @persistent_load.setter
-    def persistent_load(self, load_storage: Callable[[Any], Any]) -> None:  # torch does
-        self._load_storage = load_storage
-
-    def _persistent_load(self, saved_id: Any) -> Any:
-        # Old files keep classes with their source, of which torch would write a comparison to a file.
-        if isinstance(saved_id, tuple) and saved_id[0] in ("module", b"module"):
-            return saved_id[1]
-        return self._load_storage(saved_id)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("builtins", "__builtin__") and name in _ALLOWED_BUILTINS:
-            return super().find_class("builtins", name)
-        if (module, name) in _ALLOWED_GLOBALS:
-            return _guarded(super().find_class(module, name))
-        if module == "torch" and isinstance(value := vars(torch).get(name), torch.dtype):
-            return value
-        if module in ("torch", "torch.storage") and name == "UntypedStorage":
-            return types.SimpleNamespace(dtype=torch.uint8)  # all that torch asks it for; it resolves the others
-        return type(name, (Stub,), {"__module__": f"stub.{module}"})
-
-
-def _load_pickle(file: Any, **kwargs: Any) -> Any:
-    return _SafeUnpickler(file, **kwargs).load()
-
-
-# torch.load takes a module that offers these names.
-_SAFE_PICKLE = types.SimpleNamespace(
-    __name__="ldm.checkpoint", Unpickler=_SafeUnpickler, load=_load_pickle, loads=lambda b: _load_pickle(io.BytesIO(b))
-)
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Everything a `.ckpt`, `.pt`, `.bin` or `.safetensors` file holds, on the CPU, memory-mapped where possible.
 
-    Pickled classes other than tensors and plain containers come back as `Stub`s; no code of the file runs.
+    Of sharded safetensors the path is that of the index, `*.safetensors.index.json`. Pickled classes other than
+    tensors and plain containers come back as `Stub`s; no code of the file runs.
 
     Raises:
         UserError: no such file, or one that is truncated or not a checkpoint.
@@ -136,11 +44,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    if path.name.endswith(SHARD_INDEX):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
         content = torch.load(
-            path, map_location="cpu", mmap=_is_plain_zip(path), weights_only=False, pickle_module=_SAFE_PICKLE
+            path, map_location="cpu", mmap=_is_plain_zip(path), weights_only=False, pickle_module=SAFE_PICKLE
         )
     except UserError:
         raise
@@ -155,7 +65,7 @@ def _is_plain_zip(path: Path) -> bool:
     """Whether torch will read the file as a zip archive rather than in its format before that.
 
     Raises:
-        UserError: it would do more than unpickle: run TorchScript, or extract a tar archive.
+        UserError: it would do more than unpickle: run TorchScript, extract a tar archive, or inflate records.
     """
     if tarfile.is_tarfile(path):
         raise UserError(f"{path}: not a checkpoint: a tar archive")
@@ -165,11 +75,15 @@ def _is_plain_zip(path: Path) -> bool:
         with torch.serialization._open_zipfile_reader(file) as archive:
             if torch.serialization._is_torchscript_zip(archive):
                 raise UserError(f"{path}: not a checkpoint: a TorchScript archive")
+    # torch.save stores records as they are; a compressed one can be a thousand times its size.
+    with zipfile.ZipFile(path) as records:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
+            raise UserError(f"{path}: not read: it has compressed records, which torch does not write; repack it")
     return True
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors, and the `config` that the header of a file of ours has."""
+    """The tensors, and what the header of a file of ours has: the model's `config`, and facts about its `training`."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
@@ -179,11 +93,33 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file: {_first_line(error)}") from error
+    return {**content, **{key: value for key in ("config", "training") if (value := _parsed(header.get(key)))}}
+
+
+def _parsed(text: str | None) -> dict[str, Any] | None:
+    """A mapping as JSON; None if there is none, or if a header's entry is another program's idea."""
     try:
-        config = json.loads(header.get("config", "null"))
-    except ValueError:  # another program's idea of a config
-        config = None
-    return {**content, "config": config} if isinstance(config, dict) and "model" in config else content
+        value = json.loads(text or "null")
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """The tensors of all the safetensors files that an index names; they lie beside it."""
+    try:
+        shards: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(shards.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of sharded safetensors: it has no weight_map") from error
+    content: dict[str, Any] = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: it names '{name}', which is not a .safetensors file beside it")
+        content |= read_checkpoint(index.with_name(name))
+    if missing := [key for key in shards if key not in content]:
+        raise UserError(f"{index}: {len(missing)} tensors are not in the files that it names, first '{missing[0]}'")
+    return content
 
 
 def _first_line(error: BaseException) -> str:
@@ -203,18 +139,56 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
     return tensors
 
 
+def has_averages(state: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint has averaged weights beside the last ones."""
+    return any(key.startswith(AVERAGES) for key in state)
+
+
 def ema_weights(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """A checkpoint's weights with the averages (`model_ema.*`) in the places of what they average.
 
     Raises:
         UserError: it has no averages.
     """
-    averages = {key.removeprefix("model_ema."): value for key, value in state.items() if key.startswith("model_ema.")}
+    averages = {key.removeprefix(AVERAGES): value for key, value in state.items() if key.startswith(AVERAGES)}
     shadowed = {key: key.removeprefix("model.").replace(".", "") for key in state if key.startswith("model.")}
     found = {key: averages[name] for key, name in shadowed.items() if name in averages}
     if not found:
-        raise UserError(f"{path}: no averaged weights (model_ema.*) in it")
-    return {**{key: value for key, value in state.items() if not key.startswith("model_ema.")}, **found}
+        raise UserError(f"{path}: no averaged weights ({AVERAGES}*) in it")
+    return {**without_averages(state), **found}
+
+
+def without_averages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's weights as the last step left them, alone."""
+    return {key: value for key, value in state.items() if not key.startswith(AVERAGES)}
+
+
+WEIGHTS = ("trained", "ema")  # which of a checkpoint's weights: as the last step left them, or averaged
+
+
+def weights_to_sample_from(state: Mapping[str, Tensor], path: str | Path, weights: str | None) -> dict[str, Tensor]:
+    """One copy of the weights: the averaged ones where there are any, unless `weights` asks for the trained ones."""
+    averaged = weights == "ema" or (weights is None and has_averages(state))
+    return ema_weights(state, path) if averaged else without_averages(state)
+
+
+def weights_to_train(
+    state: Mapping[str, Tensor], path: str | Path, weights: str | None, averages: bool
+) -> Mapping[str, Tensor]:
+    """The trained weights, unless `weights` asks for the averaged ones; with the `averages` if they are to go on."""
+    if weights == "ema":
+        return ema_weights(state, path)
+    return state if averages else without_averages(state)
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """What a checkpoint holds, for a report: the family, how many tensors of which types, averages or not."""
+    from ldm.families import recognise
+
+    family = recognise(state)
+    types = sorted({str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()})
+    averages = ", averaged weights beside the trained ones" if has_averages(state) else ""
+    return f"{family.name if family else 'weights'}, {len(state)} tensors ({', '.join(types)}){averages}"
 
 
 # Loading
@@ -289,6 +263,32 @@ def load_state(
     return report
 
 
+def adopt_state(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None
+) -> LoadReport:
+    """Make a checkpoint's tensors the model's own instead of copying them: there is never a second copy.
+
+    Those of a mapped file stay in it until they are written to (which the file does not see) or moved to a device:
+    meanwhile the file may be replaced, as this project does, but not be written over in place.
+
+    Args:
+        dtype: of all matrices and convolutions; by default each has that of the model.
+
+    Raises:
+        UserError: as `compare` does, before anything is changed.
+    """
+    report = compare(model, state, path)
+    own = model.state_dict()
+
+    def fitting(key: str) -> Tensor:
+        value, wanted = state[key], own[key].dtype
+        return value.to(dtype if dtype and value.is_floating_point() and value.ndim > 1 else wanted)
+
+    model.load_state_dict({key: fitting(key) for key in report.used}, strict=False, assign=True)
+    log.info("%s: %s", path, report)
+    return report
+
+
 def load_into(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = ()) -> LoadReport:
     """Load a checkpoint file into a module; keys that start with one of `ignore_keys` stay as they are."""
     return load_state(module, state_dict_of(read_checkpoint(path), path), path, ignore_keys)
@@ -316,19 +316,24 @@ def without_initial_weights(config: Any) -> Any:
     return [without_initial_weights(value) for value in config] if isinstance(config, list) else config
 
 
-def instantiate_filled(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path, where: str = "model"
-) -> tuple[Any, LoadReport]:
-    """The model of a config with a checkpoint's tensors in it; raises as `compare` does.
+def _is_made_anyway(key: str) -> bool:
+    """Whether a model has a tensor without a random initialisation."""
+    return key.endswith(OPTIONAL_SUFFIXES) or key.startswith(OPTIONAL_PREFIXES)
 
-    No weight is initialised that the checkpoint then overwrites.
+
+def instantiate_filled(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[Any, LoadReport]:
+    """The model of a config with a checkpoint's tensors as its own, see `adopt_state`; raises as `compare` does.
+
+    No weight is initialised that the checkpoint then overwrites, and none is there twice.
     """
     config = without_initial_weights(config)
     with EmptyInit():
-        model = instantiate_from_config(config, where)
-    if compare(model, state, path).missing:
-        model = instantiate_from_config(config, where)
-    report = load_state(model, state, path)
+        model = instantiate_from_config(config, "model")
+    if any(not _is_made_anyway(key) for key in compare(model, state, path).missing):
+        model = instantiate_from_config(config, "model")
+    report = adopt_state(model, state, path, dtype)
     if any(key.startswith(OPTIONAL_PREFIXES) for key in report.missing):
         model.model_ema = type(model.model_ema)(model.model)  # averages start from what was loaded
     return model, report
@@ -366,6 +371,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], expected
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        give_usual_permissions(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -373,6 +379,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], expected
         raise UserError(f"{path}: not written: {_first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Those of any new file: safetensors makes files that nobody else may read."""
+    os.umask(umask := os.umask(0))
+    path.chmod(0o666 & ~umask)
 
 
 def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:

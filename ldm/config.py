@@ -20,7 +20,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("target", "params"),
     "lightning": ("trainer", "callbacks", "modelcheckpoint"),
     "lightning.modelcheckpoint": ("target", "params"),
-    "run": ("seed", "scale_lr"),
+    "run": ("seed", "scale_lr", "export", "base_model"),
 }
 
 

@@ -19,8 +19,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.checkpoint import read_checkpoint, state_dict_of, tensor_bytes
+from ldm.checkpoint import SHARD_INDEX, give_usual_permissions, read_checkpoint, state_dict_of, tensor_bytes
 from ldm.errors import UserError
+from ldm.families import FAMILIES
 from ldm.modules.encoders import tokenizer
 from ldm.modules.encoders.names import count, open_clip_to_transformers, transformers_to_open_clip
 
@@ -348,12 +349,13 @@ def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> 
         root = Path(temporary) / folder.name
         for name, config in configs.items():
             (root / name).mkdir(parents=True)
-            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            json_name = "scheduler_config.json" if name == "scheduler" else "config.json"
             config |= VERSION if "_class_name" in config else {}
-            (root / name / file).write_text(json.dumps(config, indent=2))
+            (root / name / json_name).write_text(json.dumps(config, indent=2))
         for name, state in parts.items():
             weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_file(weights, root / name / f"{WEIGHTS_FILES[name]}.safetensors", metadata={"format": "pt"})
+            save_file(weights, file := root / name / f"{WEIGHTS_FILES[name]}.safetensors", metadata={"format": "pt"})
+            give_usual_permissions(file)
         pad = tokenizer.END if hasattr(embedder, "transformer") else 0
         save_tokenizer(root / "tokenizer", embedder.max_length, pad)
         pipeline = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
@@ -379,6 +381,33 @@ def save_tokenizer(folder: Path, max_length: int, pad: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
+def config_of_pipeline(folder: str | Path) -> Path:
+    """Our config that a pipeline folder fits, from its UNet's and scheduler's configs.
+
+    Raises:
+        UserError: it is no pipeline, or of none of the families that we have a config of.
+    """
+    folder = Path(folder)
+    unet, scheduler = (_read_json(folder / name) for name in ("unet/config.json", "scheduler/scheduler_config.json"))
+    widths = unet.get("block_out_channels") or [0]
+    velocity = scheduler.get("prediction_type") == "v_prediction"
+    for family in FAMILIES:
+        same = (family.width, family.in_channels, family.context_dim)
+        if same == (widths[0], unet.get("in_channels"), unet.get("cross_attention_dim")):
+            for name, path in zip(family.configs, family.paths):
+                if name.endswith("-v.yaml") == velocity:
+                    return path
+    raise UserError(f"{folder}: a pipeline of none of the kinds that come with a config: give --config")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.parent.parent}: not a diffusers pipeline: no {path.parent.name}/{path.name}") from error
+    return content if isinstance(content, dict) else {}
+
+
 def read_pipeline(folder: str | Path, ours: Iterable[str]) -> State:
     """A pipeline folder's weights under our keys; `ours` are the keys of the config's model.
 
@@ -388,7 +417,7 @@ def read_pipeline(folder: str | Path, ours: Iterable[str]) -> State:
     folder = Path(folder)
     parts = {}
     for name, stem in WEIGHTS_FILES.items():
-        found = [folder / name / f"{stem}{suffix}" for suffix in (".safetensors", ".bin")]
+        found = [folder / name / f"{stem}{suffix}" for suffix in (".safetensors", SHARD_INDEX, ".bin")]
         found += [folder / name / "pytorch_model.bin"]
         file = next((path for path in found if path.is_file()), None)
         if file is None:

@@ -17,10 +17,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of, write_atomically
+from ldm.checkpoint import (
+    describe,
+    instantiate_filled,
+    read_checkpoint,
+    state_dict_of,
+    weights_to_sample_from,
+    write_atomically,
+)
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
+from ldm.export import shared_config, target_of
 from ldm.families import config_for
+from ldm.lora import adapted_layers, merge_adapters
+from ldm.modules.adapters import lora_options
 from ldm.rng import SampleRandom, derive_seed
 
 if TYPE_CHECKING:
@@ -54,15 +64,43 @@ def find_config(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] 
     return config if "model" in config else None
 
 
+def lora_alpha(content: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any] | None = None) -> float:
+    """The scale of a LoRA run's adapters, as the checkpoint's own config says, or else `config`.
+
+    Raises:
+        UserError: neither of them does.
+    """
+    for model in ((known or {}).get("model") or {} for known in (find_config(content, checkpoint), config)):
+        if (given := (model.get("params") or {}).get("lora")) is not None:
+            return lora_options(given).alpha
+    raise UserError(f"{checkpoint}: a LoRA run's checkpoint without the config that ran: give it with --config")
+
+
+def plain_weights(
+    content: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any] | None = None
+) -> Mapping[str, Tensor]:
+    """A checkpoint's named tensors for a model without adapters: those of a LoRA run are merged.
+
+    Raises:
+        UserError: there are none, or adapters whose scale no config says.
+    """
+    state = state_dict_of(content, checkpoint)
+    return merge_adapters(state, lora_alpha(content, checkpoint, config)) if adapted_layers(state) else state
+
+
 def load_model(
     checkpoint: str | Path,
     config: str | Path | None = None,
     device: torch.device | str = "cpu",
+    weights: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LatentDiffusion:
     """A model ready to sample from, with a checkpoint's weights, in evaluation mode.
 
     Args:
         config: its YAML; by default the one that trained it, else that of its family.
+        weights: `trained` or `ema`; by default the averaged weights where there are any.
+        dtype: of its matrices and convolutions, for sampling under `autocast`; by default they are float32.
 
     Raises:
         UserError: a file that cannot be read, or a config that does not fit the checkpoint.
@@ -70,11 +108,12 @@ def load_model(
     checkpoint = Path(checkpoint)
     content = read_checkpoint(checkpoint)
     plain = to_plain(load_config([config])) if config else find_config(content, checkpoint)
-    state = state_dict_of(content, checkpoint)
+    state = plain_weights(content, checkpoint, plain)
     if plain is None:
         plain = to_plain(load_config([config_for(state, checkpoint)]))
-    model_config = {key: value for key, value in plain.get("model", {}).items() if key != "base_learning_rate"}
-    model, _ = instantiate_filled(model_config, state, checkpoint)
+    log.info("%s: %s", checkpoint, describe(state))
+    state = weights_to_sample_from(state, checkpoint, weights)
+    model, _ = instantiate_filled(target_of(shared_config(plain)), state, checkpoint, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

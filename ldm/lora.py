@@ -1,7 +1,9 @@
-"""Low-rank differences of two checkpoints, in the format that kohya's scripts, web UIs and diffusers load.
+"""Low-rank differences: trained, or of two checkpoints, in the format that kohya's scripts, web UIs and diffusers load.
 
 A layer W of the fine-tuned model is W_base + up @ down x alpha / rank (Hu et al., 2106.09685). The names are those of
 diffusers' modules with underscores for dots: `lora_unet_{module}.lora_down.weight`, `lora_te_{module}...`.
+
+The checkpoints of a LoRA run have peft's names: an adapted layer's own weights are under `{layer}.base_layer`.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ldm.diffusers_format import to_diffusers
+from ldm.diffusers_format import CLIP_TEXT, UNET, to_diffusers, unet_names
 from ldm.errors import UserError
 
 State = dict[str, Tensor]
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
 
 
 def lora_layers(parts: Mapping[str, State]) -> Iterator[tuple[str, str]]:
@@ -86,3 +89,39 @@ def merge_lora(state: Mapping[str, Tensor], lora: Mapping[str, Tensor], strength
         scale = strength * float(lora.get(f"{name}.alpha", torch.tensor(len(down)))) / len(down)
         weights[name] += (scale * (up @ down)).to(weights[name])
     return len(names)
+
+
+# ---- the adapters of a LoRA run -------------------------------------------------------------------------------
+
+
+def adapted_layers(state: Mapping[str, Tensor]) -> list[str]:
+    """The layers that have adapters; none in a plain model's state dict."""
+    return [key.removesuffix(DOWN) for key in state if key.endswith(DOWN)]
+
+
+@torch.no_grad()
+def merge_adapters(state: Mapping[str, Tensor], alpha: float) -> State:
+    """A LoRA run's state dict as that of a plain model, whose weights have the adapters added; the old one stays."""
+    merged = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+    for layer in adapted_layers(state):
+        down, up, weight = state[layer + DOWN].float(), state[layer + UP].float(), merged[f"{layer}.weight"]
+        merged[f"{layer}.weight"] = (weight.float() + up @ down * (alpha / len(down))).to(weight)
+    return merged
+
+
+def adapters_alone(state: Mapping[str, Tensor], alpha: float) -> State:
+    """The adapters of a LoRA run's state dict as a LoRA file's tensors."""
+    keys = [key.replace(".base_layer.", ".") for key in state if key.startswith(UNET) and ".lora_" not in key]
+    unet, lora = unet_names(key.removeprefix(UNET) for key in keys), State()
+    for layer in adapted_layers(state):
+        ours = f"{layer}.weight"
+        if layer.startswith(UNET):
+            name = lora_name("unet", unet[ours.removeprefix(UNET)])
+        else:
+            name = lora_name("text_encoder", ours.removeprefix(CLIP_TEXT))
+        lora |= {
+            f"{name}.lora_down.weight": state[layer + DOWN],
+            f"{name}.lora_up.weight": state[layer + UP],
+            f"{name}.alpha": torch.tensor(alpha),
+        }
+    return lora

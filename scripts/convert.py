@@ -1,95 +1,134 @@
-"""Convert checkpoints: weights alone in a small file, or a diffusers pipeline folder, and back.
+"""Convert checkpoints: the weights alone in a file, or a diffusers pipeline folder, and back; LoRA files.
 
-    python scripts/convert.py --ckpt logs/.../checkpoints/last.ckpt --output model.safetensors --half --ema
-    python scripts/convert.py --ckpt model.safetensors --output pipeline/                      # for diffusers
-    python scripts/convert.py --ckpt pipeline/ --output model.safetensors --config configs/.../v1-inference.yaml
+    python scripts/convert.py --ckpt logs/.../checkpoints/last.ckpt --output my-dog.safetensors --dtype fp16
+    python scripts/convert.py --ckpt my-dog.safetensors --output pipeline/                     # for diffusers
+    python scripts/convert.py --ckpt pipeline/ --output model.ckpt                             # and back
 
     python scripts/convert.py --ckpt my-dog.safetensors --lora_base sd-v1-4.ckpt --output lora.safetensors
-    python scripts/convert.py --ckpt sd-v1-4.ckpt --lora lora.safetensors --output my-dog.safetensors         # merged
+    python scripts/convert.py --ckpt sd-v1-4.ckpt --lora lora.safetensors --output my-dog.safetensors     # merged
 
-Files of ours say which config they fit; for others give `--config`. `--only PREFIX` keeps a part, for example the
-image tower of the miniature's CLIP: `--only clip.visual.`
+--ckpt may be a .ckpt, a .safetensors, the index of a sharded one, or a pipeline folder. Files of ours say which config
+they fit, and those of Stable Diffusion are recognised; for others give --config. Of a LoRA run's checkpoint the plain
+model is written, its adapters merged; with --adapters these alone, as a LoRA file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import (
+    WEIGHTS,
+    describe,
     ema_weights,
     instantiate_filled,
     read_checkpoint,
     state_dict_of,
-    tensor_bytes,
-    without_initial_weights,
-    write_atomically,
+    weights_to_sample_from,
 )
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
-from ldm.diffusers_format import read_pipeline, save_pipeline
+from ldm.diffusers_format import config_of_pipeline, read_pipeline, save_pipeline
 from ldm.errors import UserError
+from ldm.export import DTYPES, SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
 from ldm.families import config_for
-from ldm.inference import find_config
-from ldm.lora import extract_lora, merge_lora
+from ldm.inference import find_config, lora_alpha, plain_weights
+from ldm.lora import adapted_layers, adapters_alone, extract_lora, merge_lora
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.util import instantiate_from_config
+
+
+@dataclass(frozen=True)
+class Model:
+    """Named tensors, the config of their model (empty if nothing says it), and what is known about their training."""
+
+    state: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, type=Path, help="a checkpoint file or a diffusers pipeline folder")
-    parser.add_argument("--output", required=True, type=Path, help="a .safetensors file, or a folder for diffusers")
-    parser.add_argument("--config", type=Path, help="the model's YAML (default: the one that the checkpoint carries)")
-    parser.add_argument("--half", action="store_true", help="16 bits for each weight")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights instead of the last ones")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="a .safetensors or .ckpt file, or a folder for diffusers"
+    )
+    parser.add_argument("--config", type=Path, help="the model's YAML (default: the checkpoint's own, or its family's)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the matrices and convolutions (default: as they are)")
+    parser.add_argument("--weights", choices=WEIGHTS, help="default: the averaged ones, if the checkpoint has them")
+    parser.add_argument("--keep_ema", action="store_true", help="the trained weights, and the averages beside them")
     parser.add_argument(
         "--lora_base", type=Path, metavar="CKPT", help="write the LoRA that leads from this one to --ckpt"
     )
     parser.add_argument("--rank", type=int, default=32, help="of that LoRA (default: %(default)s)")
+    parser.add_argument("--adapters", action="store_true", help="of a LoRA run's checkpoint, the LoRA file alone")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="merge this LoRA into the weights")
     parser.add_argument("--strength", type=float, default=1.0, help="of the merged LoRA (default: %(default)s)")
     parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
     return parser
 
 
-def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The model's config without what only its training needs."""
-    model = without_initial_weights((config or {}).get("model") or {})
-    params = {**model.get("params", {})}
-    if "use_ema" in params:
-        params["use_ema"] = False
-    return {"model": {**model, "params": params}} if model else {}
-
-
-def read(args: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights, and the config of their model (empty if nothing says it)."""
+def read(args: argparse.Namespace) -> Model:
+    """The weights that the flags choose, and what is known about them."""
     given = to_plain(load_config([args.config])) if args.config else None
     if args.ckpt.is_dir():
-        if args.ema or args.only:
-            raise UserError(f"{args.ckpt}: --ema and --only are for checkpoint files, not for a pipeline folder")
-        if given is None:
-            raise UserError(f"{args.ckpt}: a pipeline does not say which of our configs it fits: give --config")
-        with torch.device("meta"):
-            ours = instantiate_from_config(_target(shared_config(given)), "model")
-        return {**schedule_of(given), **read_pipeline(args.ckpt, ours.state_dict())}, shared_config(given)
+        for flag in ("weights", "keep_ema", "only"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag}: is for checkpoint files; {args.ckpt} is a pipeline folder")
+        return read_folder(args.ckpt, given)
     content = read_checkpoint(args.ckpt)
-    state = state_dict_of(content, args.ckpt)
-    state = ema_weights(state, args.ckpt) if args.ema else state
-    state = {key: value for key, value in state.items() if key.startswith(args.only) and "model_ema." not in key}
+    own = find_config(content, args.ckpt)
+    state: Mapping[str, Tensor] = plain_weights(content, args.ckpt, given)
+    print(f"{args.ckpt}: {describe(state)}")
+    if args.keep_ema:
+        if args.weights:
+            raise UserError("--keep_ema: keeps both, without --weights")
+        ema_weights(state, args.ckpt)  # raises if there are none
+    else:
+        state = weights_to_sample_from(state, args.ckpt, args.weights)
+    state = {key: value for key, value in state.items() if key.startswith(args.only)}
     if not state:
         raise UserError(f"--only {args.only}: no tensor of {args.ckpt} starts so")
-    return state, shared_config(given or find_config(content, args.ckpt))
+    return Model(state, shared_config(given or own), facts_of(content, own))
+
+
+def facts_of(content: Mapping[str, Any], config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """How a checkpoint's weights were trained, as it says itself or as its run's config does."""
+    return content.get("training") or training_facts(config, content.get("global_step"))
+
+
+def read_folder(folder: Path, given: Mapping[str, Any] | None) -> Model:
+    """A diffusers pipeline as a model of the given config, or of the one that it fits."""
+    config = given or to_plain(load_config([config_of_pipeline(folder)]))
+    with torch.device("meta"):
+        ours = instantiate_from_config(target_of(shared_config(config)), "model")
+    state = {**schedule_of(config), **read_pipeline(folder, ours.state_dict())}
+    return Model(state, shared_config(config), {})
+
+
+def read_adapters(args: argparse.Namespace) -> Model:
+    """The adapters of a LoRA run's checkpoint, as a LoRA file's tensors."""
+    for flag in ("weights", "keep_ema", "lora", "lora_base", "only"):
+        if getattr(args, flag):
+            raise UserError(f"--adapters: does not go with --{flag}")
+    if args.output.suffix == "":
+        raise UserError(f"--output {args.output}: --adapters writes a .safetensors file")
+    content = read_checkpoint(args.ckpt)
+    state = state_dict_of(content, args.ckpt)
+    if not adapted_layers(state):
+        raise UserError(f"{args.ckpt}: no adapters in it: it is not of a LoRA run (see --lora_base)")
+    given = to_plain(load_config([args.config])) if args.config else None
+    alone = adapters_alone(state, lora_alpha(content, args.ckpt, given))
+    return Model(alone, {}, facts_of(content, find_config(content, args.ckpt)))
 
 
 def schedule_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -100,36 +139,38 @@ def schedule_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: getattr(schedule, name) for name in NoiseSchedule.names()}
 
 
-def _target(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
-
-
 def convert(args: argparse.Namespace) -> None:
     """Read, choose, round, write."""
-    if args.output.suffix not in ("", ".safetensors"):
-        raise UserError(f"--output {args.output}: expected a .safetensors file, or a folder for a diffusers pipeline")
-    state, config = read(args)
+    if args.output.suffix not in ("", *SUFFIXES):
+        raise UserError(f"--output {args.output}: expected a .safetensors or .ckpt file, or a folder for diffusers")
+    model = read_adapters(args) if args.adapters else read(args)
     if args.lora_base:
-        base = state_dict_of(read_checkpoint(args.lora_base), args.lora_base)
-        state, config = extract_lora(base, state, args.rank), {}
+        base = plain_weights(read_checkpoint(args.lora_base), args.lora_base)
+        base = weights_to_sample_from(base, args.lora_base, None)
+        model = Model(extract_lora(base, model.state, args.rank), {}, model.facts)
     if args.lora:
-        state = {key: value.clone() for key, value in state.items()}
+        state = {key: value.clone() for key, value in model.state.items()}
         layers = merge_lora(state, state_dict_of(read_checkpoint(args.lora), args.lora), args.strength)
         print(f"{args.lora}: {layers} layers merged")
+        model = Model(state, model.config, model.facts)
+    state = in_dtype(model.state, DTYPES.get(args.dtype))
     if args.output.suffix == "":
-        config = config or to_plain(load_config([config_for(state, args.ckpt)]))
-        model, _ = instantiate_filled(_target(config), state, args.ckpt)
-        save_pipeline(model.half() if args.half else model, config["model"]["params"], args.output)
-        print(args.output)
-        return
-    # Vectors stay as they are: the ends of the schedule need the digits.
-    state = {
-        key: (value.half() if args.half and value.is_floating_point() and value.ndim != 1 else value).contiguous()
-        for key, value in state.items()
-    }
-    metadata = {"format": "pt", **({"config": json.dumps(config)} if config else {})}
-    write_atomically(args.output, lambda path: save_file(state, path, metadata=metadata), tensor_bytes(state))
-    print(f"{args.output}: {len(state)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
+        write_pipeline(args, state, model.config)
+    else:
+        write_weights(args.output, state, model.config, model.facts)
+        print(f"{args.output}: {len(state)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def write_pipeline(args: argparse.Namespace, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """A folder for diffusers, all of it in the precision that was asked for."""
+    if args.keep_ema:
+        raise UserError(f"--keep_ema: a pipeline folder such as {args.output} has one set of weights")
+    config = config or to_plain(load_config([config_for(state, args.ckpt)]))
+    model, _ = instantiate_filled(target_of(config), state, args.ckpt)
+    if args.dtype:
+        model = model.to(DTYPES[args.dtype])
+    save_pipeline(model, config["model"]["params"], args.output)
+    print(args.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

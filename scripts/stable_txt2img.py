@@ -16,9 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.checkpoint import WEIGHTS
 from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.inference import (
@@ -42,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--negative_prompt", default="", help="what guidance leads away from")
     add("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help=".ckpt or .safetensors")
     add("--config", help="the model's YAML (default: the checkpoint's own, else that of its family)")
+    add("--weights", choices=WEIGHTS, help="which of the checkpoint's (default: the averaged ones, if it has them)")
     add("--embedding_path", help="textual-inversion embeddings to add")
     add("--outdir", default="outputs/txt2img-samples", help="default: %(default)s")
     add("--ddim_steps", type=int, default=50, help="sampling steps (default: %(default)s)")
@@ -104,7 +107,10 @@ def sample(args: argparse.Namespace) -> None:
     outdir = Path(args.outdir)
     folder = outdir / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_model(args.ckpt, args.config, pick_device(args.device))
+    device = pick_device(args.device)
+    # Under autocast a GPU would make half-precision copies of the weights anyway.
+    dtype = torch.float16 if args.precision == "autocast" and device.type != "cpu" else None
+    model = load_model(args.ckpt, args.config, device, args.weights, dtype)
     for flag, given, actual in (("C", args.C, model.latent_channels), ("f", args.f, model.downsampling)):
         if given not in (None, actual):
             raise UserError(f"--{flag} {given}: this model has {actual}")

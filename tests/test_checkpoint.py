@@ -2,17 +2,23 @@
 
 import argparse
 import builtins
+import codecs
 import collections
 import contextlib
 import errno
 import io
+import itertools
+import json
+import multiprocessing
 import os
 import pathlib
 import pickle
 import shutil
 import tarfile
+import time
 import types
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -25,8 +31,9 @@ from torch import nn
 from ldm import checkpoint
 from ldm.checkpoint import (
     EmptyInit,
-    Stub,
+    adopt_state,
     compare,
+    describe,
     instantiate_filled,
     load_into,
     load_state,
@@ -34,9 +41,12 @@ from ldm.checkpoint import (
     save_checkpoint,
     state_dict_of,
     tensor_bytes,
+    weights_to_sample_from,
+    weights_to_train,
     write_atomically,
 )
 from ldm.errors import UserError
+from ldm.unpickle import Stub
 from tests import golden
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "steps": torch.tensor(7)}
@@ -375,7 +385,7 @@ def test_a_record_of_a_class_with_its_source_writes_no_patch(tmp_path, monkeypat
 
 @pytest.mark.parametrize("named", [
     "torch._utils _rebuild_tensor_v2", "torch UntypedStorage", "torch FloatStorage", "collections OrderedDict",
-    "torch.nn Linear", "ldm.checkpoint Stub", "torch Size", "torch float32", "builtins dict",
+    "torch.nn Linear", "ldm.unpickle Stub", "torch Size", "torch float32", "builtins dict",
 ])  # fmt: skip
 def test_a_pickle_cannot_set_attributes_of_what_it_names(named, tmp_path):
     module, name = named.split()
@@ -495,6 +505,95 @@ def test_only_tensors_are_weights():
     assert set(state_dict_of({"w": torch.ones(1), "epoch": 3}, "x")) == {"w"}
 
 
+BOMBS = {
+    "bytes": lambda: Call(bytes, 1 << 46),
+    "bytearray": lambda: Call(bytearray, 1 << 46),
+    "list of bytes": lambda: Call(list, Call(bytes, 1 << 46)),
+    "text of nested lists": lambda: Call(str, doubled(60)),
+    "another codec": lambda: Call(codecs.encode, "x" * 100, "idna"),
+}
+
+
+def doubled(times):
+    """A list whose text is of 2 to the power `times` characters."""
+    value = ["x"]
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pickle_cannot_ask_for_endless_memory(name, legacy, tmp_path):
+    content = {"state_dict": WEIGHTS, "x": BOMBS[name]()}
+    torch.save(content, tmp_path / "bomb.ckpt", pickle_module=HandMade, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=r"bomb\.ckpt: truncated or not a checkpoint: (bytes|text|encoding)"):
+        read_checkpoint(tmp_path / "bomb.ckpt")
+
+
+def test_compressed_records_are_not_inflated(tmp_path):
+    """As a zip bomb has them: a thousand times larger than the file."""
+    save_zip({"x": torch.zeros(1 << 22)}, tmp_path / "x.ckpt")
+    with zipfile.ZipFile(tmp_path / "x.ckpt") as plain, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w") as bomb:
+        for record in plain.infolist():
+            bomb.writestr(record.filename, plain.read(record), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "bomb.ckpt").stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"bomb\.ckpt: not read: it has compressed records"):
+        read_checkpoint(tmp_path / "bomb.ckpt")
+
+
+@pytest.mark.parametrize("name", ["../canary", "/tmp/canary", "x/../../canary"])
+def test_records_whose_path_escapes_are_written_nowhere(name, tmp_path):
+    """torch refuses some of them and reads past the others."""
+    (tmp_path / "inner").mkdir()
+    save_zip({"state_dict": WEIGHTS}, path := tmp_path / "inner" / "x.ckpt")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name.replace("/tmp", str(tmp_path)), b"!")
+    with contextlib.suppress(UserError):
+        assert same(state_dict_of(read_checkpoint(path), "x"), WEIGHTS)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["inner", "x.ckpt"]
+
+
+# Sharded files
+
+
+def save_shards(folder, weight_map=None):
+    """`WEIGHTS` in two files; the index."""
+    folder.mkdir(exist_ok=True)
+    parts = {
+        f"model-{n + 1:05}-of-00002.safetensors": part for n, part in enumerate((["a.weight"], ["a.bias", "steps"]))
+    }
+    for name, keys in parts.items():
+        save_file({key: WEIGHTS[key] for key in keys}, folder / name)
+    index = folder / "model.safetensors.index.json"
+    weight_map = weight_map or {key: name for name, keys in parts.items() for key in keys}
+    index.write_text(json.dumps({"metadata": {"total_size": 40}, "weight_map": weight_map}))
+    return index
+
+
+def test_sharded_safetensors(tmp_path):
+    assert same(state_dict_of(read_checkpoint(save_shards(tmp_path)), "x"), WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "model.ckpt", 3])
+def test_an_index_names_only_its_neighbours(name, tmp_path):
+    save_file(WEIGHTS, tmp_path / "secret.safetensors")
+    with pytest.raises(UserError, match=r"which is not a \.safetensors file beside it"):
+        read_checkpoint(save_shards(tmp_path / "shards", {"a.weight": name}))
+
+
+def test_an_index_that_lacks_something(tmp_path):
+    index = save_shards(tmp_path, {"b": "model-00001-of-00002.safetensors"})
+    with pytest.raises(UserError, match="1 tensors are not in the files that it names, first 'b'"):
+        read_checkpoint(index)
+    index = save_shards(tmp_path, {"b": "model-00003-of-00002.safetensors"})
+    with pytest.raises(UserError, match=r"model-00003-of-00002\.safetensors: no such checkpoint"):
+        read_checkpoint(index)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="not an index of sharded safetensors"):
+        read_checkpoint(index)
+
+
 # Loading
 
 
@@ -574,6 +673,52 @@ def test_loading_does_not_tie_the_model_to_the_file(tmp_path):
     with torch.no_grad():
         net.a.weight.zero_()
     assert same(read_checkpoint(tmp_path / "x.ckpt"), WEIGHTS)
+
+
+def test_adopted_weights_are_the_files_own_and_not_tied_to_it(tmp_path):
+    """No copy is made; what training then writes stays in memory."""
+    for name, save in (("x.ckpt", save_zip), ("x.safetensors", save_file)):
+        save(WEIGHTS, tmp_path / name)
+        state = state_dict_of(read_checkpoint(tmp_path / name), name)
+        adopt_state(net := Net(), state, name)
+        assert net.a.weight.data_ptr() == state["a.weight"].data_ptr() and net.a.weight.requires_grad
+        with torch.no_grad():
+            net.a.weight.zero_()
+        assert same(read_checkpoint(tmp_path / name), WEIGHTS)
+
+
+def test_adopted_weights_in_half_precision():
+    adopt_state(net := Net(), WEIGHTS, "x", torch.float16)
+    assert net.a.weight.dtype == torch.float16 and net.a.bias.dtype == torch.float32  # vectors stay
+    assert net.steps.dtype == torch.int64 and net.a.weight.tolist() == WEIGHTS["a.weight"].tolist()
+
+
+BOTH = {
+    "model.diffusion_model.out.weight": torch.zeros(2),
+    "model_ema.diffusion_modeloutweight": torch.ones(2),
+    "model_ema.decay": torch.tensor(0.9),
+    "betas": torch.ones(3),
+}
+
+
+def test_sampling_takes_the_averages_and_training_does_not():
+    key = "model.diffusion_model.out.weight"
+    for weights, value in ((None, 1), ("ema", 1), ("trained", 0)):
+        found = weights_to_sample_from(BOTH, "x", weights)
+        assert sorted(found) == ["betas", key] and (found[key] == value).all()
+    assert weights_to_train(BOTH, "x", None, averages=True).keys() == BOTH.keys()
+    for weights, value in ((None, 0), ("trained", 0), ("ema", 1)):
+        found = weights_to_train(BOTH, "x", weights, averages=False)
+        assert sorted(found) == ["betas", key] and (found[key] == value).all()
+    only = {key: BOTH[key]}
+    assert weights_to_sample_from(only, "x", None) == only
+    with pytest.raises(UserError, match="x: no averaged weights"):
+        weights_to_train(only, "x", "ema", averages=True)
+
+
+def test_what_a_checkpoint_holds_is_described():
+    assert describe(BOTH) == "weights, 4 tensors (float32), averaged weights beside the trained ones"
+    assert describe({"a": torch.ones(1, dtype=torch.float16)}) == "weights, 1 tensors (float16)"
 
 
 def test_empty_init_skips_initialisation_only_inside():
@@ -698,6 +843,30 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"x\.ckpt: not written"):
         save_checkpoint(WEIGHTS, tmp_path / "file" / "x.ckpt")
+
+
+def save_for_ever(path):
+    """Save, with the same number in every tensor of a file, until somebody kills this."""
+    for number in itertools.count(1):
+        save_checkpoint({"state_dict": {str(n): torch.full((100_000,), float(number)) for n in range(10)}}, path)
+
+
+def test_a_kill_leaves_the_old_file_whole(tmp_path):
+    """At twenty random moments of saving."""
+    path, random = tmp_path / "last.ckpt", np.random.default_rng(0)
+    save_checkpoint({"state_dict": {str(n): torch.zeros(100_000) for n in range(10)}}, path)
+    seen = set()
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(path,))
+        process.start()
+        time.sleep(0.02 + 0.1 * random.random())
+        process.kill()
+        process.join()
+        values = {value.item() for tensor in read_checkpoint(path)["state_dict"].values() for value in tensor.unique()}
+        assert len(values) == 1  # all of one save
+        seen |= values
+        assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["last.ckpt"]
+    assert len(seen) > 1  # saving went on
 
 
 def test_tensor_bytes():

@@ -139,7 +139,7 @@ def test_the_way_back(ours, folder, theirs, tmp_path):
         found = read_pipeline(path, state)
         assert all(torch.equal(value, state[key]) for key, value in found.items())
         missing = {key for key in state if key.startswith(("model.", "first_stage", "cond_stage"))} - set(found)
-        unread = [f"cond_stage_model.{key}" for key in getattr(ours.cond_stage_model, "unread", ())]
+        unread = [f"cond_stage_model.{key}" for key in getattr(ours.cond_stage_model, "optional_keys", ())]
         assert all(key.endswith("position_ids") or key.startswith(tuple(unread)) for key in missing)
 
 
@@ -172,8 +172,8 @@ def test_the_command_both_ways(ours, family, folder, tmp_path):
 def test_a_pipeline_without_a_config(folder, tmp_path, caplog):
     assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors")]) == 1
     assert "give --config" in caplog.text
-    assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors"), "--ema"]) == 1
-    assert "--ema and --only are for checkpoint files" in caplog.text
+    assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors"), "--keep_ema"]) == 1
+    assert "--keep_ema: is for checkpoint files" in caplog.text
 
 
 # LoRA

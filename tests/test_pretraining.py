@@ -1,7 +1,5 @@
 """What the miniature is pretrained with: Muon, schedules, CLIP, cached latents, whitening, conversion."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,10 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import main
-from ldm.checkpoint import ema_weights, read_checkpoint
+from ldm.checkpoint import read_checkpoint
 from ldm.data.latents import CachedLatents
 from ldm.errors import UserError
-from ldm.inference import load_model
 from ldm.lr_scheduler import WarmupLinearDecay, with_schedule
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import CLIP, text_tower
@@ -404,49 +401,3 @@ def test_whitening_something_else(tmp_path, capsys, caplog):
     assert whiten_latents.main(command) == 1
     assert "does not say what it was trained on" in caplog.text
     assert not (tmp_path / "out.safetensors").exists()
-
-
-# Conversion
-
-
-def test_conversion_takes_the_averages_and_says_what_they_fit(tmp_path):
-    base = runs.config(tmp_path, model__params__use_ema="true", lightning__trainer__max_steps=2)
-    run = runs.Workspace(tmp_path).train("ema", base=base)
-    checkpoint, output = run / "checkpoints" / "last.ckpt", tmp_path / "small.safetensors"
-    command = ["--ckpt", str(checkpoint), "--output", str(output)]
-    assert convert.main([*command, "--half", "--ema"]) == 0
-
-    state = read_checkpoint(checkpoint)["state_dict"]
-    key = "model.diffusion_model.input_blocks.0.0.weight"
-    average = state["model_ema." + key.removeprefix("model.").replace(".", "")]
-    assert not torch.equal(average, state[key])
-    found = load_file(output)
-    assert torch.equal(found[key], average.half())
-    assert found["betas"].dtype == torch.float32
-    assert not [name for name in found if name.startswith("model_ema")]
-    assert output.stat().st_size < 0.3 * checkpoint.stat().st_size
-
-    model = load_model(output)  # the file says which config it fits
-    assert model.model_ema is None
-    torch.testing.assert_close(model.state_dict()[key], average, atol=1e-3, rtol=1e-3)
-
-
-def test_averages_that_are_not_there():
-    with pytest.raises(UserError, match=r"x\.ckpt: no averaged weights"):
-        ema_weights({"model.weight": torch.zeros(1)}, "x.ckpt")
-
-
-def test_conversion_to_another_format(tmp_path, caplog):
-    save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
-    assert convert.main(["--ckpt", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "b.ckpt")]) == 1
-    assert "expected a .safetensors file" in caplog.text
-    command = ["--ckpt", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "b.safetensors")]
-    assert convert.main([*command, "--only", "clip."]) == 1
-    assert "no tensor of" in caplog.text
-
-
-def test_a_header_that_is_no_config_is_left_alone(tmp_path):
-    save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"config": json.dumps([1])})
-    assert set(read_checkpoint(tmp_path / "a.safetensors")) == {"weight"}
-    save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"config": "{"})
-    assert set(read_checkpoint(tmp_path / "a.safetensors")) == {"weight"}

@@ -152,8 +152,10 @@ def test_a_resumed_run_does_not_make_class_images(workspace, caplog):
 
 def test_resuming_a_finished_run_changes_nothing(workspace, finished):
     before = checkpoint(finished)["state_dict"]
+    (leftover := finished / "checkpoints" / ".last.ckpt.1.tmp").touch()  # of a save that a kill ended
     workspace.resume(finished)
     assert same(checkpoint(finished)["state_dict"], before)
+    assert not leftover.exists()
 
 
 def test_actual_resume_takes_only_the_weights(workspace, finished, caplog):
@@ -163,7 +165,7 @@ def test_actual_resume_takes_only_the_weights(workspace, finished, caplog):
     weights = checkpoint(finished)["state_dict"]
     frozen = [key for key in weights if key.startswith("first_stage_model")]
     assert all(torch.equal(checkpoint(run)["state_dict"][key], weights[key]) for key in frozen)
-    assert f"{source}: 459 tensors used" in caplog.text
+    assert f"{source}: weights, 459 tensors (float32); 459 tensors used" in caplog.text
 
 
 def test_init_word(workspace, finished):

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import Stub, read_checkpoint
+from ldm.checkpoint import read_checkpoint
 from ldm.errors import UserError
 from ldm.modules.encoders import tokenizer
+from ldm.unpickle import Stub
 
 
 def token_of(word: str) -> int:

@@ -13,7 +13,7 @@ import yaml
 
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError, nearest
-from ldm.training.defaults import SEED, TRAINER_KEYS
+from ldm.training.defaults import EXPORTS, SEED, TRAINER_KEYS, WEIGHTS
 from ldm.training.run import Run, new_run, resumed_run
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--no-test", default=False, help="skip the test set, where the config has one", **boolean)
     what.add_argument("-r", "--resume", metavar="RUN", help="go on with a run: its folder, or a .ckpt in it")
     what.add_argument("--actual_resume", metavar="CKPT", help="initial weights (.ckpt or .safetensors)")
+    what.add_argument("--weights", choices=WEIGHTS, help="which of that file's, if it has both (default: trained)")
     data = parser.add_argument_group("images")
     data.add_argument("--data_root", metavar="DIR", help="photos of the subject")
     data.add_argument("--reg_data_root", metavar="DIR", help="images of the class, for prior preservation")
@@ -98,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--datadir_in_name", default=True, help="begin the name with the data folder's", **boolean)
     run.add_argument("-p", "--project", help="the run folder's parent, instead of --logdir")
     run.add_argument("-s", "--seed", type=int, help="seed of everything random (default: 23)")
+    run.add_argument("--export", choices=EXPORTS, help="also write the weights alone at the end, in this precision")
     run.add_argument("-d", "--debug", default=False, help="show the traceback of an error", **boolean)
     machine = parser.add_argument_group("the machine")
     machine.add_argument(
@@ -146,7 +148,7 @@ def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], Run]:
     """
     if not args.train and not args.resume:
         raise UserError("nothing to do: give -t to train, or -r RUN to go on with a run")
-    for flag in ("actual_resume", "init_word", "embedding_manager_ckpt", "name", "postfix", "project"):
+    for flag in ("actual_resume", "weights", "init_word", "embedding_manager_ckpt", "name", "postfix", "project"):
         if args.resume and getattr(args, flag):
             raise UserError(f"--{flag}: not together with --resume, which takes it from the run")
     run = resumed_run(args.resume) if args.resume else new_run(args)
@@ -164,6 +166,10 @@ def apply_flags(config: dict[str, Any], args: argparse.Namespace) -> None:
     settings["seed"] = args.seed if args.seed is not None else settings.get("seed", SEED)
     if args.scale_lr is not None:
         settings["scale_lr"] = args.scale_lr
+    if args.export is not None:
+        settings["export"] = args.export
+    if settings.get("export") not in (None, *EXPORTS):
+        raise UserError(f"run.export: unknown '{settings['export']}'; accepted: {', '.join(EXPORTS)}")
     lightning = _section(config, "lightning")
     trainer = _section(lightning, "trainer")
     trainer.update(args.trainer)
@@ -211,4 +217,6 @@ def start_of(args: argparse.Namespace) -> Start:
         if file and not Path(file).is_file():
             raise UserError(f"{flag} {file}: no such file")
     weights, embeddings = (Path(file) if file else None for file in files.values())
-    return Start(weights, embeddings, args.init_word)
+    if args.weights and not weights:
+        raise UserError("--weights: says which of the weights of --actual_resume, which is not given")
+    return Start(weights, args.weights, embeddings, args.init_word)

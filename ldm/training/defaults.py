@@ -53,6 +53,10 @@ TRAINER_KEYS: tuple[str, ...] = (
     "model_registry",
 )
 
+# Of the flags --weights and --export, for the same reason: `ldm.checkpoint` and `ldm.export` import torch.
+WEIGHTS = ("trained", "ema")
+EXPORTS = ("fp32", "fp16", "bf16")
+
 TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,

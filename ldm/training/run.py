@@ -89,4 +89,6 @@ def resumed_run(resume: str) -> Run:
     run = Run(folder, stamp, checkpoint)
     if not run.saved_configs():
         raise UserError(f"--resume {resume}: no configs in {run.configs}: give the run's folder, or start with --base")
+    for unfinished in run.checkpoints.glob(".*.tmp"):  # of a save that a kill ended
+        unfinished.unlink(missing_ok=True)
     return run

@@ -14,6 +14,8 @@ from ldm.callbacks.timing import TimingCallback
 from ldm.modules.encoders import tokenizer
 from ldm.training.run import Run
 
+LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
+
 
 def _rows(title: str, rows: dict[str, str]) -> str:
     width = max(map(len, rows))
@@ -67,7 +69,13 @@ def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
     return _rows("Training", rows)
 
 
-def end(trainer: Any, keeper: CheckpointKeeper | None, timing: TimingCallback, prompt: str | None) -> str:
+def end(
+    trainer: Any,
+    keeper: CheckpointKeeper | None,
+    timing: TimingCallback,
+    prompt: str | None,
+    exported: Path | None = None,
+) -> str:
     """What has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done = f"{trainer.global_step} steps"
     if timing.seconds_per_step:
@@ -76,6 +84,10 @@ def end(trainer: Any, keeper: CheckpointKeeper | None, timing: TimingCallback, p
     if keeper is None or not keeper.last_path.exists():
         return _rows("Done, without a checkpoint, as configured", rows)
     rows["last"] = str(keeper.last_path)
+    if (lora := keeper.last_path.with_name(LORA)).exists():
+        rows["LoRA"] = f"{lora}: the adapters alone, for other programs"
+    if exported:
+        rows["exported"] = f"{exported}: the weights alone, {exported.stat().st_size / 1e9:.3g} GB"
     if keeper.best:
         rows["best"] = f"{keeper.best[0]} ({keeper.score} {keeper.best[1]:.4g})"
     if prompt is not None:

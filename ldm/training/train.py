@@ -13,8 +13,18 @@ import pytorch_lightning as pl
 
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
-from ldm.checkpoint import instantiate_filled, read_checkpoint, state_dict_of, without_initial_weights
+from ldm.checkpoint import (
+    describe,
+    instantiate_filled,
+    read_checkpoint,
+    weights_to_sample_from,
+    weights_to_train,
+    without_initial_weights,
+)
 from ldm.errors import UserError
+from ldm.export import DTYPES, in_dtype, sha256, shared_config, training_facts, write_weights
+from ldm.inference import plain_weights
+from ldm.lora import adapters_alone
 from ldm.training import defaults, summary
 from ldm.training.run import Run
 from ldm.training.trainer import build_trainer, quiet_lightning
@@ -40,11 +50,12 @@ class Trained:
 class Start:
     """What a run starts from, beside its config.
 
-    `weights` are a checkpoint's, `embeddings` a textual-inversion file's; `init_word` gives the identifier
-    another word's embedding.
+    `weights` are a checkpoint's, of which `take` names the trained or the averaged ones (by default the trained);
+    `embeddings` are a textual-inversion file's; `init_word` gives the identifier another word's embedding.
     """
 
     weights: Path | None = None
+    take: str | None = None
     embeddings: Path | None = None
     init_word: str | None = None
 
@@ -67,6 +78,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     pl.seed_everything(seed, workers=True, verbose=False)
     data = instantiate_from_config(config["data"], "data", **_seeded(config["data"], seed))
     data.check()  # images that do not decode, before the minutes that a large model takes to build
+    config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
     model.learning_rate = learning_rate(config, trainer, data.batch_size)
@@ -78,11 +90,35 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
 
     keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
     if trainer.is_global_zero:
+        if getattr(model, "lora", None) and keeper is not None and keeper.last_path.exists():
+            adapters = adapters_alone(model.state_dict(), model.lora.alpha)
+            facts = training_facts(config, trainer.global_step)
+            write_weights(keeper.last_path.with_name(summary.LORA), adapters, {}, facts)
+        exported = _export(model, config, run, trainer.global_step) if not interrupts.interrupted else None
         prompts = data.summary()["subject_prompts"]
-        log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None))
+        log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None, exported))
     if test and "test" in data.datasets and not interrupts.interrupted:
         trainer.test(model, datamodule=data)
     return Trained(model, data, trainer, run, interrupts.interrupted)
+
+
+def _with_base_model(config: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
+    """The config with the file that the run starts from, for the header of what it will export."""
+    if start.weights is None:
+        return config
+    base = {"file": start.weights.name, "sha256": sha256(start.weights)}
+    return {**config, "run": {**config.get("run", {}), "base_model": base}}
+
+
+def _export(model: Any, config: Mapping[str, Any], run: Run, steps: int) -> Path | None:
+    """Write the weights alone, in the precision that `run.export` asks for; None if it does not."""
+    if (precision := config.get("run", {}).get("export")) is None:
+        return None
+    path = run.checkpoints / f"{run.folder.name}-{precision}.safetensors"
+    state = plain_weights({"state_dict": model.state_dict(), "config": config}, path)
+    state = in_dtype(weights_to_sample_from(state, path, None), DTYPES[precision])
+    write_weights(path, state, shared_config(config), training_facts(config, steps))
+    return path
 
 
 def _seeded(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -116,12 +152,19 @@ def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple
     if start.weights is None:
         model, report = instantiate_from_config(target, "model"), "newly initialised"
     else:
-        state = state_dict_of(read_checkpoint(start.weights), start.weights)
+        state = plain_weights(read_checkpoint(start.weights), start.weights)
+        report = f"{start.weights}: {describe(state)}"
+        state = weights_to_train(state, start.weights, start.take, averages=bool(_params(config).get("use_ema", True)))
         model, loaded = instantiate_filled(target, state, start.weights)
-        report = f"{start.weights}: {loaded}"
+        report += f"; {loaded}"
     if start.embeddings or start.init_word:
         report += _write_embeddings(model, start, _identifier(config["data"]))
     return model, report
+
+
+def _params(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's params."""
+    return config["model"].get("params") or {}
 
 
 def _identifier(data: Mapping[str, Any]) -> str:
@@ -139,6 +182,8 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
         report += f"; {identifier} starts as {start.init_word}"
     if start.embeddings:
         report += f"; embeddings of {', '.join(manager.load(start.embeddings))}"
+    if getattr(model, "lora", None):
+        log.warning("%s will not hold the changed embeddings; the merged model does (scripts/convert.py)", summary.LORA)
     return report
 
 

@@ -19,6 +19,7 @@ from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
+from ldm.modules.adapters import TEXT_LAYERS, UNET_LAYERS, add_adapters, check_adaptable, lora_options
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like
@@ -54,6 +55,8 @@ class LatentDiffusion(pl.LightningModule):
         ema_decay: of the average that `use_ema` keeps.
         optimizer: adamw or muon.
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
+        lora: `rank` and `alpha` of adapters on the UNet's attention and, with `cond_stage_trainable`, the text
+            encoder's, which are trained instead of the model's own weights.
         personalization_config: without effect: the identifier is a token that exists (`--init_word`
             gives it another word's embedding). Nor have the keys behind it, which older configs hold;
             a training says so once.
@@ -93,6 +96,7 @@ class LatentDiffusion(pl.LightningModule):
         ema_decay: float = 0.9999,
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, Any] | None = None,
+        lora: Mapping[str, Any] | None = None,
         personalization_config: Mapping[str, Any] | None = None,
         num_timesteps_cond: int | None = None,
         embedding_reg_weight: float | None = None,
@@ -141,6 +145,9 @@ class LatentDiffusion(pl.LightningModule):
         self.model_ema = LitEma(self.model, ema_decay) if use_ema else None
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
+        self.lora, self._adapted = None if lora is None else lora_options(lora), False
+        if self.lora:
+            check_adaptable(self.cond_stage_model if cond_stage_trainable else None, use_ema)
         self.train(self.training)
 
     # Modules and their state
@@ -283,6 +290,26 @@ class LatentDiffusion(pl.LightningModule):
         return ["" if drop else caption for drop, caption in zip(dropped, captions)]
 
     # Lightning
+
+    def configure_model(self) -> None:
+        """Freeze the model and add the adapters that `lora` asks for, once.
+
+        Not in `__init__`: initial weights come without adapters. Lightning calls this before it restores a
+        checkpoint, which has them.
+        """
+        if self.lora is None or self._adapted:
+            return
+        self.requires_grad_(False)
+        add_adapters(self.model.diffusion_model, UNET_LAYERS, self.lora)
+        if self.cond_stage_trainable:
+            add_adapters(self.cond_stage_model, TEXT_LAYERS, self.lora)
+        self._adapted = True
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise a `UserError` if a run goes on with another model than its checkpoint's."""
+        from ldm.checkpoint import compare
+
+        compare(self, checkpoint["state_dict"], "the checkpoint to go on from")
 
     def on_fit_start(self) -> None:
         if self._without_effect and self.trainer.is_global_zero:

@@ -1,0 +1,78 @@
+"""Low-rank adapters on attention (LoRA; Hu et al., 2106.09685): what `model.params.lora` puts into a model, with peft.
+
+An adapted layer computes W x + up down x · alpha / rank. `up` starts at zero, so that the model starts as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.util import check_mapping, check_params
+
+WHERE = "model.params.lora"
+# Names of the layers, as they end: of our `CrossAttention` and of transformers' CLIP.
+UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class LoraOptions:
+    """The size of the adapters.
+
+    Args:
+        rank: of every layer's difference.
+        alpha: the difference is scaled by alpha / rank; `rank` by default.
+
+    Raises:
+        UserError: one of them is not positive.
+    """
+
+    def __init__(self, rank: int = 8, alpha: float | None = None):
+        if rank < 1:
+            raise UserError(f"{WHERE}.rank: expected 1 or more, got {rank}")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise UserError(f"{WHERE}.alpha: expected a positive number, got {alpha}")
+        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
+
+
+def lora_options(given: Mapping[str, Any]) -> LoraOptions:
+    """The options that a config's `model.params.lora` gives; raises a `UserError` for what they do not take."""
+    check_mapping(given, WHERE)
+    check_params(LoraOptions, given, WHERE)
+    return LoraOptions(**given)
+
+
+def check_adaptable(text_encoder: nn.Module | None, use_ema: bool) -> None:
+    """Raise a `UserError` if adapters cannot be trained.
+
+    Args:
+        text_encoder: the one that is to be trained, too.
+    """
+    if find_spec("peft") is None:
+        raise UserError(f"{WHERE}: needs the package 'peft': pip install peft")
+    if use_ema:
+        raise UserError(f"{WHERE}: adapters have no averages: set model.params.use_ema: false")
+    if text_encoder is not None and not _has_layers(text_encoder, TEXT_LAYERS):
+        raise UserError(
+            f"{WHERE}: the attention of {type(text_encoder).__name__} takes no adapters: "
+            "set model.params.cond_stage_trainable: false"
+        )
+
+
+def _has_layers(module: nn.Module, endings: Sequence[str]) -> bool:
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return all(any(name.endswith(f".{ending}") for name in names) for ending in endings)
+
+
+def add_adapters(module: nn.Module, layers: Sequence[str], options: LoraOptions) -> None:
+    """Put trainable adapters on a module's linear layers of these names."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    # peft's annotation says int; it divides by it.
+    config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(layers))  # type: ignore[arg-type]
+    inject_adapter_in_model(config, module)
