@@ -6,6 +6,7 @@
 
     python scripts/convert.py --ckpt my-dog.safetensors --lora_base sd-v1-4.ckpt --output lora.safetensors
     python scripts/convert.py --ckpt sd-v1-4.ckpt --lora lora.safetensors --output my-dog.safetensors     # merged
+    python scripts/convert.py --ckpt sd-v1-4.ckpt --vae vae-ft-mse.ckpt --output better-eyes.safetensors
 
 --ckpt may be a .ckpt, a .safetensors, the index of a sharded one, or a pipeline folder. Files of ours say which config
 they fit, and those of Stable Diffusion are recognised; for others give --config. Of a LoRA run's checkpoint the plain
@@ -37,7 +38,7 @@ from ldm.checkpoint import (
 )
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
-from ldm.diffusers_format import config_of_pipeline, read_pipeline, save_pipeline
+from ldm.diffusers_format import VAE, config_of_pipeline, part, read_pipeline, save_pipeline
 from ldm.errors import UserError
 from ldm.export import DTYPES, SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
 from ldm.families import config_for
@@ -73,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapters", action="store_true", help="of a LoRA run's checkpoint, the LoRA file alone")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="merge this LoRA into the weights")
     parser.add_argument("--strength", type=float, default=1.0, help="of the merged LoRA (default: %(default)s)")
+    parser.add_argument(
+        "--vae", type=Path, metavar="CKPT", help="put this one's autoencoder in the place of the model's"
+    )
     parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
     return parser
 
@@ -117,7 +121,7 @@ def read_folder(folder: Path, given: Mapping[str, Any] | None) -> Model:
 
 def read_adapters(args: argparse.Namespace) -> Model:
     """The adapters of a LoRA run's checkpoint, as a LoRA file's tensors."""
-    for flag in ("weights", "keep_ema", "lora", "lora_base", "only"):
+    for flag in ("weights", "keep_ema", "lora", "lora_base", "vae", "only"):
         if getattr(args, flag):
             raise UserError(f"--adapters: does not go with --{flag}")
     if args.output.suffix == "":
@@ -148,6 +152,8 @@ def convert(args: argparse.Namespace) -> None:
         base = plain_weights(read_checkpoint(args.lora_base), args.lora_base)
         base = weights_to_sample_from(base, args.lora_base, None)
         model = Model(extract_lora(base, model.state, args.rank), {}, model.facts)
+    if args.vae:
+        model = Model(with_vae(model.state, args.vae), model.config, model.facts)
     if args.lora:
         state = {key: value.clone() for key, value in model.state.items()}
         layers = merge_lora(state, state_dict_of(read_checkpoint(args.lora), args.lora), args.strength)
@@ -159,6 +165,18 @@ def convert(args: argparse.Namespace) -> None:
     else:
         write_weights(args.output, state, model.config, model.facts)
         print(f"{args.output}: {len(state)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def with_vae(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A model's tensors with the autoencoder of another checkpoint, or of one that is nothing else."""
+    other = state_dict_of(read_checkpoint(path), path)
+    other = part(other, VAE) or other
+    ours = part(state, VAE)
+    if wrong := [key for key, value in ours.items() if key not in other or other[key].shape != value.shape]:
+        raise UserError(
+            f"--vae {path}: no autoencoder of this model's shape in it: '{wrong[0]}' is missing or different"
+        )
+    return {**state, **{VAE + key: other[key] for key in ours}}
 
 
 def write_pipeline(args: argparse.Namespace, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

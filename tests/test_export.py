@@ -129,6 +129,21 @@ def test_a_single_file_opens_in_diffusers(original, tmp_path):
         assert same(dict(getattr(pipeline, part).state_dict()), dict(getattr(expected, part).state_dict())), part
 
 
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_another_autoencoder(prefix, original, model, tmp_path, caplog):
+    """As it is shared by itself, and inside another model."""
+    ours = model.first_stage_model.state_dict()
+    other = {prefix + key: value + 1 for key, value in ours.items()}
+    torch.save({"state_dict": {**other, "loss.logvar": torch.zeros(1)}}, tmp_path / "vae.ckpt")
+    found = load_file(converted(original, tmp_path / "m.safetensors", "--vae", tmp_path / "vae.ckpt"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(found[key], value + 1 if key.startswith("first_stage_model.") else value)
+    torch.save({"state_dict": dict(list(other.items())[1:])}, tmp_path / "vae.ckpt")
+    command = ["--ckpt", str(original), "--vae", str(tmp_path / "vae.ckpt"), "--output", str(tmp_path / "x.ckpt")]
+    assert convert.main(command) == 1
+    assert f"'{next(iter(ours))}' is missing or different" in caplog.text
+
+
 # Runs
 
 
