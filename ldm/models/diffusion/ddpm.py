@@ -51,7 +51,8 @@ class LatentDiffusion(pl.LightningModule):
         first_stage_key, cond_stage_key: a batch's entries for the image and the caption.
         monitor: the metric that names the best checkpoint.
         min_snr_gamma: weight the loss of each time step as min-SNR does (2303.09556); None weights all alike.
-        caption_dropout: share of captions that training empties, for classifier-free guidance (2207.12598).
+        caption_dropout: share of captions that training empties, for classifier-free guidance (2207.12598); with a
+            prior, of its captions alone.
         ema_decay: of the average that `use_ema` keeps.
         optimizer: adamw or muon.
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
@@ -249,7 +250,10 @@ class LatentDiffusion(pl.LightningModule):
         posterior = self._posterior(halves)
         draws = [self._draw(half, posterior.mean.shape[1:]) for half in halves]
         eps, t, noise = (torch.cat(parts) for parts in zip(*draws))
-        captions = [caption for half in halves for caption in self._captions(half, dropout=prefix == "train")]
+        # With a prior only the class images' captions are dropped: guidance away from an unconditional model that has
+        # learned the subject would drive the class away from it.
+        dropping = [prefix == "train" and half is halves[-1] for half in halves]
+        captions = [caption for half, drops in zip(halves, dropping) for caption in self._captions(half, drops)]
         x_start = self.get_first_stage_encoding(posterior, eps)
         losses = self._losses(x_start, self.get_learned_conditioning(captions), t, noise)
 
