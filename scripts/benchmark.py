@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ldm.callbacks.timing import peak_memory_bytes
+from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoint import tensor_bytes, write_atomically
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
@@ -82,7 +82,7 @@ def measure_load(config: Path, path: Path, purpose: str, dtype: str) -> Measured
     plain = to_plain(load_config([config]))
     with torch.device("meta"):
         instantiate_from_config(target_of(plain), "model")  # imports what the model needs
-    before, start = peak_memory_bytes(torch.device("cpu")), time.perf_counter()
+    (before, _), start = resident_bytes(), time.perf_counter()
     if purpose == "train":
         model, _ = build_model(plain, Start(path), resumes=False)
     else:
@@ -91,7 +91,7 @@ def measure_load(config: Path, path: Path, purpose: str, dtype: str) -> Measured
     for value in weights:
         value.flatten()[:: 4096 // value.element_size()].sum()  # a number of every page
     seconds = time.perf_counter() - start
-    peak, size = peak_memory_bytes(torch.device("cpu")) - before, tensor_bytes(weights)
+    peak, size = resident_bytes()[1] - before, tensor_bytes(weights)
     return {"kind": "load", "for": purpose, "dtype": dtype, "seconds": seconds, "peak_bytes": peak, "weights": size}
 
 

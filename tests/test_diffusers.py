@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from ldm.config import load_config, to_plain
-from ldm.diffusers_format import read_pipeline, save_pipeline, to_diffusers
+from ldm.diffusers_format import config_of_pipeline, read_pipeline, save_pipeline, to_diffusers
 from ldm.errors import UserError
 from ldm.families import CONFIGS
 from ldm.lora import extract_lora, factors, lora_layers, merge_lora
@@ -183,7 +183,11 @@ def test_the_command_both_ways(ours, family, folder, tmp_path):
         assert (again / f"{part}.safetensors").read_bytes() == (folder / f"{part}.safetensors").read_bytes()
 
 
-def test_a_pipeline_without_a_config(folder, tmp_path, caplog):
+def test_a_pipeline_without_a_config(folder, family, tmp_path, caplog):
+    """Only the full-size ones are recognised."""
+    if family == "full-v1":
+        assert config_of_pipeline(folder) == CONFIGS / "v1-inference.yaml"
+        return
     assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors")]) == 1
     assert "give --config" in caplog.text
     assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors"), "--keep_ema"]) == 1

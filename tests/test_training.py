@@ -9,6 +9,8 @@ import torch
 from omegaconf import OmegaConf
 
 import main
+from ldm.data.personalized import PersonalizedBase
+from ldm.errors import UserError
 from tests import golden
 from tests.runs import SIZE, Workspace, checkpoint, config, csv_rows, metrics, pictures, same
 
@@ -208,6 +210,23 @@ def test_the_model_makes_the_class_images_that_lack(workspace):
     assert main.main(arguments) == 0
     made = sorted(path.name for path in folder.iterdir())
     assert len(made) == 3 and "0.png" in made
+
+
+def test_some_class_images_are_of_the_empty_prompt(workspace, caplog):
+    """So that the prior holds the unconditional model, too."""
+    folder = workspace.path / "unconditional"
+    how = "{steps: 2, batch_size: 2, unconditional: 0.34}"
+    more = ["data.params.num_class_images=6", f"data.params.class_images={how}", "--max_steps", "1"]
+    arguments = workspace.arguments("unconditional", *more)
+    arguments[arguments.index("--reg_data_root") + 1] = str(folder)
+    assert main.main(arguments) == 0
+    empty = {path.stem for path in folder.glob("*.txt") if path.read_text() == ""}
+    assert len(list(folder.glob("*.png"))) == 6 and len(empty) == 2
+    prior = PersonalizedBase(folder, size=32, reg=True)
+    assert {path.stem for path in prior.paths if prior.captions[path] == [""]} == empty
+    assert sorted(prior.prompts) == ["", "photo of a dog"]
+    with pytest.raises(UserError, match="this caption is empty"):
+        PersonalizedBase(folder, size=32)
 
 
 def test_arguments_that_log_images_does_not_take(workspace, caplog):

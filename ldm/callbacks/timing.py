@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,10 +15,20 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory in use so far: the GPU's for CUDA, else this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return resident_bytes()[1]
+
+
+def resident_bytes() -> tuple[int, int]:
+    """This process's resident memory now, where the system says it, and at its peak."""
+    status = Path("/proc/self/status")
+    if status.exists():  # resource's peak would be that of the parent, if it had more when this process started
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, peak
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
 
 
 class TimingCallback(pl.Callback):

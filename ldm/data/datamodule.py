@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 CHECK_UP_TO = 64  # images of a folder that are decoded before training starts
 
-CLASS_IMAGE_KEYS = ("batch_size", "steps", "scale")  # how class images are made
+CLASS_IMAGE_KEYS = ("batch_size", "steps", "scale", "unconditional")  # how class images are made
 
 Batch = dict[str, Any]  # image (b, h, w, c) in [-1, 1], caption list[str], noise_seed (b,) int64
 
@@ -155,7 +155,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
     A batch is `{"image": (b, h, w, c) in [-1, 1], "caption": list[str], "noise_seed": (b,) int64}`; both
     halves of a pair have `batch_size` examples. With `num_class_images`, class images that `reg`'s folder
     lacks are made by the model before the training starts; `class_images` says how (`batch_size`, `steps`, `scale`,
-    see `make_class_images`).
+    `unconditional`, see `make_class_images`).
 
     Raises:
         UserError: a config that does not fit its target, or what the datasets raise.
@@ -191,6 +191,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             hint = nearest(unknown[0], list(CLASS_IMAGE_KEYS))
             accepted = ", ".join(CLASS_IMAGE_KEYS)
             raise UserError(f"data.params.class_images.{unknown[0]}: unknown key{hint}; accepted: {accepted}")
+        if not 0 <= (share := self.class_images.get("unconditional", 0)) < 1:
+            raise UserError(f"data.params.class_images.unconditional: expected a share below 1, got {share}")
         configs = {"train": train, "reg": reg, "validation": validation, "test": test}
         self.datasets: dict[str, Any] = {
             name: instantiate_from_config(config, where=f"data.params.{name}")

@@ -67,8 +67,11 @@ class PersonalizedBase(ImageFolderDataset):
         super().__init__(data_root, size, mode, interpolation, flip_p, cache_images)
         self.repeats = repeats if set == "train" else 1
         self.templated = captions_from_templates(placeholder_token, identifier, templates, coarse_class_text, reg)
-        beside = {path: caption_beside(path) for path in self.paths} if captions else {}
-        self.captions = {path: [caption] if (caption := beside.get(path)) else self.templated for path in self.paths}
+        # An empty caption is for the prior: it keeps the unconditional model, too.
+        beside = {path: caption_beside(path, may_be_empty=reg) for path in self.paths} if captions else {}
+        self.captions = {
+            path: self.templated if (caption := beside.get(path)) is None else [caption] for path in self.paths
+        }
 
     @property
     def prompts(self) -> list[str]:

@@ -54,11 +54,11 @@ def _fill(template: str, identifier: str, class_word: str) -> str:
         raise UserError(f"templates: {template!r} is no template ({error}); {known}") from error
 
 
-def caption_beside(image: Path) -> str | None:
+def caption_beside(image: Path, may_be_empty: bool = False) -> str | None:
     """The text of the file beside `image` (dog.txt for dog.jpg), or None if there is none.
 
     Raises:
-        UserError: the file is empty or is no UTF-8 text.
+        UserError: the file is no UTF-8 text, or is empty and may not be.
     """
     path = image.with_suffix(".txt")
     if not path.is_file():
@@ -67,6 +67,6 @@ def caption_beside(image: Path) -> str | None:
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read this caption ({error}); save it as UTF-8 text") from error
-    if not text:
+    if not text and not may_be_empty:
         raise UserError(f"{path}: this caption is empty; write one, or remove the file to use the templates")
     return text
