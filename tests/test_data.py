@@ -308,7 +308,7 @@ def test_config_errors_name_the_key(one):
     with pytest.raises(UserError, match=r"needs data\.params\.reg"):
         module(one, num_class_images=3)
     with pytest.raises(UserError, match=r"class_images\.unconditional: expected a share below 1, got 1"):
-        module(one, reg={}, class_images={"unconditional": 1})
+        module(one, one, class_images={"unconditional": 1})
 
 
 def test_keys_without_effect_warn_once(one, caplog):
