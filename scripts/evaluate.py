@@ -121,7 +121,8 @@ def evaluate(args: argparse.Namespace) -> None:
                     functools.partial(measure_run, subject, seed, kind, outdir, judges),
                 )
                 print(f"{(time.monotonic() - begin) / 60:5.1f} min  {name}", flush=True)
-    command = shlex.join(["python", "scripts/evaluate.py", "--seeds", *map(str, args.seeds)])
+    only = ["--subjects", *args.subjects] if args.subjects else []
+    command = shlex.join(["python", "scripts/evaluate.py", *only, "--seeds", *map(str, args.seeds)])
     report = "\n".join([HEAD, f"    {command}\n", *base_table(base), *run_tables(runs)]) + "\n"
     write_atomically(args.report, lambda temporary: temporary.write_text(report))
     print(args.report)
