@@ -96,6 +96,21 @@ def test_a_pipeline_in_half_precision(original, tmp_path):
     assert {v.dtype for v in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
 
 
+def test_a_model_in_half_precision_samples_under_autocast(original, model):
+    """As on a GPU, where autocast would make half-precision copies of the weights anyway."""
+    half, x, t = load_model(original, dtype=torch.bfloat16), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    assert half.model.diffusion_model.out[2].weight.dtype == torch.bfloat16 and half.betas.dtype == torch.float32
+
+    def outputs(model):
+        text = model.get_learned_conditioning(["photo of a sks dog", ""])
+        return text, model.apply_model(x, t, text), model.decode_first_stage(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs(half)
+    for ours, exact in zip(found, outputs(model)):
+        assert golden.rel(ours.float(), exact) < 0.05
+
+
 def test_rounding_leaves_vectors_and_integers():
     state = {"w": torch.ones(2, 2), "b": torch.ones(2), "n": torch.ones(2, 2, dtype=torch.int64)}
     assert [v.dtype for v in in_dtype(state, torch.float16).values()] == [torch.float16, torch.float32, torch.int64]
