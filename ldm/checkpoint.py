@@ -326,7 +326,8 @@ def instantiate_filled(
 ) -> tuple[Any, LoadReport]:
     """The model of a config with a checkpoint's tensors as its own, see `adopt_state`; raises as `compare` does.
 
-    No weight is initialised that the checkpoint then overwrites, and none is there twice.
+    No weight is initialised that the checkpoint then overwrites, and none is there twice; but where the checkpoint
+    lacks some that need an initialisation, the whole model is initialised, and is there twice for a moment.
     """
     config = without_initial_weights(config)
     with EmptyInit():

@@ -22,7 +22,7 @@ from ldm.checkpoint import (
     without_initial_weights,
 )
 from ldm.errors import UserError
-from ldm.export import DTYPES, in_dtype, sha256, shared_config, training_facts, write_weights
+from ldm.export import DTYPES, in_dtype, sha256, shared_config, target_of, training_facts, write_weights
 from ldm.inference import plain_weights
 from ldm.lora import adapters_alone
 from ldm.training import defaults, summary
@@ -146,7 +146,7 @@ def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
     """
-    target = {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
+    target = target_of(config)
     if resumes:
         return instantiate_from_config(without_initial_weights(target), "model"), ""
     if start.weights is None:
