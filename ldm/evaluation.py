@@ -31,7 +31,7 @@ from ldm.rng import generator
 Draw = Callable[[Sequence[str]], list[Image.Image]]
 
 SIZE = 64
-CLASS_IMAGES = 32  # pictures of a class that similarity and diversity are measured on
+CLASS_IMAGES = 64  # pictures of a class that similarity and diversity are measured on
 SUBJECT_IMAGES = 16
 PER_PROMPT = 4
 PLACES = [scene for scene in SCENES if scene not in PLAIN]
@@ -124,7 +124,7 @@ def measure_subject(
     """What DreamBooth did: subject fidelity, scenes, copies, and what is left of the class.
 
     Likeness is that of the pictures' middles: the photos were taken in five places, and features tell places apart
-    at least as well as things.
+    at least as well as things. Diversity is that of whole pictures, as of the base model.
 
     Args:
         base: draws with the model before.
@@ -158,6 +158,7 @@ def measure_subject(
             f"{name}, ceiling": ceiling,
             f"{name}, gap closed": gap_closed(reached, start, ceiling),
             f"{name}, class drift": centred_similarity(of_after, of_real, of_before),
-            f"{name}, diversity kept": diversity(of_after) / diversity(of_before),
+            f"{name}, centred subject": centred_similarity(of_subject, of_real, of_before),
+            f"{name}, diversity kept": diversity(features_of(encoder, after)) / diversity(features_of(encoder, before)),
         }
     return measured

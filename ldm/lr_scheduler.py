@@ -16,7 +16,7 @@ class WarmupLinearDecay:
     """A factor for the learning rate: up from zero over `warmup_steps`, 1 until `decay_start`, down to zero at `steps`.
 
     Args:
-        steps: training steps in all; later ones have the rate of the last.
+        steps: training steps in all, by default the run's `max_steps`; later ones have the rate of the last.
         warmup_steps: steps until the full rate.
         decay: the share of `steps`, at the end, over which the rate falls.
         final: the factor that it ends at.
@@ -37,9 +37,21 @@ class WarmupLinearDecay:
         return min(up, 1.0, self.final + (1 - self.final) * left)
 
 
-def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None) -> Any:
-    """What `configure_optimizers` returns: the optimizer, with a rate that each step changes if a config says how."""
+def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None, max_steps: int = -1) -> Any:
+    """What `configure_optimizers` returns: the optimizer, with a rate that each step changes if a config says how.
+
+    Args:
+        max_steps: of the run, for a schedule that does not say how many `steps` it is for.
+
+    Raises:
+        UserError: neither says so.
+    """
     if scheduler_config is None:
         return optimizer
-    schedule = instantiate_from_config(scheduler_config, "scheduler_config")
+    given = dict(scheduler_config.get("params") or {})
+    if given.get("steps") is None:
+        if max_steps < 1:
+            raise UserError("scheduler_config.params.steps: needed where lightning.trainer.max_steps is not given")
+        given["steps"] = max_steps
+    schedule = instantiate_from_config({**scheduler_config, "params": given}, "scheduler_config")
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}

@@ -133,9 +133,9 @@ def similarity_within(a: Features) -> float:
 
 
 def centred_similarity(a: Features, b: Features, base: Features) -> float:
-    """Cosine of the two sets' mean deviations from the mean of `base`: 0 where `a` is still like `base`."""
+    """Mean cosine over all pairs of the two sets, centred on the mean of `base`: 0 where `a` is still like `base`."""
     origin = base.mean(0)
-    return float(F.cosine_similarity(a.mean(0) - origin, b.mean(0) - origin, dim=0))
+    return similarity(a - origin, b - origin)
 
 
 def diversity(a: Features) -> float:

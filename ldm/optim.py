@@ -114,8 +114,8 @@ def muon_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": lambda modules, lr, **adam: torch.optim.Adam(_trained(modules), lr=lr, **adam),
-    "adamw": lambda modules, lr, **adam: torch.optim.AdamW(_trained(modules), lr=lr, **adam),
+    "adam": lambda modules, lr, **adam: _fused(torch.optim.Adam, _trained(modules), lr=lr, **adam),
+    "adamw": lambda modules, lr, **adam: _fused(torch.optim.AdamW, _trained(modules), lr=lr, **adam),
     "muon": lambda modules, lr, **adam: Muon(muon_groups(nn.ModuleList(modules)), lr=lr, **adam),
 }
 
@@ -130,6 +130,15 @@ def make_optimizer(name: str, modules: Sequence[nn.Module], lr: float, **adam: A
         hint = nearest(name, list(OPTIMIZERS))
         raise UserError(f"model.params.optimizer: unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name](modules, lr, **adam)
+
+
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that torch has fused kernels for
+
+
+def _fused(kind: type[Optimizer], parameters: list[Tensor], **options: Any) -> Optimizer:
+    """One of torch's optimizers, as one kernel over all parameters where there is one."""
+    fused = all(p.device.type in FUSED and p.is_floating_point() for p in parameters)
+    return kind(parameters, fused=fused or None, **options)  # type: ignore[call-arg]
 
 
 def _trained(modules: Sequence[nn.Module]) -> list[Tensor]:

@@ -38,6 +38,7 @@ def test_centred_similarity_is_zero_without_change_and_one_at_the_subject():
     subject = torch.tensor([[2.0, 1.0]])
     assert centred_similarity(base + torch.tensor([0.0, 1e-12]), subject, base) == pytest.approx(0, abs=1e-3)
     assert centred_similarity(subject, subject, base) == pytest.approx(1)
+    assert centred_similarity(torch.cat([subject, base]), subject, base) == pytest.approx(1 / 3, abs=1e-3)
     assert centred_similarity(2 * base.mean(0) - subject, subject, base) == pytest.approx(-1)
 
 

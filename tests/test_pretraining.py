@@ -152,15 +152,37 @@ def test_min_snr_weights_the_loss_and_not_the_simple_loss():
     assert loss == logged_weighted["val/loss"] < logged["val/loss"]
 
 
+def captions_read(model, examples, prefix, among):
+    """The caption of each sample, of those `among`, whose embedding the UNet read."""
+    with torch.no_grad():
+        known = model.get_learned_conditioning(among)
+    read = []
+    apply_model = model.apply_model
+    model.apply_model = lambda x, t, cond: read.append(cond.detach()) or apply_model(x, t, cond)
+    model.shared_step(examples, prefix)
+    model.apply_model = apply_model
+    distances = (read[0][:, None] - known[None]).flatten(2).norm(dim=2)
+    assert distances.amin(1).max() < 1e-4 < distances.sort(1).values[:, 1].min()
+    return [among[index] for index in distances.argmin(1)]
+
+
+def test_the_text_encoder_reads_each_distinct_caption_once():
+    model, seen = build(), []
+    model.get_learned_conditioning = lambda texts: seen.append(list(texts)) or model.cond_stage_model(list(texts))
+    model.shared_step((batch(["a sks dog"] * 3), batch(["a dog", "a cat", "a dog"])), "train")
+    assert seen == [["a sks dog", "a dog", "a cat"]]
+    del model.get_learned_conditioning
+    examples = batch(["a dog", "a cat", "a dog"])
+    assert captions_read(model, examples, "train", ["a cat", "a dog"]) == ["a dog", "a cat", "a dog"]
+
+
 def test_caption_dropout_empties_the_same_captions_whatever_the_batch():
     model = build(caption_dropout=0.5)
-    seen = []
-    model.get_learned_conditioning = lambda texts: seen.append(list(texts)) or model.cond_stage_model(list(texts))
     captions = [f"a dog {n}" for n in range(16)]
-    model.shared_step(batch(captions), "train")
-    model.shared_step(batch(captions[8:], seeds=list(range(8, 16))), "train")
-    model.shared_step(batch(captions), "val")
-    together, second_half, validation = seen
+    among = ["", *captions]
+    together = captions_read(model, batch(captions), "train", among)
+    second_half = captions_read(model, batch(captions[8:], seeds=list(range(8, 16))), "train", among)
+    validation = captions_read(model, batch(captions), "val", among)
     assert 2 <= together.count("") <= 14
     assert together[8:] == second_half
     assert all(text in ("", caption) for text, caption in zip(together, captions))
@@ -169,10 +191,8 @@ def test_caption_dropout_empties_the_same_captions_whatever_the_batch():
 
 def test_with_a_prior_only_its_captions_are_dropped():
     model = build(caption_dropout=1.0)
-    seen = []
-    model.get_learned_conditioning = lambda texts: seen.append(list(texts)) or model.cond_stage_model(list(texts))
-    model.shared_step((batch(["a sks dog"] * 2), batch(["a dog"] * 2)), "train")
-    assert seen == [["a sks dog", "a sks dog", "", ""]]
+    pair = (batch(["a sks dog"] * 2), batch(["a dog"] * 2))
+    assert captions_read(model, pair, "train", ["a sks dog", "a dog", ""]) == ["a sks dog", "a sks dog", "", ""]
 
 
 def test_caption_dropout_leaves_the_other_draws_as_they_are():

@@ -12,18 +12,22 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ldm.data.image_folder import list_images
+from ldm.data.latents import check_encodable, encode_variants
 from ldm.data.personalized import warn_no_effect
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError, nearest
 from ldm.rng import derive_seed, generator
 from ldm.util import check_params, get_obj_from_str, instantiate_from_config
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +161,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
     lacks are made by the model before the training starts; `class_images` says how (`batch_size`, `steps`, `scale`,
     `unconditional`, see `make_class_images`).
 
+    With `latent_cache` the first stage encodes each image and its mirror once, when the training starts, and a batch
+    has "moments" (b, 2 z, h, w) of the posteriors instead of images: the numbers stay those of an uncached run. `true`
+    keeps them in memory; a folder keeps them for later runs, too. Workers have nothing to do then: there are none.
+
     Raises:
         UserError: a config that does not fit its target, or what the datasets raise.
     """
@@ -174,6 +182,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         seed: int = 23,
         num_class_images: int = 0,
         class_images: Mapping[str, Any] | None = None,
+        latent_cache: bool | str | None = None,
     ):
         super().__init__()
         for key, value in (("batch_size", batch_size - 1), ("num_workers", num_workers or 0)):
@@ -186,6 +195,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise UserError("data.params.num_class_images: needs data.params.reg, which says where they go")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.reg, self.num_class_images = reg, num_class_images
+        self.latent_cache = latent_cache
         self.class_images = dict(class_images or {})
         if unknown := sorted(set(self.class_images) - set(CLASS_IMAGE_KEYS)):
             hint = nearest(unknown[0], list(CLASS_IMAGE_KEYS))
@@ -210,6 +220,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
             )
         if num_class_images:  # the folder may still be empty; all else can be checked now
             self._check_reg()
+        if latent_cache:
+            for name in ("train", "reg"):
+                if name in self.datasets:
+                    check_encodable(self.datasets[name], f"data.params.{name}")
 
     # class images
 
@@ -275,6 +289,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
         )
         assert not self.class_images_to_make, f"{self.class_images_to_make} class images are still missing in {folder}"
 
+    def encode_latents(self, model: LatentDiffusion) -> None:
+        """Fill the latent cache of the subject and class images, if there is to be one."""
+        if not self.latent_cache:
+            return
+        folder = Path(self.latent_cache).expanduser() if isinstance(self.latent_cache, str) else None
+        for name in ("train", "reg"):
+            if name in self.datasets:
+                self.datasets[name].latents = encode_variants(self.datasets[name], model, self.batch_size, folder)
+
     def setup(self, stage: str | None = None) -> None:
         """Open the class images, which `prepare_data` may have made, and `check`."""
         if self.num_class_images and "reg" not in self.datasets and stage in (None, "fit"):
@@ -339,7 +362,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return ExamplesLoader(examples, batch_size=self.batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
-        workers = self.num_workers
+        workers = 0 if self.latent_cache else self.num_workers
         if workers is None:  # what the cache holds needs no help; decoding does
             in_memory = all(getattr(dataset, "in_memory", False) for dataset in self.datasets.values())
             workers = 0 if in_memory else min(4, os.cpu_count() or 1)

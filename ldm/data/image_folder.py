@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.errors import UserError
@@ -162,6 +164,7 @@ class ImageFolderDataset(Dataset):
         # Without a size the images keep their own, which may be that of a camera: too much to keep.
         self.cache_images = 0 if size is None or resize == "random_crop" else cache_images
         self._cache: dict[Path, np.ndarray] = {}
+        self.latents: Mapping[tuple[Path, bool], Tensor] | None = None  # of all `variants`, once they are encoded
 
     @property
     def n_images(self) -> int:
@@ -171,7 +174,7 @@ class ImageFolderDataset(Dataset):
     @property
     def in_memory(self) -> bool:
         """Whether the cache holds all images."""
-        return self.n_images <= self.cache_images
+        return self.latents is not None or self.n_images <= self.cache_images
 
     def __len__(self) -> int:
         return self.n_images
@@ -180,15 +183,28 @@ class ImageFolderDataset(Dataset):
         return self.example(range(len(self))[index])
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Item `index`, augmented with numbers from `generator` (None: torch's global one)."""
-        return {"image": self.augmented(self.paths[index % self.n_images], generator)}
+        """Item `index`, augmented with numbers from `generator` (None: torch's global one).
 
-    def augmented(self, path: Path, generator: torch.Generator | None = None) -> Float[np.ndarray, "h w c"]:
-        """The image at `path`, resized and perhaps mirrored."""
-        pixels = self._pixels(path, generator)
-        if torch.rand(1, generator=generator) < self.flip_p:
-            pixels = pixels[:, ::-1]
-        return to_array(pixels)
+        With `latents` it has "moments" (2 z, h, w) instead of an "image".
+        """
+        return self.augmented(self.paths[index % self.n_images], generator)
+
+    def augmented(self, path: Path, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """The image at `path`, resized and perhaps mirrored, as "image", or the "moments" that `latents` has of it."""
+        pixels = None if self.latents else self._pixels(path, generator)
+        mirrored = bool(torch.rand(1, generator=generator) < self.flip_p)
+        if pixels is None:
+            assert self.latents is not None
+            return {"moments": self.latents[path, mirrored]}
+        return {"image": to_array(pixels[:, ::-1] if mirrored else pixels)}
+
+    def variants(self) -> Iterator[tuple[tuple[Path, bool], Float[np.ndarray, "h w c"]]]:
+        """All that `augmented` can give without a random crop, by path and whether it is mirrored."""
+        for path in self.paths:
+            pixels = self._pixels(path, None)
+            for mirrored in (False, True):
+                if (self.flip_p > 0) if mirrored else (self.flip_p < 1):
+                    yield (path, mirrored), to_array(pixels[:, ::-1] if mirrored else pixels)
 
     def _pixels(self, path: Path, generator: torch.Generator | None) -> UInt8[np.ndarray, "h w c"]:
         if path in self._cache:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -22,6 +25,7 @@ from ldm.errors import UserError
 from ldm.util import instantiate_from_config
 
 if TYPE_CHECKING:
+    from ldm.data.image_folder import ImageFolderDataset
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -125,6 +129,74 @@ class CachedLatents(Dataset):
         if keys != {"moments", "captions", "classes"}:
             raise UserError(f"{self.path}: not a latent cache; name another file for it")
         return header
+
+
+def check_encodable(dataset: Any, where: str) -> None:
+    """Raise a `UserError` if a dataset's examples are not among finitely many pictures."""
+    if not hasattr(dataset, "variants"):
+        raise UserError(f"data.params.latent_cache: {where} is no folder of images; leave it out")
+    if dataset.resize == "random_crop":
+        raise UserError(
+            f"data.params.latent_cache: {where}.params.resize: random_crop shows another picture each time; "
+            "set center_crop, or leave the cache out"
+        )
+
+
+@torch.no_grad()
+def encode_variants(
+    dataset: ImageFolderDataset, model: LatentDiffusion, batch_size: int, folder: Path | None = None
+) -> dict[tuple[Path, bool], Tensor]:
+    """The posterior's moments (2 z, h, w) of each image and its mirror, float32 on the CPU, as a step computes them.
+
+    Args:
+        batch_size: images that are encoded at once.
+        folder: where moments are kept, in files named after what they were computed from, and found again.
+    """
+    made_by = f"{digest(model.first_stage_model)} {model.trainer.precision}" if folder else ""
+    found: dict[tuple[Path, bool], Tensor] = {}
+    variants = dataset.variants()
+    total = 2 * dataset.n_images
+    with tqdm(desc="latents", total=total, disable=total < 2 * BATCH, leave=False) as bar:
+        while part := dict(itertools.islice(variants, batch_size)):
+            files = {key: _latent_file(folder, made_by, pixels) for key, pixels in part.items()} if folder else {}
+            kept = {key: moments for key, file in files.items() if (moments := _moments_in(file)) is not None}
+            made = _encode({key: pixels for key, pixels in part.items() if key not in kept}, model)
+            for key in files.keys() & made.keys():
+                write_atomically(files[key], functools.partial(save_file, {"moments": made[key]}))
+            found |= kept | made
+            bar.update(len(part))
+    return found
+
+
+def _encode(part: Mapping[Any, np.ndarray], model: LatentDiffusion) -> dict[Any, Tensor]:
+    """The moments of images (h, w, c), all at once if they have one size."""
+    if len({pixels.shape for pixels in part.values()}) > 1:
+        return {key: _encode({key: pixels}, model)[key] for key, pixels in part.items()}
+    if not part:
+        return {}
+    images = rearrange(torch.from_numpy(np.stack(list(part.values()))), "b h w c -> b c h w").contiguous()
+    trainer: Any = model.trainer
+    with trainer.precision_plugin.forward_context():
+        parameters = model.encode_first_stage(images.to(model.device)).parameters
+    return {key: moments.clone() for key, moments in zip(part, parameters.float().cpu())}
+
+
+def _latent_file(folder: Path, made_by: str, pixels: np.ndarray) -> Path:
+    """Where the moments of an image are kept: the name is a hash of what they are computed from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = hashlib.sha256(f"{made_by} {pixels.shape}".encode() + pixels.tobytes())
+    return folder / f"{content.hexdigest()[:32]}.safetensors"
+
+
+def _moments_in(file: Path) -> Tensor | None:
+    """What a cache's file holds; None if it is not there or cannot be read, and is to be made anew."""
+    try:
+        return load_file(file)["moments"]
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, KeyError) as error:
+        log.warning("%s: not a cached latent (%s); made anew", file, error)
+        return None
 
 
 def digest(module: nn.Module) -> str:

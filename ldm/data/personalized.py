@@ -83,8 +83,7 @@ class PersonalizedBase(ImageFolderDataset):
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         path = self.paths[index % self.n_images]
-        image = self.augmented(path, generator)
-        return {"image": image, "caption": self._caption(path, generator)}
+        return {**self.augmented(path, generator), "caption": self._caption(path, generator)}
 
     def _caption(self, path: Path, generator: torch.Generator | None) -> str:
         captions = self.captions[path]

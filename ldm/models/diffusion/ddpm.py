@@ -255,7 +255,7 @@ class LatentDiffusion(pl.LightningModule):
         dropping = [prefix == "train" and half is halves[-1] for half in halves]
         captions = [caption for half, drops in zip(halves, dropping) for caption in self._captions(half, drops)]
         x_start = self.get_first_stage_encoding(posterior, eps)
-        losses = self._losses(x_start, self.get_learned_conditioning(captions), t, noise)
+        losses = self._losses(x_start, self._embeddings(captions), t, noise)
 
         steps = [t for _, t, _ in draws]
         means = {name: [part.mean() for part in split_like(value, steps)] for name, value in losses.items()}
@@ -272,6 +272,12 @@ class LatentDiffusion(pl.LightningModule):
             return DiagonalGaussianDistribution(torch.cat([half["moments"] for half in halves]).float())
         images = torch.cat([half[self.first_stage_key] for half in halves])
         return self.encode_first_stage(rearrange(images, "b h w c -> b c h w").contiguous())
+
+    def _embeddings(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
+        """Embeddings of captions, most of which are the same: the text encoder reads each distinct one once."""
+        distinct = list(dict.fromkeys(captions))
+        rows = torch.tensor([distinct.index(caption) for caption in captions], device=self.device)
+        return self.get_learned_conditioning(distinct)[rows]
 
     def _draw(self, half: Mapping[str, Any], latent_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior noise, time steps and diffusion noise of a half, a function of its samples' seeds."""
@@ -322,6 +328,11 @@ class LatentDiffusion(pl.LightningModule):
                 ", ".join(self._without_effect),
             )
 
+    def on_train_start(self) -> None:
+        # Here the weights are restored, whatever the strategy.
+        if hasattr(self.trainer.datamodule, "encode_latents"):  # type: ignore[attr-defined]
+            self.trainer.datamodule.encode_latents(self)  # type: ignore[attr-defined]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch, "train")
         size = len(self.objective.halves(batch)[0][self.cond_stage_key])
@@ -357,7 +368,9 @@ class LatentDiffusion(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer over the UNet and, if it is trained, the text encoder."""
         modules = [self.model, *([self.cond_stage_model] if self.cond_stage_trainable else [])]
-        return with_schedule(make_optimizer(self.optimizer, modules, self.learning_rate), self.scheduler_config)
+        optimizer = make_optimizer(self.optimizer, modules, self.learning_rate)
+        max_steps = -1 if self._trainer is None else self.trainer.max_steps
+        return with_schedule(optimizer, self.scheduler_config, max_steps)
 
     @torch.no_grad()
     def log_images(
