@@ -22,7 +22,9 @@ class WarmupLinearDecay:
         final: the factor that it ends at.
     """
 
-    def __init__(self, steps: int, warmup_steps: int = 0, decay: float = 1.0, final: float = 0.0):
+    def __init__(self, steps: int | None = None, warmup_steps: int = 0, decay: float = 1.0, final: float = 0.0):
+        if steps is None:
+            raise UserError("scheduler_config.params.steps: needed where lightning.trainer.max_steps is not given")
         if steps < 1 or not 0 <= warmup_steps < steps or not 0 < decay <= 1:
             raise UserError(
                 f"scheduler_config: expected steps > warmup_steps >= 0 and 0 < decay <= 1, "
@@ -42,16 +44,11 @@ def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | No
 
     Args:
         max_steps: of the run, for a schedule that does not say how many `steps` it is for.
-
-    Raises:
-        UserError: neither says so.
     """
     if scheduler_config is None:
         return optimizer
     given = dict(scheduler_config.get("params") or {})
     if given.get("steps") is None:
-        if max_steps < 1:
-            raise UserError("scheduler_config.params.steps: needed where lightning.trainer.max_steps is not given")
-        given["steps"] = max_steps
+        given["steps"] = max_steps if max_steps > 0 else None
     schedule = instantiate_from_config({**scheduler_config, "params": given}, "scheduler_config")
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}

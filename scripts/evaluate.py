@@ -134,7 +134,9 @@ def measure_run(subject: str, seed: int, kind: str, outdir: Path, judges: Judges
     quiet = "lightning.callbacks.image_logger=null"  # its pictures change nothing
     more = ["--seed", str(seed), quiet] + (["model.params.reg_weight=0"] if kind == WITHOUT else [])
     start = time.monotonic()
-    checkpoint = dreambooth(photos, class_word, outdir / f"class_images-{seed}" / class_word, outdir / f"logs-{subject}-{seed}", more)
+    # A folder of its own: others may train at the same time.
+    logdir = outdir / f"logs-{subject}-{seed}"
+    checkpoint = dreambooth(photos, class_word, outdir / f"class_images-{seed}" / class_word, logdir, more)
     seconds = time.monotonic() - start
     pictures = [load_image(path) for path in find_images(photos)]
     measured = measure_subject(base_painter(seed), Painter(checkpoint, seed), pictures, class_word, judges)
