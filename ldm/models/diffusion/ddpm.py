@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,11 +19,11 @@ from ldm.lr_scheduler import with_schedule
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
-from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
+from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps, with_zero_terminal_snr
 from ldm.modules.adapters import TEXT_LAYERS, UNET_LAYERS, add_adapters, check_adaptable, lora_options
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like
+from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like, with_offset
 from ldm.optim import make_optimizer
 from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
@@ -53,6 +54,9 @@ class LatentDiffusion(pl.LightningModule):
         min_snr_gamma: weight the loss of each time step as min-SNR does (2303.09556); None weights all alike.
         caption_dropout: share of captions that training empties, for classifier-free guidance (2207.12598); with a
             prior, of its captions alone.
+        offset_noise: strength of a random constant for each sample and channel in the noise.
+        zero_terminal_snr: rescale the schedule so that its last step is noise alone (2305.08891); for parameterization
+            v. A base model's schedule is rescaled, too.
         ema_decay: of the average that `use_ema` keeps.
         optimizer: adamw or muon.
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
@@ -94,6 +98,8 @@ class LatentDiffusion(pl.LightningModule):
         monitor: str | None = None,
         min_snr_gamma: float | None = None,
         caption_dropout: float = 0.0,
+        offset_noise: float = 0.0,
+        zero_terminal_snr: bool = False,
         ema_decay: float = 0.9999,
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, Any] | None = None,
@@ -122,9 +128,11 @@ class LatentDiffusion(pl.LightningModule):
             accepted = ", ".join(PARAMETERIZATIONS)
             raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
         self.parameterization: Parameterization = PARAMETERIZATIONS[parameterization]
-        _check_options(caption_dropout, ema_decay, min_snr_gamma)
+        _check_options(caption_dropout, ema_decay, min_snr_gamma, offset_noise)
+        _check_terminal(zero_terminal_snr, parameterization)
         self.objective = PriorPreservation(reg_weight)
         self.min_snr_gamma, self.caption_dropout = min_snr_gamma, caption_dropout
+        self.offset_noise, self.zero_terminal_snr = offset_noise, zero_terminal_snr
         self.optimizer, self.scheduler_config = optimizer, scheduler_config
         self.loss_type = loss_type
         self.original_elbo_weight = original_elbo_weight
@@ -135,7 +143,7 @@ class LatentDiffusion(pl.LightningModule):
         self.monitor = monitor
         self.image_size = image_size
 
-        schedule = NoiseSchedule.create(timesteps, beta_schedule, linear_start, linear_end, cosine_s)
+        schedule = NoiseSchedule.create(timesteps, beta_schedule, linear_start, linear_end, cosine_s, zero_terminal_snr)
         for name in NoiseSchedule.names():
             self.register_buffer(name, getattr(schedule, name))
         self.register_buffer("lvlb_weights", self.parameterization.vlb_weights(schedule), persistent=False)
@@ -157,6 +165,14 @@ class LatentDiffusion(pl.LightningModule):
     def schedule(self) -> NoiseSchedule:
         """The noise schedule, of the buffers as they are now (a checkpoint's, on this device)."""
         return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A base model's schedule becomes one with zero terminal SNR where the config asks for that."""
+        betas = state_dict.get(f"{prefix}betas")
+        if self.zero_terminal_snr and betas is not None and betas[-1] < 1:
+            schedule = NoiseSchedule.of_betas(with_zero_terminal_snr(betas.double().cpu().numpy()))
+            state_dict |= {prefix + name: getattr(schedule, name) for name in NoiseSchedule.names()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def latent_channels(self) -> int:
@@ -277,11 +293,9 @@ class LatentDiffusion(pl.LightningModule):
         """Posterior noise, time steps and diffusion noise of a half, a function of its samples' seeds."""
         batch = len(half[self.cond_stage_key])
         random = SampleRandom(half.get("noise_seed"), self.device)
-        return (
-            random.randn((batch, *latent_shape)),
-            random.randint(len(self.betas), batch),
-            random.randn((batch, *latent_shape)),
-        )
+        eps, t = random.randn((batch, *latent_shape)), random.randint(len(self.betas), batch)
+        noise = random.randn((batch, *latent_shape))
+        return eps, t, with_offset(noise, self.offset_noise, half.get("noise_seed"))
 
     def _captions(self, half: Mapping[str, Any], dropout: bool) -> list[str]:
         """A half's captions, with `dropout` some of them empty, which ones being a function of their seeds."""
@@ -396,9 +410,19 @@ class LatentDiffusion(pl.LightningModule):
         return pictures
 
 
-def _check_options(caption_dropout: float, ema_decay: float, min_snr_gamma: float | None) -> None:
+def _check_options(caption_dropout: float, ema_decay: float, min_snr_gamma: float | None, offset_noise: float) -> None:
     for name, value in (("caption_dropout", caption_dropout), ("ema_decay", ema_decay)):
         if not 0 <= value <= 1:
             raise UserError(f"model.params.{name}: expected a share from 0 to 1, got {value}")
     if min_snr_gamma is not None and min_snr_gamma <= 0:
         raise UserError(f"model.params.min_snr_gamma: expected a positive number, got {min_snr_gamma}")
+    if not 0 <= offset_noise < math.inf:
+        raise UserError(f"model.params.offset_noise: expected 0 or more, got {offset_noise}")
+
+
+def _check_terminal(zero_terminal_snr: bool, parameterization: str) -> None:
+    if zero_terminal_snr and parameterization != "v":
+        raise UserError(
+            f"model.params.zero_terminal_snr: needs parameterization: v, got {parameterization}: of noise alone, its "
+            "noise is known and says nothing about the image"
+        )

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.rng import SampleRandom, derive_seed
 
 PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
@@ -23,6 +24,20 @@ def per_sample_loss(
     if loss_type not in PIXEL_LOSSES:
         raise UserError(f"model.params.loss_type: unknown '{loss_type}'; accepted: {', '.join(PIXEL_LOSSES)}")
     return PIXEL_LOSSES[loss_type](output.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+
+def with_offset(
+    noise: Float[Tensor, "b c h w"], strength: float, seeds: Sequence[int] | Tensor | None
+) -> Float[Tensor, "b c h w"]:
+    """Noise with a random constant for each sample and channel, so that the mean of a latent is learned, too.
+
+    Offset noise (Guttenberg, 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise). The constants are a
+    function of the samples' seeds, and drawn only if there is a `strength`.
+    """
+    if not strength:
+        return noise
+    own = None if seeds is None else [derive_seed("offset", int(seed)) for seed in seeds]
+    return noise + strength * SampleRandom(own, noise.device).randn((*noise.shape[:2], 1, 1))
 
 
 @dataclass(frozen=True)
