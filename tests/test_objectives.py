@@ -8,6 +8,7 @@ import torch
 from ldm.diffusers_format import config_of_pipeline, scheduler_config
 from ldm.errors import UserError
 from ldm.inference import load_model
+from ldm.lr_scheduler import WarmupDecay
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
 from ldm.models.diffusion.sampler import trailing_timesteps
 from ldm.models.diffusion.samplers import SAMPLERS
@@ -15,7 +16,7 @@ from ldm.models.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from ldm.modules.losses.diffusion import with_offset
 from ldm.rng import SampleRandom
 from tests import golden
-from tests.runs import Workspace, checkpoint, same
+from tests.runs import Workspace, checkpoint, csv_rows, metrics, same
 from tests.test_diffusion import batch, build, step
 from tests.test_samplers import SHAPE, Gaussian, count, fake, means, noise_of
 
@@ -30,6 +31,20 @@ def workspace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def logged(caplog):
     caplog.set_level("INFO")
+
+
+def assert_resumes_exactly(workspace, name, *more, at=2, steps=4):
+    """A run that is stopped after `at` steps and resumed ends where the uninterrupted one does; both run folders."""
+    straight = workspace.train(f"{name}-straight", "--max_steps", str(steps), *more)
+    parts = workspace.train(f"{name}-parts", "--max_steps", str(at), *more)
+    workspace.resume(parts, "--max_steps", str(steps))
+    ours, theirs = checkpoint(parts), checkpoint(straight)
+    assert ours["global_step"] == steps
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(ours[key], theirs[key]), key
+    losses = {row["step"]: row["train/loss_total"] for row in metrics(straight)}
+    assert losses == {row["step"]: row["train/loss_total"] for row in metrics(parts)}
+    return straight, parts
 
 
 # Offset noise
@@ -77,6 +92,11 @@ def test_offset_noise_is_noised_with_and_predicted():
     cond = plain.get_learned_conditioning(batch(1)["caption"])
     expected, _ = plain.p_losses(x_start, cond, t, with_offset(noise, 0.3, [1]))
     torch.testing.assert_close(step(model, batch(1))[0], expected, rtol=1e-6, atol=0)
+
+
+def test_a_run_with_offset_noise_resumes_exactly(workspace):
+    _, run = assert_resumes_exactly(workspace, "offset", "model.params.offset_noise=0.1")
+    assert checkpoint(run)["config"]["model"]["params"]["offset_noise"] == 0.1
 
 
 @pytest.mark.parametrize("wrong", [-0.1, math.nan, math.inf])
@@ -259,8 +279,40 @@ def test_diffusers_is_told_of_zero_terminal_snr():
 
 
 def test_a_pipeline_with_zero_terminal_snr_needs_a_config(tmp_path):
-    for part, content in {"unet/config": "{}", "scheduler/scheduler_config": '{"rescale_betas_zero_snr": true}'}.items():
+    configs = {"unet/config": "{}", "scheduler/scheduler_config": '{"rescale_betas_zero_snr": true}'}
+    for part, content in configs.items():
         (tmp_path / part).parent.mkdir()
         (tmp_path / f"{part}.json").write_text(content)
     with pytest.raises(UserError, match=r"has zero terminal SNR: give a --config with .*zero_terminal_snr: true"):
         config_of_pipeline(tmp_path)
+
+
+# Learning rate over time
+
+
+def test_a_cosine_decay():
+    factor = WarmupDecay(steps=100, warmup_steps=4, decay=0.5, final=0.2, shape="cosine")
+    assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor(30) == factor(50) == 1
+    expected = [0.2 + 0.8 * (1 + math.cos(math.pi * done)) / 2 for done in (0.1, 0.5, 0.9)]
+    assert [factor(step) for step in (55, 75, 95)] == pytest.approx(expected)
+    assert factor(100) == factor(1000) == pytest.approx(0.2)
+
+
+def test_a_constant_rate_after_its_warm_up():
+    factor = WarmupDecay(steps=100, warmup_steps=1, decay=0)
+    assert [factor(step) for step in (0, 1, 50, 99, 100, 1000)] == [0.5, 1, 1, 1, 1, 1]
+
+
+def test_an_unknown_shape():
+    with pytest.raises(UserError, match=r"shape: unknown 'cosinus' \(did you mean 'cosine'\?\); accepted: linear, cos"):
+        WarmupDecay(steps=2, shape="cosinus")
+
+
+def test_a_run_with_a_cosine_decay_resumes_exactly(workspace):
+    schedule = (
+        "model.params.scheduler_config={target: ldm.lr_scheduler.WarmupDecay, params: {steps: 4, shape: cosine}}",
+    )
+    assert_resumes_exactly(workspace, "cosine", *schedule)
+    rates = [float(row["lr-AdamW"]) for row in csv_rows(workspace.run("cosine-parts")) if row.get("lr-AdamW")]
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
