@@ -20,11 +20,19 @@ from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps, with_zero_terminal_snr
-from ldm.modules.adapters import TEXT_LAYERS, UNET_LAYERS, add_adapters, check_adaptable, lora_options
+from ldm.models.diffusion.trained import TextEncoderTraining, check_same_parameters, check_strategy, fitting, freeze
+from ldm.modules.adapters import (
+    TEXT_LAYERS,
+    UNET_LAYERS,
+    adaptable_weights,
+    add_adapters,
+    check_adaptable,
+    lora_options,
+)
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like, with_offset
-from ldm.optim import make_optimizer
+from ldm.optim import Part, make_optimizer
 from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
 
@@ -46,6 +54,10 @@ class LatentDiffusion(pl.LightningModule):
         original_elbo_weight: weight of the variational bound in the loss, beside 1 for the simple loss.
         scale_factor: multiplies latents, so that they have about unit variance.
         cond_stage_trainable: train the text encoder together with the UNet.
+        text_encoder_lr: the text encoder's learning rate, if not the UNet's; --scale_lr multiplies it, too.
+        text_encoder_stop: the number of optimizer steps after which the text encoder stays as it is.
+        freeze: patterns (`*`, `?`, `[...]`) of names of trained parameters that are not to be; with `lora`, of the
+            weights whose adapters are not.
         conditioning_key: crossattn, concat or hybrid.
         image_size: side of the latents that it is made for.
         use_ema: keep an exponential moving average of the UNet's weights.
@@ -91,6 +103,9 @@ class LatentDiffusion(pl.LightningModule):
         original_elbo_weight: float = 0.0,
         scale_factor: float = 1.0,
         cond_stage_trainable: bool = False,
+        text_encoder_lr: float | None = None,
+        text_encoder_stop: int | None = None,
+        freeze: Sequence[str] = (),
         conditioning_key: str = "crossattn",
         use_ema: bool = True,
         first_stage_key: str = "image",
@@ -138,6 +153,10 @@ class LatentDiffusion(pl.LightningModule):
         self.original_elbo_weight = original_elbo_weight
         self.scale_factor = scale_factor
         self.cond_stage_trainable = cond_stage_trainable
+        self.text_training = TextEncoderTraining(text_encoder_lr, text_encoder_stop)
+        self.freeze_patterns = freeze
+        self.text_training.check(cond_stage_trainable)
+        self._text_encoder_stopped = False
         self.first_stage_key = first_stage_key
         self.cond_stage_key = cond_stage_key
         self.monitor = monitor
@@ -151,15 +170,29 @@ class LatentDiffusion(pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
         self.cond_stage_model = instantiate_from_config(cond_stage_config, "model.params.cond_stage_config")
-        self.model_ema = LitEma(self.model, ema_decay) if use_ema else None
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
         self.lora, self._adapted = None if lora is None else lora_options(lora), False
         if self.lora:
             check_adaptable(self.cond_stage_model if cond_stage_trainable else None, use_ema)
+        self._freeze()
+        self.model_ema = LitEma(self.model, ema_decay) if use_ema else None  # of what is trained
         self.train(self.training)
 
     # Modules and their state
+
+    def _freeze(self) -> None:
+        """Freeze what the patterns fit: now, or, as adapters are not there yet, in `configure_model`."""
+        others = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        trained = {name for name, _ in self.named_parameters()} - others
+        if self.lora:
+            trained = set(adaptable_weights(self.model, UNET_LAYERS, "model."))
+            if self.cond_stage_trainable:
+                trained |= set(adaptable_weights(self.cond_stage_model, TEXT_LAYERS, "cond_stage_model."))
+            others = {name for name, _ in self.named_parameters()} - trained
+        self._frozen = fitting(self.freeze_patterns, trained, others)
+        if not self.lora:
+            freeze(self, self._frozen)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -188,8 +221,13 @@ class LatentDiffusion(pl.LightningModule):
         """Frozen networks stay in evaluation mode."""
         super().train(mode)
         self.first_stage_model.eval()
-        self.cond_stage_model.train(mode and self.cond_stage_trainable)
+        self.cond_stage_model.train(mode and self.text_trains)
         return self
+
+    @property
+    def text_trains(self) -> bool:
+        """Whether the text encoder is trained, and has not come to its `text_encoder_stop`."""
+        return self.cond_stage_trainable and not self._text_encoder_stopped
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
@@ -220,7 +258,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def get_learned_conditioning(self, c: Sequence[str]) -> Float[Tensor, "b n d"]:
         """Embeddings of captions; with gradients if the text encoder is trained."""
-        with nullcontext() if self.cond_stage_trainable else torch.no_grad():
+        with nullcontext() if self.text_trains else torch.no_grad():
             return self.cond_stage_model(list(c))
 
     def apply_model(self, x_noisy: Latent, t: Steps, cond: Cond) -> Latent:
@@ -321,6 +359,7 @@ class LatentDiffusion(pl.LightningModule):
         add_adapters(self.model.diffusion_model, UNET_LAYERS, self.lora)
         if self.cond_stage_trainable:
             add_adapters(self.cond_stage_model, TEXT_LAYERS, self.lora)
+        freeze(self, self._frozen)
         self._adapted = True
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -328,8 +367,13 @@ class LatentDiffusion(pl.LightningModule):
         from ldm.checkpoint import compare
 
         compare(self, checkpoint["state_dict"], "the checkpoint to go on from")
+        trained = sum(parameter.requires_grad for parameter in self.parameters())
+        groups = [part.get("name") if isinstance(part, Mapping) else None for part in self._parts()]
+        check_same_parameters(checkpoint, groups, trained, self.freeze_patterns)
 
     def on_fit_start(self) -> None:
+        if self.text_training.stop is not None:
+            check_strategy(self.trainer.strategy)
         if self._without_effect and self.trainer.is_global_zero:
             log.warning(
                 "model.params: without effect here: %s (the learning rate is model.base_learning_rate)",
@@ -368,10 +412,30 @@ class LatentDiffusion(pl.LightningModule):
         if self.model_ema:
             self.model_ema(self.model)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.text_trains and self.text_training.stop is not None and self.global_step >= self.text_training.stop:
+            self._stop_text_encoder()
+
+    def _stop_text_encoder(self) -> None:
+        """From here on no gradient is computed for it; what has none is left alone by every optimizer."""
+        self._text_encoder_stopped = True
+        self.cond_stage_model.requires_grad_(False).eval()
+        for parameter in self.cond_stage_model.parameters():
+            parameter.grad = None
+        log.info("step %d: the text encoder stays as it is from here on", self.global_step)
+
+    def _parts(self) -> Sequence[Part]:
+        """What is trained: in one parameter group, or in two where the text encoder has its own learning rate."""
+        if not self.cond_stage_trainable:
+            return [self.model]
+        if self.text_training.lr is None:
+            return [self.model, self.cond_stage_model]
+        text_encoder = {"name": "text_encoder", "modules": [self.cond_stage_model], "lr": self.text_training.lr}
+        return [{"name": "unet", "modules": [self.model]}, text_encoder]
+
     def configure_optimizers(self) -> Any:
         """One optimizer over the UNet and, if it is trained, the text encoder."""
-        modules = [self.model, *([self.cond_stage_model] if self.cond_stage_trainable else [])]
-        return with_schedule(make_optimizer(self.optimizer, modules, self.learning_rate), self.scheduler_config)
+        return with_schedule(make_optimizer(self.optimizer, self._parts(), self.learning_rate), self.scheduler_config)
 
     @torch.no_grad()
     def log_images(
