@@ -47,6 +47,8 @@ class CachedLatents(Dataset):
     def __init__(self, path: str | Path, dataset: Mapping[str, Any], classes: Sequence[str] | None = None):
         self.path, self.config, self.classes = Path(path).expanduser(), dataset, classes
         self.source: Any = instantiate_from_config(dataset, "data.params.train.params.dataset")
+        if getattr(self.source, "masks", None) is not None:
+            raise UserError("data.params.train.params.dataset: masks are not cached with latents; leave masks out")
         self.moments: Tensor | None = None
         self.captions: list[str] = []
 

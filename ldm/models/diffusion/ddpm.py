@@ -31,7 +31,7 @@ from ldm.modules.adapters import (
 )
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like, with_offset
+from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, place_weights, split_like, with_offset
 from ldm.optim import Part, make_optimizer
 from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
@@ -69,6 +69,7 @@ class LatentDiffusion(pl.LightningModule):
         offset_noise: strength of a random constant for each sample and channel in the noise.
         zero_terminal_snr: rescale the schedule so that its last step is noise alone (2305.08891); for parameterization
             v. A base model's schedule is rescaled, too.
+        unmasked_weight: weight of what a mask leaves black, from 0 to 1; white has 1.
         ema_decay: of the average that `use_ema` keeps.
         optimizer: adamw or muon.
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
@@ -115,6 +116,7 @@ class LatentDiffusion(pl.LightningModule):
         caption_dropout: float = 0.0,
         offset_noise: float = 0.0,
         zero_terminal_snr: bool = False,
+        unmasked_weight: float = 0.0,
         ema_decay: float = 0.9999,
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, Any] | None = None,
@@ -143,11 +145,13 @@ class LatentDiffusion(pl.LightningModule):
             accepted = ", ".join(PARAMETERIZATIONS)
             raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
         self.parameterization: Parameterization = PARAMETERIZATIONS[parameterization]
-        _check_options(caption_dropout, ema_decay, min_snr_gamma, offset_noise)
+        shares = {"caption_dropout": caption_dropout, "ema_decay": ema_decay, "unmasked_weight": unmasked_weight}
+        _check_options(shares, min_snr_gamma, offset_noise)
         _check_terminal(zero_terminal_snr, parameterization)
         self.objective = PriorPreservation(reg_weight)
         self.min_snr_gamma, self.caption_dropout = min_snr_gamma, caption_dropout
         self.offset_noise, self.zero_terminal_snr = offset_noise, zero_terminal_snr
+        self.unmasked_weight = unmasked_weight
         self.optimizer, self.scheduler_config = optimizer, scheduler_config
         self.loss_type = loss_type
         self.original_elbo_weight = original_elbo_weight
@@ -277,12 +281,17 @@ class LatentDiffusion(pl.LightningModule):
 
     # The objective
 
-    def _losses(self, x_start: Latent, cond: Cond, t: Steps, noise: Latent) -> dict[str, Tensor]:
-        """For each sample, (b,): the loss, and in it the simple loss and the term of the variational bound."""
+    def _losses(
+        self, x_start: Latent, cond: Cond, t: Steps, noise: Latent, weights: Float[Tensor, "b h w"] | None = None
+    ) -> dict[str, Tensor]:
+        """For each sample, (b,): the loss, and in it the simple loss and the term of the variational bound.
+
+        With `weights` of places, all of them are of weighted means.
+        """
         schedule = self.schedule
         output = self.apply_model(schedule.q_sample(x_start, t, noise), t, cond)
         target = self.parameterization.target(schedule, x_start, t, noise)
-        simple = per_sample_loss(output, target, self.loss_type)
+        simple = per_sample_loss(output, target, self.loss_type, weights)
         vlb = self.lvlb_weights[t] * simple
         weighted = simple
         if self.min_snr_gamma is not None:
@@ -309,7 +318,9 @@ class LatentDiffusion(pl.LightningModule):
         dropping = [prefix == "train" and half is halves[-1] for half in halves]
         captions = [caption for half, drops in zip(halves, dropping) for caption in self._captions(half, drops)]
         x_start = self.get_first_stage_encoding(posterior, eps)
-        losses = self._losses(x_start, self.get_learned_conditioning(captions), t, noise)
+        masks = [half.get("mask") for half in halves]
+        weights = place_weights(masks, [eps for eps, _, _ in draws], self.unmasked_weight)
+        losses = self._losses(x_start, self.get_learned_conditioning(captions), t, noise, weights)
 
         steps = [t for _, t, _ in draws]
         means = {name: [part.mean() for part in split_like(value, steps)] for name, value in losses.items()}
@@ -474,8 +485,8 @@ class LatentDiffusion(pl.LightningModule):
         return pictures
 
 
-def _check_options(caption_dropout: float, ema_decay: float, min_snr_gamma: float | None, offset_noise: float) -> None:
-    for name, value in (("caption_dropout", caption_dropout), ("ema_decay", ema_decay)):
+def _check_options(shares: Mapping[str, float], min_snr_gamma: float | None, offset_noise: float) -> None:
+    for name, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"model.params.{name}: expected a share from 0 to 1, got {value}")
     if min_snr_gamma is not None and min_snr_gamma <= 0:
