@@ -259,10 +259,8 @@ def test_a_base_models_schedule_is_rescaled_and_a_rescaled_one_kept():
 
 def test_a_run_with_zero_terminal_snr_from_a_base_model(workspace, tmp_path):
     torch.save({"state_dict": golden.latent_diffusion().state_dict()}, base := tmp_path / "base.ckpt")
-    run = workspace.train(
-        "terminal", "--max_steps", "2", "--actual_resume", str(base),
-        "model.params.parameterization=v", "model.params.zero_terminal_snr=true",
-    )  # fmt: skip
+    more = ["--actual_resume", str(base), "model.params.parameterization=v", "model.params.zero_terminal_snr=true"]
+    run, _ = assert_resumes_exactly(workspace, "terminal", *more, at=1, steps=2)
     state = checkpoint(run)["state_dict"]
     assert state["alphas_cumprod"][-1] == 0 and state["sqrt_recip_alphas_cumprod"].isfinite().all()
     model = load_model(run / "checkpoints/last.ckpt")
@@ -437,7 +435,7 @@ INPUT = "model.diffusion_model.input_blocks.*"
 
 
 def test_frozen_patterns_are_left_out_of_the_training():
-    plain, model = (build(use_ema=True, freeze=patterns) for patterns in ((), [INPUT, "*.token_embedding.weight"]))
+    plain, model = (build(use_ema=True, freeze=patterns) for patterns in (None, [INPUT, "*.token_embedding.weight"]))
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad and "first_stage" not in name}
     fits = [n for n, _ in plain.named_parameters() if n.startswith(INPUT[:-1]) or n.endswith(".token_embedding.weight")]
     assert frozen == set(fits) and len(fits) > 10

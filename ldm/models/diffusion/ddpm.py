@@ -106,7 +106,7 @@ class LatentDiffusion(pl.LightningModule):
         cond_stage_trainable: bool = False,
         text_encoder_lr: float | None = None,
         text_encoder_stop: int | None = None,
-        freeze: Sequence[str] = (),
+        freeze: Sequence[str] | None = None,
         conditioning_key: str = "crossattn",
         use_ema: bool = True,
         first_stage_key: str = "image",
@@ -158,7 +158,7 @@ class LatentDiffusion(pl.LightningModule):
         self.scale_factor = scale_factor
         self.cond_stage_trainable = cond_stage_trainable
         self.text_training = TextEncoderTraining(text_encoder_lr, text_encoder_stop)
-        self.freeze_patterns = freeze
+        self.freeze_patterns = freeze or ()
         self.text_training.check(cond_stage_trainable)
         self._text_encoder_stopped = False
         self.first_stage_key = first_stage_key

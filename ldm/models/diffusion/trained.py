@@ -61,7 +61,7 @@ def fitting(patterns: Sequence[str], trained: Collection[str], others: Collectio
     Raises:
         UserError: a pattern fits no name, or all names are fitted.
     """
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
         raise UserError(f"model.params.freeze: expected a list of patterns, got {patterns!r}")
     found: set[str] = set()
     for pattern in patterns:
