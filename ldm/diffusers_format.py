@@ -289,6 +289,7 @@ def scheduler_config(params: Mapping[str, Any]) -> dict[str, Any]:
     name = params.get("beta_schedule", "linear")
     if name not in schedules:
         raise UserError(f"beta_schedule: diffusers has no counterpart of '{name}'")
+    terminal = bool(params.get("zero_terminal_snr"))
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": params.get("timesteps", 1000),
@@ -299,7 +300,8 @@ def scheduler_config(params: Mapping[str, Any]) -> dict[str, Any]:
         "steps_offset": 1,
         "set_alpha_to_one": False,
         "clip_sample": False,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if terminal else "leading",
+        **({"rescale_betas_zero_snr": True} if terminal else {}),
     }
 
 
@@ -385,11 +387,14 @@ def config_of_pipeline(folder: str | Path) -> Path:
     """Our config that a pipeline folder fits, from its UNet's and scheduler's configs.
 
     Raises:
-        UserError: it is no pipeline, or of none of the families that we have a config of.
+        UserError: it is no pipeline, or of none of the families that we have a config of; or its schedule is rescaled,
+            which none of those configs says.
     """
     folder = Path(folder)
     unet, scheduler = (_read_json(folder / name) for name in ("unet/config.json", "scheduler/scheduler_config.json"))
     widths = unet.get("block_out_channels") or [0]
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(f"{folder}: has zero terminal SNR: give a --config with model.params.zero_terminal_snr: true")
     velocity = scheduler.get("prediction_type") == "v_prediction"
     for family in FAMILIES:
         same = (family.width, family.in_channels, family.context_dim)

@@ -21,6 +21,9 @@ from ldm.errors import UserError
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUFFIXES = (".safetensors", ".ckpt")
 
+# Keys of a model's params that a model to sample from does without.
+TRAINING_ONLY = ("lora", "freeze", "text_encoder_lr", "text_encoder_stop")
+
 State = dict[str, Tensor]
 
 
@@ -44,7 +47,7 @@ def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
 def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The model's config without what only its training needs; empty if there is none."""
     model = without_initial_weights((config or {}).get("model") or {})
-    params = {key: value for key, value in model.get("params", {}).items() if key != "lora"}
+    params = {key: value for key, value in model.get("params", {}).items() if key not in TRAINING_ONLY}
     if "use_ema" in params:
         params["use_ema"] = False
     return {"model": {**model, "params": params}} if model else {}

@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.errors import UserError
+from ldm.errors import UserError, nearest
 from ldm.util import instantiate_from_config
 
+# From the share of the decay that is left (1 or more before it begins, 0 at its end) to how much of the rate is.
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * min(1.0, left))) / 2,  # Loshchilov & Hutter, 1608.03983, eq. 5
+}
 
-class WarmupLinearDecay:
-    """A factor for the learning rate: up from zero over `warmup_steps`, 1 until `decay_start`, down to zero at `steps`.
+
+class WarmupDecay:
+    """A factor for the learning rate: up from zero over `warmup_steps`, then 1, down to `final` at `steps`.
 
     Args:
         steps: training steps in all, by default the run's `max_steps`; later ones have the rate of the last.
         warmup_steps: steps until the full rate.
-        decay: the share of `steps`, at the end, over which the rate falls.
+        decay: the share of `steps`, at the end, over which the rate falls; with 0 it stays.
         final: the factor that it ends at.
+        shape: of the fall: linear or cosine.
     """
 
-    def __init__(self, steps: int | None = None, warmup_steps: int = 0, decay: float = 1.0, final: float = 0.0):
+    def __init__(
+        self,
+        steps: int | None = None,
+        warmup_steps: int = 0,
+        decay: float = 1.0,
+        final: float = 0.0,
+        shape: str = "linear",
+    ):
         if steps is None:
             raise UserError("scheduler_config.params.steps: needed where lightning.trainer.max_steps is not given")
-        if steps < 1 or not 0 <= warmup_steps < steps or not 0 < decay <= 1:
+        if steps < 1 or not 0 <= warmup_steps < steps or not 0 <= decay <= 1:
             raise UserError(
-                f"scheduler_config: expected steps > warmup_steps >= 0 and 0 < decay <= 1, "
+                f"scheduler_config: expected steps > warmup_steps >= 0 and 0 <= decay <= 1, "
                 f"got {steps}, {warmup_steps} and {decay}"
             )
+        if shape not in SHAPES:
+            hint = nearest(shape, list(SHAPES))
+            raise UserError(f"scheduler_config: shape: unknown '{shape}'{hint}; accepted: {', '.join(SHAPES)}")
         self.steps, self.warmup_steps, self.decay, self.final = steps, warmup_steps, decay, final
+        self.shape = shape  # by name: a checkpoint holds these attributes
 
     def __call__(self, step: int) -> float:
         """The factor of optimizer step `step`, from 0."""
         up = (step + 1) / (self.warmup_steps + 1)
+        if self.decay == 0:
+            return min(up, 1.0)
         left = max(0.0, 1 - step / self.steps) / self.decay
-        return min(up, 1.0, self.final + (1 - self.final) * left)
+        return min(up, 1.0, self.final + (1 - self.final) * SHAPES[self.shape](left))
+
+
+WarmupLinearDecay = WarmupDecay  # as configs name it that are older than the other shapes
 
 
 def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None, max_steps: int = -1) -> Any:

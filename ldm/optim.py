@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ldm.backward_optimizer import AdamWInBackward
 from ldm.errors import UserError, nearest
+
+Part = nn.Module | Mapping[str, Any]  # a network, or a parameter group with its networks as `modules`
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -113,15 +116,30 @@ def muon_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": parameters, "muon": bool(k)} for k, parameters in enumerate(groups) if parameters]
 
 
+def _muon_groups(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """`muon_groups` of networks together, or of each named part."""
+    groups = []
+    for part in _named(parts):
+        for group in muon_groups(nn.ModuleList(part["modules"])):
+            kind = {"name": f"{part['name']}-{'muon' if group['muon'] else 'adam'}"} if "name" in part else {}
+            groups.append({**_settings(part), **group, **kind})
+    return groups
+
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": lambda modules, lr, **adam: _fused(torch.optim.Adam, _trained(modules), lr=lr, **adam),
-    "adamw": lambda modules, lr, **adam: _fused(torch.optim.AdamW, _trained(modules), lr=lr, **adam),
-    "muon": lambda modules, lr, **adam: Muon(muon_groups(nn.ModuleList(modules)), lr=lr, **adam),
+    "adam": lambda modules, lr, **adam: _fused(torch.optim.Adam, modules, lr=lr, **adam),
+    "adamw": lambda modules, lr, **adam: _fused(torch.optim.AdamW, modules, lr=lr, **adam),
+    "adamw_in_backward": lambda modules, lr, **adam: _fused(AdamWInBackward, modules, lr=lr, **adam),
+    "muon": lambda modules, lr, **adam: Muon(_muon_groups(modules), lr=lr, **adam),
 }
 
 
-def make_optimizer(name: str, modules: Sequence[nn.Module], lr: float, **adam: Any) -> Optimizer:
+def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -> Optimizer:
     """An optimizer over the trained parameters of some networks; `adam` are arguments of Adam's kind.
+
+    Args:
+        modules: the networks, which make one parameter group; or for each group a mapping with its `modules`, its
+            `name` and whatever of the optimizer's settings is its own, such as `lr`.
 
     Raises:
         UserError: a name that is not in `OPTIMIZERS`.
@@ -135,11 +153,28 @@ def make_optimizer(name: str, modules: Sequence[nn.Module], lr: float, **adam: A
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that torch has fused kernels for
 
 
-def _fused(kind: type[Optimizer], parameters: list[Tensor], **options: Any) -> Optimizer:
+def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Optimizer:
     """One of torch's optimizers, as one kernel over all parameters where there is one."""
+    groups = _trained(modules)
+    parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
     fused = all(p.device.type in FUSED and p.is_floating_point() for p in parameters)
-    return kind(parameters, fused=fused or None, **options)  # type: ignore[call-arg]
+    return kind(groups, fused=fused or None, **options)  # type: ignore[call-arg]
 
 
-def _trained(modules: Sequence[nn.Module]) -> list[Tensor]:
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+def _trained(modules: Sequence[Part]) -> list[Any]:
+    """The trained parameters of networks, or the parameter groups of named parts."""
+    if any(isinstance(part, Mapping) for part in modules):
+        return [{**_settings(part), "params": _trained(part["modules"])} for part in _named(modules)]
+    networks = [part for part in modules if isinstance(part, nn.Module)]
+    return [parameter for module in networks for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _named(parts: Sequence[Part]) -> list[Mapping[str, Any]]:
+    """Parts as mappings, networks together as one without a name."""
+    mappings = [part for part in parts if isinstance(part, Mapping)]
+    assert not mappings or len(mappings) == len(parts), "networks and named parts do not mix"
+    return mappings or [{"modules": parts}]
+
+
+def _settings(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.items() if key != "modules"}

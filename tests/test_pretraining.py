@@ -109,7 +109,9 @@ def test_warmup_linear_decay():
     assert factor(100) == factor(1000) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "warmup_steps": 5}, {"steps": 5, "decay": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"steps": 5, "warmup_steps": 5}, {"steps": 5, "decay": -0.1}, {"steps": 5, "decay": 1.1}]
+)
 def test_schedules_that_make_no_sense(wrong):
     with pytest.raises(UserError, match="scheduler_config"):
         WarmupLinearDecay(**wrong)

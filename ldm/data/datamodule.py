@@ -35,7 +35,8 @@ CHECK_UP_TO = 64  # images of a folder that are decoded before training starts
 
 CLASS_IMAGE_KEYS = ("batch_size", "steps", "scale", "unconditional")  # how class images are made
 
-Batch = dict[str, Any]  # image (b, h, w, c) in [-1, 1], caption list[str], noise_seed (b,) int64
+# image (b, h, w, c) in [-1, 1], caption list[str], noise_seed (b,) int64; with masks, mask (b, h, w) in [0, 1]
+Batch = dict[str, Any]
 
 
 class Stream:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.errors import UserError
@@ -30,10 +29,44 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 RESIZE_MODES = ("squash", "center_crop", "random_crop")
+MASK = ".mask"  # a mask is named after its image: 01.mask.png beside 01.jpg
+
+Box = tuple[int, int, int, int]  # left, top, right, lower
 
 
 def list_images(root: str | Path) -> list[Path]:
-    """The image files under `root`, told by their endings, sorted; none if there is no such folder."""
+    """The image files under `root`, told by their endings, sorted, without masks; none if there is no such folder."""
+    return [path for path in _image_files(root) if not is_mask(path)]
+
+
+def is_mask(path: Path) -> bool:
+    """Whether an image file is named as a mask: never taken for an image, whether masks are used or not."""
+    return Path(path.stem).suffix.lower() == MASK
+
+
+def find_masks(root: str | Path) -> dict[Path, Path]:
+    """The mask of each image under `root` that has one beside it.
+
+    Raises:
+        UserError: there is none, or one without an image, or two for one image.
+    """
+    images: dict[Path, list[Path]] = {}
+    for image in list_images(root):
+        images.setdefault(image.with_suffix(""), []).append(image)
+    masks: dict[Path, Path] = {}
+    for mask in filter(is_mask, _image_files(root)):
+        if (name := mask.with_suffix("").with_suffix("")) not in images:
+            raise UserError(f"{mask}: a mask without its image, {name.name}.jpg or the like, beside it")
+        for image in images[name]:
+            if image in masks:
+                raise UserError(f"{mask}: {image.name} has another mask, {masks[image].name}: remove one")
+            masks[image] = mask
+    if not masks:
+        raise UserError(f"{root}: masks: true, but no mask in it; that of 01.jpg is 01{MASK}.png beside it")
+    return masks
+
+
+def _image_files(root: str | Path) -> list[Path]:
     return [path for path in _files(Path(root).expanduser()) if path.suffix.lower() in SUFFIXES]
 
 
@@ -67,8 +100,8 @@ def _files(root: Path) -> list[Path]:
     return sorted(files)
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, turned as its EXIF data says, transparency on white.
+def load_image(path: str | Path, background: str = "white") -> Image.Image:
+    """An image file as 8-bit RGB, turned as its EXIF data says, transparency on `background`.
 
     Raises:
         UserError: the file does not decode.
@@ -76,13 +109,32 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(ImageOps.exif_transpose(image), background)
     except Exception as error:  # Pillow's readers raise whatever their parsers do
         reason = "no image format that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{path}: cannot read this image ({reason}); replace or remove it") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def load_mask(path: Path, image: Path, size: tuple[int, int]) -> Image.Image:
+    """The mask of `image`, which has this size: 8-bit grey, 255 where it counts; transparency counts nothing.
+
+    Raises:
+        UserError: the file does not decode, has another size, or nothing in it counts.
+    """
+    mask = load_image(path, background="black").convert("L")
+    if mask.size != size:
+        raise UserError(f"{path}: is {mask.width}x{mask.height}, its image {image.name} {size[0]}x{size[1]} pixels")
+    check_mask(mask, path)
+    return mask
+
+
+def check_mask(mask: Image.Image, path: Path, part: str = "") -> None:
+    """Raise a `UserError` if the mask, or what is left of it, is all black."""
+    if mask.getbbox() is None:
+        raise UserError(f"{path}: this mask is all black{part}; paint white what counts")
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
@@ -91,7 +143,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -117,20 +169,26 @@ def resize(
     `size=None` crops without resizing. A random crop draws from `generator` only if there is a choice.
     """
     check_resize(size, mode, interpolation)
-    if mode != "squash":
-        image = _crop_square(image, mode == "random_crop", generator)
-    return image if size is None else image.resize((size, size), INTERPOLATIONS[interpolation])
+    return _fit(image, _square(image.size, mode, generator), size, interpolation)
 
 
-def _crop_square(image: Image.Image, random: bool, generator: torch.Generator | None) -> Image.Image:
-    side, longer = sorted(image.size)
+def _square(size: tuple[int, int], mode: str, generator: torch.Generator | None) -> Box | None:
+    """The part of an image of this size that is kept; None for all of it."""
+    if mode == "squash":
+        return None
+    (width, height), (side, longer) = size, sorted(size)
     room = longer - side
-    if random and room:
+    if mode == "random_crop" and room:
         offset = int(torch.randint(room + 1, (1,), generator=generator))
     else:
         offset = room // 2
-    left, top = (offset, 0) if image.width > image.height else (0, offset)
-    return image.crop((left, top, left + side, top + side))
+    left, top = (offset, 0) if width > height else (0, offset)
+    return left, top, left + side, top + side
+
+
+def _fit(image: Image.Image, box: Box | None, size: int | None, interpolation: str) -> Image.Image:
+    image = image if box is None else image.crop(box)
+    return image if size is None else image.resize((size, size), INTERPOLATIONS[interpolation])
 
 
 def to_array(image: Image.Image | np.ndarray) -> Float[np.ndarray, "h w c"]:
@@ -141,7 +199,9 @@ def to_array(image: Image.Image | np.ndarray) -> Float[np.ndarray, "h w c"]:
 class ImageFolderDataset(Dataset):
     """The images under `data_root`, for training an autoencoder: `{"image": (h, w, c) float32 in [-1, 1]}`.
 
-    Up to `cache_images` images are kept decoded and resized in memory, unless they are cropped anew each time.
+    With `masks` (see `find_masks`) an example has a `mask`, too: (h, w) float32 in [0, 1], cut and mirrored with its
+    image, all ones for an image without one. Up to `cache_images` images are kept decoded and resized in memory, unless
+    they are cropped anew each time.
 
     Raises:
         UserError: `data_root` has no images, or a parameter is out of its range.
@@ -155,16 +215,21 @@ class ImageFolderDataset(Dataset):
         interpolation: str = "bicubic",
         flip_p: float = 0.0,
         cache_images: int = 256,
+        masks: bool = False,
     ):
         check_resize(size, resize, interpolation)
         if not 0 <= flip_p <= 1:
             raise UserError(f"flip_p: expected a probability from 0 to 1, got {flip_p!r}")
         self.paths = find_images(data_root)
+        self.masks = find_masks(data_root) if masks else None
+        if self.masks:
+            log.info("%s: masks for %d of %d images", data_root, len(self.masks), len(self.paths))
         self.size, self.resize, self.interpolation, self.flip_p = size, resize, interpolation, flip_p
         # Without a size the images keep their own, which may be that of a camera: too much to keep.
         self.cache_images = 0 if size is None or resize == "random_crop" else cache_images
         self._cache: dict[Path, np.ndarray] = {}
-        self.latents: Mapping[tuple[Path, bool], Tensor] | None = None  # of all `variants`, once they are encoded
+        # Of each variant, once they are encoded: "moments" and, where masks are used, its "mask".
+        self.latents: Mapping[tuple[Path, bool], Mapping[str, Any]] | None = None
 
     @property
     def n_images(self) -> int:
@@ -190,38 +255,62 @@ class ImageFolderDataset(Dataset):
         return self.augmented(self.paths[index % self.n_images], generator)
 
     def augmented(self, path: Path, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """The image at `path`, resized and perhaps mirrored, as "image", or the "moments" that `latents` has of it."""
+        """The `image` at `path`, and its `mask` where masks are used, resized and perhaps mirrored."""
         pixels = None if self.latents else self._pixels(path, generator)
         mirrored = bool(torch.rand(1, generator=generator) < self.flip_p)
         if pixels is None:
             assert self.latents is not None
-            return {"moments": self.latents[path, mirrored]}
-        return {"image": to_array(pixels[:, ::-1] if mirrored else pixels)}
+            return {**self.latents[path, mirrored]}
+        return self._entries(pixels, mirrored)
 
-    def variants(self) -> Iterator[tuple[tuple[Path, bool], Float[np.ndarray, "h w c"]]]:
+    def variants(self) -> Iterator[tuple[tuple[Path, bool], dict[str, np.ndarray]]]:
         """All that `augmented` can give without a random crop, by path and whether it is mirrored."""
+        assert self.resize != "random_crop", "random crops are too many"
         for path in self.paths:
-            pixels = self._pixels(path, None)
             for mirrored in (False, True):
                 if (self.flip_p > 0) if mirrored else (self.flip_p < 1):
-                    yield (path, mirrored), to_array(pixels[:, ::-1] if mirrored else pixels)
+                    yield (path, mirrored), self._entries(self._pixels(path, None), mirrored)
+
+    def _entries(self, pixels: UInt8[np.ndarray, "h w c"], mirrored: bool) -> dict[str, np.ndarray]:
+        pixels = pixels[:, ::-1] if mirrored else pixels
+        entries = {"image": to_array(pixels[..., :3])}
+        if self.masks is not None:
+            entries["mask"] = (pixels[..., 3] / 255).astype(np.float32)
+        return entries
 
     def _pixels(self, path: Path, generator: torch.Generator | None) -> UInt8[np.ndarray, "h w c"]:
+        """An image's three channels, resized, and its mask as a fourth."""
         if path in self._cache:
             return self._cache[path]
-        pixels = np.asarray(resize(load_image(path), self.size, self.resize, self.interpolation, generator))
+        image = load_image(path)
+        box = _square(image.size, self.resize, generator)
+        pixels = np.asarray(_fit(image, box, self.size, self.interpolation))
+        if self.masks is not None:
+            pixels = np.dstack([pixels, self._mask(path, image.size, box)])
         if len(self._cache) < self.cache_images:
             self._cache[path] = pixels
         return pixels
+
+    def _mask(self, path: Path, size: tuple[int, int], box: Box | None) -> UInt8[np.ndarray, "h w"]:
+        """The mask of the image at `path`, resized as the image is."""
+        assert self.masks is not None
+        if path not in self.masks:
+            return np.asarray(_fit(Image.new("L", size, "white"), box, self.size, "bilinear"))
+        mask = _fit(load_mask(self.masks[path], path, size), box, self.size, "bilinear")
+        if self.resize != "random_crop":  # of which some may miss what counts: they have no weight
+            check_mask(mask, self.masks[path], " after cropping and resizing")
+        return np.asarray(mask)
 
     def check(self) -> None:
         """Decode every image once.
 
         Raises:
-            UserError: an image does not decode.
+            UserError: an image does not decode, or its mask cannot be used.
         """
         for path in self.paths:
             if self.cache_images:
                 self._pixels(path, None)
-            else:
-                load_image(path)
+                continue
+            image = load_image(path)
+            if self.masks and path in self.masks:
+                load_mask(self.masks[path], path, image.size)

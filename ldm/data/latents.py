@@ -51,6 +51,8 @@ class CachedLatents(Dataset):
     def __init__(self, path: str | Path, dataset: Mapping[str, Any], classes: Sequence[str] | None = None):
         self.path, self.config, self.classes = Path(path).expanduser(), dataset, classes
         self.source: Any = instantiate_from_config(dataset, "data.params.train.params.dataset")
+        if getattr(self.source, "masks", None) is not None:
+            raise UserError("data.params.train.params.dataset: masks are not cached with latents; leave masks out")
         self.moments: Tensor | None = None
         self.captions: list[str] = []
 
@@ -145,40 +147,43 @@ def check_encodable(dataset: Any, where: str) -> None:
 @torch.no_grad()
 def encode_variants(
     dataset: ImageFolderDataset, model: LatentDiffusion, batch_size: int, folder: Path | None = None
-) -> dict[tuple[Path, bool], Tensor]:
-    """The posterior's moments (2 z, h, w) of each image and its mirror, float32 on the CPU, as a step computes them.
+) -> dict[tuple[Path, bool], dict[str, Any]]:
+    """A dataset's variants with the posterior's "moments", (2 z, h, w) float32 on the CPU, in place of the image.
+
+    They are what a step would compute from the image.
 
     Args:
         batch_size: images that are encoded at once.
         folder: where moments are kept, in files named after what they were computed from, and found again.
     """
     made_by = f"{digest(model.first_stage_model)} {model.trainer.precision}" if folder else ""
-    found: dict[tuple[Path, bool], Tensor] = {}
+    found: dict[tuple[Path, bool], dict[str, Any]] = {}
     variants = dataset.variants()
     total = 2 * dataset.n_images
     with tqdm(desc="latents", total=total, disable=total < 2 * BATCH, leave=False) as bar:
         while part := dict(itertools.islice(variants, batch_size)):
-            files = {key: _latent_file(folder, made_by, pixels) for key, pixels in part.items()} if folder else {}
+            pixels = {key: entries.pop("image") for key, entries in part.items()}
+            files = {key: _latent_file(folder, made_by, image) for key, image in pixels.items()} if folder else {}
             kept = {key: moments for key, file in files.items() if (moments := _moments_in(file)) is not None}
-            made = _encode({key: pixels for key, pixels in part.items() if key not in kept}, model)
+            made = _encode({key: image for key, image in pixels.items() if key not in kept}, model)
             for key in files.keys() & made.keys():
                 write_atomically(files[key], functools.partial(save_file, {"moments": made[key]}))
-            found |= kept | made
+            found |= {key: {**part[key], "moments": moments} for key, moments in (kept | made).items()}
             bar.update(len(part))
     return found
 
 
-def _encode(part: Mapping[Any, np.ndarray], model: LatentDiffusion) -> dict[Any, Tensor]:
+def _encode(pixels: Mapping[Any, np.ndarray], model: LatentDiffusion) -> dict[Any, Tensor]:
     """The moments of images (h, w, c), all at once if they have one size."""
-    if len({pixels.shape for pixels in part.values()}) > 1:
-        return {key: _encode({key: pixels}, model)[key] for key, pixels in part.items()}
-    if not part:
+    if len({image.shape for image in pixels.values()}) > 1:
+        return {key: _encode({key: image}, model)[key] for key, image in pixels.items()}
+    if not pixels:
         return {}
-    images = rearrange(torch.from_numpy(np.stack(list(part.values()))), "b h w c -> b c h w").contiguous()
+    images = rearrange(torch.from_numpy(np.stack(list(pixels.values()))), "b h w c -> b c h w").contiguous()
     trainer: Any = model.trainer
     with trainer.precision_plugin.forward_context():
         parameters = model.encode_first_stage(images.to(model.device)).parameters
-    return {key: moments.clone() for key, moments in zip(part, parameters.float().cpu())}
+    return {key: moments.clone() for key, moments in zip(pixels, parameters.float().cpu())}
 
 
 def _latent_file(folder: Path, made_by: str, pixels: np.ndarray) -> Path:

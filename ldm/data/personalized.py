@@ -28,7 +28,8 @@ class PersonalizedBase(ImageFolderDataset):
 
     The set "train" holds every image `repeats` times, "val" once. A caption file beside an image wins over
     the templates (see `ldm.data.prompts`) unless `captions` is false. `resize=None` squashes the image to
-    `size` x `size`, or crops its centre with `center_crop`.
+    `size` x `size`, or crops its centre with `center_crop`. With `masks`, of images beside the photos (01.mask.png for
+    01.jpg), an example has a "mask", too: (h, w) float32 in [0, 1], how much of the loss counts where.
 
     Raises:
         UserError: no images, an unusable template or caption file, or a parameter out of its range.
@@ -53,6 +54,7 @@ class PersonalizedBase(ImageFolderDataset):
         resize: str | None = None,
         captions: bool = True,
         cache_images: int = 256,
+        masks: bool = False,
     ):
         if not data_root:
             flag = "--reg_data_root" if reg else "--data_root"
@@ -64,7 +66,7 @@ class PersonalizedBase(ImageFolderDataset):
         if per_image_tokens:
             warn_no_effect("per_image_tokens")
         mode = _resize_mode(resize, center_crop)
-        super().__init__(data_root, size, mode, interpolation, flip_p, cache_images)
+        super().__init__(data_root, size, mode, interpolation, flip_p, cache_images, masks)
         self.repeats = repeats if set == "train" else 1
         self.templated = captions_from_templates(placeholder_token, identifier, templates, coarse_class_text, reg)
         # An empty caption is for the prior: it keeps the unconditional model, too.
@@ -83,7 +85,8 @@ class PersonalizedBase(ImageFolderDataset):
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         path = self.paths[index % self.n_images]
-        return {**self.augmented(path, generator), "caption": self._caption(path, generator)}
+        entries = self.augmented(path, generator)
+        return {**entries, "caption": self._caption(path, generator)}
 
     def _caption(self, path: Path, generator: torch.Generator | None) -> str:
         captions = self.captions[path]

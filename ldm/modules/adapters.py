@@ -65,8 +65,14 @@ def check_adaptable(text_encoder: nn.Module | None, use_ema: bool) -> None:
 
 
 def _has_layers(module: nn.Module, endings: Sequence[str]) -> bool:
-    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return all(any(name.endswith(f".{ending}") for name in names) for ending in endings)
+    names = adaptable_weights(module, endings)
+    return all(any(name.endswith(f".{ending}.weight") for name in names) for ending in endings)
+
+
+def adaptable_weights(module: nn.Module, endings: Sequence[str], prefix: str = "") -> list[str]:
+    """The names, behind `prefix`, of the weights of a module's linear layers that end so."""
+    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    return [f"{prefix}{name}.weight" for name in linear if name.endswith(tuple(f".{ending}" for ending in endings))]
 
 
 def add_adapters(module: nn.Module, layers: Sequence[str], options: LoraOptions) -> None:

@@ -45,6 +45,17 @@ def prompts(texts: list[str], shown: int = 2) -> str:
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
+def text_encoder(model: Any) -> str:
+    """How the text encoder's training differs from the UNet's."""
+    training = getattr(model, "text_training", None)
+    parts = []
+    if training and training.lr is not None:
+        parts.append(f"at {training.lr:.3g}")
+    if training and training.stop is not None:
+        parts.append(f"until step {training.stop}")
+    return f", text encoder {' '.join(parts)}" if parts else ""
+
+
 def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
     """What is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
     rows = {"training": parameters(model), "weights": weights}
@@ -58,7 +69,7 @@ def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
         batch += f" x {number} {unit}" if number > 1 else ""
     if found["class_images"]:
         batch += f" of each; loss = subject + {model.objective.reg_weight:g} x prior"
-    rows["step"] = f"{batch}; learning rate {model.learning_rate:.3g}"
+    rows["step"] = f"{batch}; learning rate {model.learning_rate:.3g}{text_encoder(model)}"
     until = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
     rows["steps"] = f"to {until}" + (f", going on from {run.resume_from}" if run.resume_from else "")
     device = trainer.strategy.root_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
-    model.learning_rate = learning_rate(config, trainer, data.batch_size)
+    set_learning_rates(model, config, trainer, data.batch_size)
 
     trainer.callbacks.append(_Announcement(run, report))
     if run.resume_from:  # not as an argument of fit, which hides it from the callbacks and the data
@@ -187,21 +188,21 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
     return report
 
 
-def learning_rate(config: Mapping[str, Any], trainer: pl.Trainer, batch_size: int) -> float:
-    """`base_learning_rate`, with `scale_lr` times accumulated batches, devices and batch size."""
+def set_learning_rates(model: Any, config: Mapping[str, Any], trainer: pl.Trainer, batch_size: int) -> None:
+    """Give the model `base_learning_rate`; with `scale_lr` all rates times accumulated batches, devices, batch size."""
+    model.learning_rate = base = base_learning_rate(config)
+    if not config.get("run", {}).get("scale_lr"):
+        return
+    factors = (trainer.accumulate_grad_batches, trainer.world_size, batch_size)
+    model.learning_rate = math.prod(factors, start=base)
+    if text_training := getattr(model, "text_training", None):
+        model.text_training = text_training.scaled(*factors)
+    log.info("learning rate %.3g = %.3g x %d accumulated x %d devices x %d images", model.learning_rate, base, *factors)
+
+
+def base_learning_rate(config: Mapping[str, Any]) -> float:
+    """The rate that the config gives; raises a `UserError` if it gives none."""
     base = config["model"].get("base_learning_rate")
     if not isinstance(base, (int, float)) or base <= 0:
         raise UserError(f"model.base_learning_rate: expected a positive number, got {base!r}")
-    if not config.get("run", {}).get("scale_lr"):
-        return float(base)
-    devices = trainer.world_size
-    rate = base * trainer.accumulate_grad_batches * devices * batch_size
-    log.info(
-        "learning rate %.3g = %.3g x %d accumulated x %d devices x %d images",
-        rate,
-        base,
-        trainer.accumulate_grad_batches,
-        devices,
-        batch_size,
-    )
-    return rate
+    return float(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,12 +19,20 @@ from ldm.lr_scheduler import with_schedule
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
-from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
-from ldm.modules.adapters import TEXT_LAYERS, UNET_LAYERS, add_adapters, check_adaptable, lora_options
+from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps, with_zero_terminal_snr
+from ldm.models.diffusion.trained import TextEncoderTraining, check_same_parameters, check_strategy, fitting, freeze
+from ldm.modules.adapters import (
+    TEXT_LAYERS,
+    UNET_LAYERS,
+    adaptable_weights,
+    add_adapters,
+    check_adaptable,
+    lora_options,
+)
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, split_like
-from ldm.optim import make_optimizer
+from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, place_weights, split_like, with_offset
+from ldm.optim import Part, make_optimizer
 from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
 
@@ -45,6 +54,10 @@ class LatentDiffusion(pl.LightningModule):
         original_elbo_weight: weight of the variational bound in the loss, beside 1 for the simple loss.
         scale_factor: multiplies latents, so that they have about unit variance.
         cond_stage_trainable: train the text encoder together with the UNet.
+        text_encoder_lr: the text encoder's learning rate, if not the UNet's; --scale_lr multiplies it, too.
+        text_encoder_stop: the number of optimizer steps after which the text encoder stays as it is.
+        freeze: patterns (`*`, `?`, `[...]`) of names of trained parameters that are not to be; with `lora`, of the
+            weights whose adapters are not.
         conditioning_key: crossattn, concat or hybrid.
         image_size: side of the latents that it is made for.
         use_ema: keep an exponential moving average of the UNet's weights.
@@ -53,6 +66,10 @@ class LatentDiffusion(pl.LightningModule):
         min_snr_gamma: weight the loss of each time step as min-SNR does (2303.09556); None weights all alike.
         caption_dropout: share of captions that training empties, for classifier-free guidance (2207.12598); with a
             prior, of its captions alone.
+        offset_noise: strength of a random constant for each sample and channel in the noise.
+        zero_terminal_snr: rescale the schedule so that its last step is noise alone (2305.08891); for parameterization
+            v. A base model's schedule is rescaled, too.
+        unmasked_weight: weight of what a mask leaves black, from 0 to 1; white has 1.
         ema_decay: of the average that `use_ema` keeps.
         optimizer: adamw or muon.
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
@@ -87,6 +104,9 @@ class LatentDiffusion(pl.LightningModule):
         original_elbo_weight: float = 0.0,
         scale_factor: float = 1.0,
         cond_stage_trainable: bool = False,
+        text_encoder_lr: float | None = None,
+        text_encoder_stop: int | None = None,
+        freeze: Sequence[str] | None = None,
         conditioning_key: str = "crossattn",
         use_ema: bool = True,
         first_stage_key: str = "image",
@@ -94,6 +114,9 @@ class LatentDiffusion(pl.LightningModule):
         monitor: str | None = None,
         min_snr_gamma: float | None = None,
         caption_dropout: float = 0.0,
+        offset_noise: float = 0.0,
+        zero_terminal_snr: bool = False,
+        unmasked_weight: float = 0.0,
         ema_decay: float = 0.9999,
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, Any] | None = None,
@@ -122,20 +145,28 @@ class LatentDiffusion(pl.LightningModule):
             accepted = ", ".join(PARAMETERIZATIONS)
             raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
         self.parameterization: Parameterization = PARAMETERIZATIONS[parameterization]
-        _check_options(caption_dropout, ema_decay, min_snr_gamma)
+        shares = {"caption_dropout": caption_dropout, "ema_decay": ema_decay, "unmasked_weight": unmasked_weight}
+        _check_options(shares, min_snr_gamma, offset_noise)
+        _check_terminal(zero_terminal_snr, parameterization)
         self.objective = PriorPreservation(reg_weight)
         self.min_snr_gamma, self.caption_dropout = min_snr_gamma, caption_dropout
+        self.offset_noise, self.zero_terminal_snr = offset_noise, zero_terminal_snr
+        self.unmasked_weight = unmasked_weight
         self.optimizer, self.scheduler_config = optimizer, scheduler_config
         self.loss_type = loss_type
         self.original_elbo_weight = original_elbo_weight
         self.scale_factor = scale_factor
         self.cond_stage_trainable = cond_stage_trainable
+        self.text_training = TextEncoderTraining(text_encoder_lr, text_encoder_stop)
+        self.freeze_patterns = freeze or ()
+        self.text_training.check(cond_stage_trainable)
+        self._text_encoder_stopped = False
         self.first_stage_key = first_stage_key
         self.cond_stage_key = cond_stage_key
         self.monitor = monitor
         self.image_size = image_size
 
-        schedule = NoiseSchedule.create(timesteps, beta_schedule, linear_start, linear_end, cosine_s)
+        schedule = NoiseSchedule.create(timesteps, beta_schedule, linear_start, linear_end, cosine_s, zero_terminal_snr)
         for name in NoiseSchedule.names():
             self.register_buffer(name, getattr(schedule, name))
         self.register_buffer("lvlb_weights", self.parameterization.vlb_weights(schedule), persistent=False)
@@ -143,20 +174,42 @@ class LatentDiffusion(pl.LightningModule):
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
         self.cond_stage_model = instantiate_from_config(cond_stage_config, "model.params.cond_stage_config")
-        self.model_ema = LitEma(self.model, ema_decay) if use_ema else None
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
         self.lora, self._adapted = None if lora is None else lora_options(lora), False
         if self.lora:
             check_adaptable(self.cond_stage_model if cond_stage_trainable else None, use_ema)
+        self._freeze()
+        self.model_ema = LitEma(self.model, ema_decay) if use_ema else None  # of what is trained
         self.train(self.training)
 
     # Modules and their state
+
+    def _freeze(self) -> None:
+        """Freeze what the patterns fit: now, or, as adapters are not there yet, in `configure_model`."""
+        others = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        trained = {name for name, _ in self.named_parameters()} - others
+        if self.lora:
+            trained = set(adaptable_weights(self.model, UNET_LAYERS, "model."))
+            if self.cond_stage_trainable:
+                trained |= set(adaptable_weights(self.cond_stage_model, TEXT_LAYERS, "cond_stage_model."))
+            others = {name for name, _ in self.named_parameters()} - trained
+        self._frozen = fitting(self.freeze_patterns, trained, others)
+        if not self.lora:
+            freeze(self, self._frozen)
 
     @property
     def schedule(self) -> NoiseSchedule:
         """The noise schedule, of the buffers as they are now (a checkpoint's, on this device)."""
         return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A base model's schedule becomes one with zero terminal SNR where the config asks for that."""
+        betas = state_dict.get(f"{prefix}betas")
+        if self.zero_terminal_snr and betas is not None and betas[-1] < 1:
+            schedule = NoiseSchedule.of_betas(with_zero_terminal_snr(betas.double().cpu().numpy()))
+            state_dict |= {prefix + name: getattr(schedule, name) for name in NoiseSchedule.names()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def latent_channels(self) -> int:
@@ -172,8 +225,13 @@ class LatentDiffusion(pl.LightningModule):
         """Frozen networks stay in evaluation mode."""
         super().train(mode)
         self.first_stage_model.eval()
-        self.cond_stage_model.train(mode and self.cond_stage_trainable)
+        self.cond_stage_model.train(mode and self.text_trains)
         return self
+
+    @property
+    def text_trains(self) -> bool:
+        """Whether the text encoder is trained, and has not come to its `text_encoder_stop`."""
+        return self.cond_stage_trainable and not self._text_encoder_stopped
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
@@ -204,7 +262,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def get_learned_conditioning(self, c: Sequence[str]) -> Float[Tensor, "b n d"]:
         """Embeddings of captions; with gradients if the text encoder is trained."""
-        with nullcontext() if self.cond_stage_trainable else torch.no_grad():
+        with nullcontext() if self.text_trains else torch.no_grad():
             return self.cond_stage_model(list(c))
 
     def apply_model(self, x_noisy: Latent, t: Steps, cond: Cond) -> Latent:
@@ -223,12 +281,17 @@ class LatentDiffusion(pl.LightningModule):
 
     # The objective
 
-    def _losses(self, x_start: Latent, cond: Cond, t: Steps, noise: Latent) -> dict[str, Tensor]:
-        """For each sample, (b,): the loss, and in it the simple loss and the term of the variational bound."""
+    def _losses(
+        self, x_start: Latent, cond: Cond, t: Steps, noise: Latent, weights: Float[Tensor, "b h w"] | None = None
+    ) -> dict[str, Tensor]:
+        """For each sample, (b,): the loss, and in it the simple loss and the term of the variational bound.
+
+        With `weights` of places, all of them are of weighted means.
+        """
         schedule = self.schedule
         output = self.apply_model(schedule.q_sample(x_start, t, noise), t, cond)
         target = self.parameterization.target(schedule, x_start, t, noise)
-        simple = per_sample_loss(output, target, self.loss_type)
+        simple = per_sample_loss(output, target, self.loss_type, weights)
         vlb = self.lvlb_weights[t] * simple
         weighted = simple
         if self.min_snr_gamma is not None:
@@ -255,7 +318,9 @@ class LatentDiffusion(pl.LightningModule):
         dropping = [prefix == "train" and half is halves[-1] for half in halves]
         captions = [caption for half, drops in zip(halves, dropping) for caption in self._captions(half, drops)]
         x_start = self.get_first_stage_encoding(posterior, eps)
-        losses = self._losses(x_start, self._embeddings(captions), t, noise)
+        masks = [half.get("mask") for half in halves]
+        weights = place_weights(masks, [eps for eps, _, _ in draws], self.unmasked_weight)
+        losses = self._losses(x_start, self._embeddings(captions), t, noise, weights)
 
         steps = [t for _, t, _ in draws]
         means = {name: [part.mean() for part in split_like(value, steps)] for name, value in losses.items()}
@@ -283,11 +348,9 @@ class LatentDiffusion(pl.LightningModule):
         """Posterior noise, time steps and diffusion noise of a half, a function of its samples' seeds."""
         batch = len(half[self.cond_stage_key])
         random = SampleRandom(half.get("noise_seed"), self.device)
-        return (
-            random.randn((batch, *latent_shape)),
-            random.randint(len(self.betas), batch),
-            random.randn((batch, *latent_shape)),
-        )
+        eps, t = random.randn((batch, *latent_shape)), random.randint(len(self.betas), batch)
+        noise = random.randn((batch, *latent_shape))
+        return eps, t, with_offset(noise, self.offset_noise, half.get("noise_seed"))
 
     def _captions(self, half: Mapping[str, Any], dropout: bool) -> list[str]:
         """A half's captions, with `dropout` some of them empty, which ones being a function of their seeds."""
@@ -313,6 +376,7 @@ class LatentDiffusion(pl.LightningModule):
         add_adapters(self.model.diffusion_model, UNET_LAYERS, self.lora)
         if self.cond_stage_trainable:
             add_adapters(self.cond_stage_model, TEXT_LAYERS, self.lora)
+        freeze(self, self._frozen)
         self._adapted = True
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -320,8 +384,13 @@ class LatentDiffusion(pl.LightningModule):
         from ldm.checkpoint import compare
 
         compare(self, checkpoint["state_dict"], "the checkpoint to go on from")
+        trained = sum(parameter.requires_grad for parameter in self.parameters())
+        groups = [part.get("name") if isinstance(part, Mapping) else None for part in self._parts()]
+        check_same_parameters(checkpoint, groups, trained, self.freeze_patterns)
 
     def on_fit_start(self) -> None:
+        if self.text_training.stop is not None:
+            check_strategy(self.trainer.strategy)
         if self._without_effect and self.trainer.is_global_zero:
             log.warning(
                 "model.params: without effect here: %s (the learning rate is model.base_learning_rate)",
@@ -365,10 +434,30 @@ class LatentDiffusion(pl.LightningModule):
         if self.model_ema:
             self.model_ema(self.model)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.text_trains and self.text_training.stop is not None and self.global_step >= self.text_training.stop:
+            self._stop_text_encoder()
+
+    def _stop_text_encoder(self) -> None:
+        """From here on no gradient is computed for it; what has none is left alone by every optimizer."""
+        self._text_encoder_stopped = True
+        self.cond_stage_model.requires_grad_(False).eval()
+        for parameter in self.cond_stage_model.parameters():
+            parameter.grad = None
+        log.info("step %d: the text encoder stays as it is from here on", self.global_step)
+
+    def _parts(self) -> Sequence[Part]:
+        """What is trained: in one parameter group, or in two where the text encoder has its own learning rate."""
+        if not self.cond_stage_trainable:
+            return [self.model]
+        if self.text_training.lr is None:
+            return [self.model, self.cond_stage_model]
+        text_encoder = {"name": "text_encoder", "modules": [self.cond_stage_model], "lr": self.text_training.lr}
+        return [{"name": "unet", "modules": [self.model]}, text_encoder]
+
     def configure_optimizers(self) -> Any:
         """One optimizer over the UNet and, if it is trained, the text encoder."""
-        modules = [self.model, *([self.cond_stage_model] if self.cond_stage_trainable else [])]
-        optimizer = make_optimizer(self.optimizer, modules, self.learning_rate)
+        optimizer = make_optimizer(self.optimizer, self._parts(), self.learning_rate)
         max_steps = -1 if self._trainer is None else self.trainer.max_steps
         return with_schedule(optimizer, self.scheduler_config, max_steps)
 
@@ -409,9 +498,19 @@ class LatentDiffusion(pl.LightningModule):
         return pictures
 
 
-def _check_options(caption_dropout: float, ema_decay: float, min_snr_gamma: float | None) -> None:
-    for name, value in (("caption_dropout", caption_dropout), ("ema_decay", ema_decay)):
+def _check_options(shares: Mapping[str, float], min_snr_gamma: float | None, offset_noise: float) -> None:
+    for name, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"model.params.{name}: expected a share from 0 to 1, got {value}")
     if min_snr_gamma is not None and min_snr_gamma <= 0:
         raise UserError(f"model.params.min_snr_gamma: expected a positive number, got {min_snr_gamma}")
+    if not 0 <= offset_noise < math.inf:
+        raise UserError(f"model.params.offset_noise: expected 0 or more, got {offset_noise}")
+
+
+def _check_terminal(zero_terminal_snr: bool, parameterization: str) -> None:
+    if zero_terminal_snr and parameterization != "v":
+        raise UserError(
+            f"model.params.zero_terminal_snr: needs parameterization: v, got {parameterization}: of noise alone, its "
+            "noise is known and says nothing about the image"
+        )

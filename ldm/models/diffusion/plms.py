@@ -24,6 +24,10 @@ class PLMSSampler(Sampler):
 
     def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         eps, pred_x0 = self._predictions(x, index, denoise(x, self._batch_of(index, x)))
+        if self.ddim_alphas[index] == 0:
+            # Noise alone: no clean latent follows from a noise, so the model's own is stepped to.
+            self._history = [eps]
+            return self._ddim_update(index, eps, pred_x0, noise), pred_x0
         if self._history:
             coefficients = MULTISTEP[len(self._history)]
             combined = torch.stack([c * e for c, e in zip(coefficients, [eps, *self._history])]).sum(dim=0)

@@ -28,6 +28,16 @@ def uniform_timesteps(steps: int, total: int) -> Tensor:
     return torch.arange(steps) * total // steps + offset
 
 
+def trailing_timesteps(steps: int, total: int) -> Tensor:
+    """`steps` evenly spaced time steps that end with the last one, ascending (Lin et al., 2305.08891, table 2).
+
+    Where the last step is noise alone, sampling has to start there, as training did.
+    """
+    if not 1 <= steps <= total:
+        raise UserError(f"sampling steps must be between 1 and {total}, got {steps}")
+    return (torch.arange(1, steps + 1, dtype=torch.float64) * total / steps).round().long() - 1
+
+
 class Sampler(ABC):
     """Draws latents from a `LatentDiffusion`.
 
@@ -46,7 +56,8 @@ class Sampler(ABC):
 
     def timesteps(self, steps: int) -> Tensor:
         """The time steps to visit, ascending, (steps,)."""
-        return uniform_timesteps(steps, len(self.schedule))
+        spaced = trailing_timesteps if self.schedule.ends_in_noise else uniform_timesteps
+        return spaced(steps, len(self.schedule))
 
     @abstractmethod
     def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -222,5 +233,6 @@ class Sampler(ABC):
     def _ddim_update(self, index: int, eps: Tensor, pred_x0: Tensor, noise: Callable[[], Tensor]) -> Tensor:
         """x at the time step before, from its predicted noise and clean latent (DDIM, eq. 12)."""
         a_prev, sigma = self.ddim_alphas_prev[index], self.ddim_sigmas[index]
-        x_prev = a_prev.sqrt() * pred_x0 + (1 - a_prev - sigma**2).sqrt() * eps
+        # From noise alone with eta 1 the bracket is 0, but for rounding.
+        x_prev = a_prev.sqrt() * pred_x0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps
         return x_prev + sigma * noise() if sigma > 0 else x_prev

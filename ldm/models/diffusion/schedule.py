@@ -28,6 +28,13 @@ def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: f
     raise UserError(f"model.params.beta_schedule: unknown '{schedule}'; accepted: linear, sqrt_linear, cosine")
 
 
+def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas after which no signal is left, the first step's as it was (Lin et al., 2305.08891, algorithm 1)."""
+    root = np.sqrt(np.cumprod(1 - betas))
+    acp = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - acp / np.append(1.0, acp[:-1])
+
+
 def at(values: Float[Tensor, " T"], t: Steps) -> Float[Tensor, "b 1 1 1"]:
     """The entries of a schedule at time steps `t`, shaped to multiply a batch of latents."""
     return values[t].reshape(-1, 1, 1, 1)
@@ -37,7 +44,8 @@ def at(values: Float[Tensor, " T"], t: Steps) -> Float[Tensor, "b 1 1 1"]:
 class NoiseSchedule:
     """Every quantity of the forward process that is a function of the time step alone, each (T,).
 
-    The field names are the buffers of a CompVis checkpoint. Computed in float64, then cast to float32.
+    The field names are the buffers of a CompVis checkpoint. Computed in float64, then cast to float32. Where no signal
+    is left (zero terminal SNR), the two reciprocals are 0 instead of infinite.
     """
 
     betas: Tensor
@@ -61,8 +69,9 @@ class NoiseSchedule:
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
+        zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
-        """The schedule for `timesteps` steps.
+        """The schedule for `timesteps` steps, whose last is noise alone with `zero_terminal_snr`.
 
         Raises:
             UserError: an unknown `beta_schedule`, or betas that leave (0, 1).
@@ -75,7 +84,16 @@ class NoiseSchedule:
                 f"model.params: timesteps {timesteps}, linear_start {linear_start}, linear_end {linear_end} "
                 "give betas outside (0, 1)"
             )
+        if zero_terminal_snr and timesteps < 2:
+            raise UserError(f"model.params.zero_terminal_snr: needs 2 timesteps or more, got {timesteps}")
+        return cls.of_betas(with_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+
+    @classmethod
+    def of_betas(cls, betas: np.ndarray) -> NoiseSchedule:
+        """The schedule of betas in (0, 1), of which the last may be 1."""
         acp = np.cumprod(1 - betas)
+        signal = acp > 0
+        recip = 1 / np.where(signal, acp, 1.0)
         acp_prev = np.append(1.0, acp[:-1])
         variance = betas * (1 - acp_prev) / (1 - acp)
         values = {
@@ -85,8 +103,8 @@ class NoiseSchedule:
             "sqrt_alphas_cumprod": np.sqrt(acp),
             "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - acp),
             "log_one_minus_alphas_cumprod": np.log(1 - acp),
-            "sqrt_recip_alphas_cumprod": np.sqrt(1 / acp),
-            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / acp - 1),
+            "sqrt_recip_alphas_cumprod": np.sqrt(recip) * signal,
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
             "posterior_variance": variance,
             # The variance is 0 at the first step, whose logarithm would not be finite.
             "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
@@ -103,6 +121,11 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.betas)
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether the last step has no signal (zero terminal SNR)."""
+        return bool(self.alphas_cumprod[-1] == 0)
+
     def q_sample(self, x_start: Latent, t: Steps, noise: Latent) -> Latent:
         """x_t ~ q(x_t | x_0) for a given standard normal `noise` (DDPM, eq. 4)."""
         return at(self.sqrt_alphas_cumprod, t) * x_start + at(self.sqrt_one_minus_alphas_cumprod, t) * noise
@@ -113,13 +136,14 @@ class NoiseSchedule:
         return mean, at(self.posterior_log_variance_clipped, t)
 
     def start_from_noise(self, x_t: Latent, t: Steps, noise: Latent) -> Latent:
-        """x_0 that `noise` implies."""
+        """x_0 that `noise` implies: where no signal is left, nothing, for which 0 stands."""
         return at(self.sqrt_recip_alphas_cumprod, t) * x_t - at(self.sqrt_recipm1_alphas_cumprod, t) * noise
 
     def noise_from_start(self, x_t: Latent, t: Steps, x_start: Latent) -> Latent:
         """The noise that `x_start` implies."""
         numerator = at(self.sqrt_recip_alphas_cumprod, t) * x_t - x_start
-        return numerator / at(self.sqrt_recipm1_alphas_cumprod, t)
+        denominator = at(self.sqrt_recipm1_alphas_cumprod, t)
+        return torch.where(denominator == 0, x_t, numerator / denominator)  # x_t is the noise where no signal is left
 
     def velocity(self, x_start: Latent, t: Steps, noise: Latent) -> Latent:
         """v = sqrt(acp) noise - sqrt(1 - acp) x_0 (Salimans & Ho 2022)."""

@@ -12,17 +12,64 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.rng import SampleRandom, derive_seed
 
 PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 def per_sample_loss(
-    output: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"], loss_type: str = "l2"
+    output: Float[Tensor, "b c h w"],
+    target: Float[Tensor, "b c h w"],
+    loss_type: str = "l2",
+    weights: Float[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Mean error of each sample, in float32 whatever the autocast."""
+    """Mean error of each sample, in float32 whatever the autocast; with `weights` of places their weighted mean.
+
+    A sample whose weights are all 0 has the loss 0.
+    """
     if loss_type not in PIXEL_LOSSES:
         raise UserError(f"model.params.loss_type: unknown '{loss_type}'; accepted: {', '.join(PIXEL_LOSSES)}")
-    return PIXEL_LOSSES[loss_type](output.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    error = PIXEL_LOSSES[loss_type](output.float(), target.float(), reduction="none")
+    if weights is None:
+        return error.mean(dim=(1, 2, 3))
+    total = weights.float().mean(dim=(1, 2))
+    return (error * weights.float()[:, None]).mean(dim=(1, 2, 3)) / torch.where(total > 0, total, 1.0)
+
+
+def place_weights(
+    masks: Sequence[Float[Tensor, "_ _ _"] | None], latents: Sequence[Float[Tensor, "_ _ _ _"]], floor: float = 0.0
+) -> Float[Tensor, "b h w"] | None:
+    """How much each place of the latents of several halves counts; None if no half has masks.
+
+    Args:
+        masks: of each half, in [0, 1], at the size of its images or of its latents; None where all counts.
+        latents: of each half, or anything of their shape.
+        floor: the weight where a mask is 0.
+    """
+    if all(mask is None for mask in masks):
+        return None
+    parts = []
+    for mask, latent in zip(masks, latents):
+        height, width = latent.shape[2:]
+        share = latent.new_ones((len(latent), height, width))
+        if mask is not None:
+            share = F.adaptive_avg_pool2d(mask.to(latent)[:, None], (height, width))[:, 0]
+        parts.append(floor + (1 - floor) * share)
+    return torch.cat(parts)
+
+
+def with_offset(
+    noise: Float[Tensor, "b c h w"], strength: float, seeds: Sequence[int] | Tensor | None
+) -> Float[Tensor, "b c h w"]:
+    """Noise with a random constant for each sample and channel, so that the mean of a latent is learned, too.
+
+    Offset noise (Guttenberg, 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise). The constants are a
+    function of the samples' seeds, and drawn only if there is a `strength`.
+    """
+    if not strength:
+        return noise
+    own = None if seeds is None else [derive_seed("offset", int(seed)) for seed in seeds]
+    return noise + strength * SampleRandom(own, noise.device).randn((*noise.shape[:2], 1, 1))
 
 
 @dataclass(frozen=True)
