@@ -72,6 +72,7 @@ BAREBONES_TRAINER: dict[str, Any] = {"use_distributed_sampler": False}
 # writes checkpoints: a loss that is not finite stops the run before anything else is done with it.
 CALLBACKS: dict[str, Any] = {
     "non_finite": {"target": "ldm.callbacks.non_finite.StopOnNonFinite"},
+    "first_step": {"target": "ldm.callbacks.first_step.FirstStepCheck"},
     "learning_rate_logger": {
         "target": "pytorch_lightning.callbacks.LearningRateMonitor",
         "params": {"logging_interval": "step"},
