@@ -9,14 +9,19 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.strategies import SingleDeviceStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from ldm.callbacks.first_step import FirstStepCheck, checksum
+from ldm.callbacks.fixed_loss import FixedLoss
+from ldm.callbacks.panel import Panel
 from ldm.data.image_folder import ImageFolderDataset
+from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from tests.runs import ROOT, SIZE, Workspace, checkpoint
+from tests.runs import ROOT, SIZE, Workspace, checkpoint, csv_rows, metrics, same
 
 HERE = "tests.test_watch"
 
@@ -310,3 +315,168 @@ def test_a_step_that_the_gradient_scaler_skipped_does_not_count():
     step(torch.inf)
     with pytest.raises(UserError, match=r"step 3: the bias and the weight should train"):
         step(1.0)
+
+
+# Losses at fixed time steps with fixed noise
+
+
+def fixed(**params):
+    """An override that evaluates two examples of each half at three time steps, every two steps."""
+    params = {"every_n_steps": 2, "examples": 2, "time_steps": 3, **params}
+    return (
+        f"lightning.callbacks.fixed_loss={{target: ldm.callbacks.fixed_loss.FixedLoss, params: {json.dumps(params)}}}"
+    )
+
+
+def fixed_losses(run, name):
+    return {int(row["step"]): row[name] for row in csv_rows(run) if row.get(name)}
+
+
+@pytest.fixture(scope="module")
+def plain(workspace):
+    """A run that nothing watches."""
+    return workspace.train("plain", "lightning.callbacks.first_step=null")
+
+
+@pytest.fixture(scope="module")
+def curve(workspace):
+    return workspace.train("curve", fixed())
+
+
+def test_fixed_losses_are_logged_also_before_the_first_step(curve):
+    for name in ("val/loss_subject_fixed", "val/loss_prior_fixed"):
+        assert list(fixed_losses(curve, name)) == [0, 2, 4]
+        assert len(set(fixed_losses(curve, name).values())) == 3
+
+
+def test_fixed_losses_change_nothing(curve, plain):
+    ours, theirs = checkpoint(curve), checkpoint(plain)
+    assert same(ours["state_dict"], theirs["state_dict"]) and same(ours["optimizer_states"], theirs["optimizer_states"])
+    assert [row["train/loss_total"] for row in metrics(curve)] == [row["train/loss_total"] for row in metrics(plain)]
+
+
+def test_fixed_losses_are_a_function_of_the_weights_alone(workspace, curve):
+    """Resumed with other batches, in which the step's own losses differ."""
+    first = workspace.train("same-weights", "--max_steps", "2", fixed(every_n_steps=50))
+    workspace.resume(first, "--max_steps", "3", "data.params.batch_size=2", "-s", "5")
+    for name in ("val/loss_subject_fixed", "val/loss_prior_fixed"):
+        assert fixed_losses(first, name) == {step: fixed_losses(curve, name)[step] for step in (0, 2)}
+
+
+def test_a_fixed_loss_is_the_mean_of_the_examples_losses(workspace, golden_model):
+    """At the middles of three parts of the schedule, of the unaugmented first and second image."""
+    data = PersonalizedBase(workspace.photos, SIZE, flip_p=1.0, resize="random_crop")
+    callback = FixedLoss(examples=2, time_steps=3, batch_size=4)
+    golden_model.eval()
+    found = callback.losses(golden_model, {"train": data})
+    assert list(found) == ["subject"]
+    assert FixedLoss(examples=2, time_steps=3, batch_size=1).losses(golden_model, {"train": data}) == pytest.approx(
+        found
+    )
+    (half,) = callback._halves.values()
+    assert half.t.tolist() == [166, 500, 833] * 2
+    plain = PersonalizedBase(workspace.photos, SIZE, flip_p=0.0, resize="center_crop")
+    with torch.no_grad():
+        losses = []
+        for example in range(2):
+            image = torch.from_numpy(plain[example]["image"].copy()).permute(2, 0, 1)[None]
+            z = golden_model.get_first_stage_encoding(golden_model.encode_first_stage(image).mode())
+            cond = golden_model.get_learned_conditioning([plain[example]["caption"]])
+            for place in range(3):
+                pair = 3 * example + place
+                loss, _ = golden_model.p_losses(z, cond, half.t[pair : pair + 1], half.noise[pair : pair + 1])
+                losses.append(float(loss))
+    assert found["subject"] == pytest.approx(sum(losses) / 6, rel=1e-5)
+
+
+def test_fixed_losses_without_a_prior_and_of_latents(golden_model):
+    class Latents(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            moments = torch.randn(
+                2 * golden_model.latent_channels, 8, 8, generator=torch.Generator().manual_seed(index)
+            )
+            return {"moments": moments.half(), "caption": f"number {index}"}
+
+    golden_model.eval()
+    state = torch.get_rng_state()
+    first, second = (FixedLoss(time_steps=2).losses(golden_model, {"train": Latents()}) for _ in range(2))
+    assert first == second and list(first) == ["subject"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fixed_losses_of_another_kind_of_model(workspace, caplog):
+    assert main.main(workspace.arguments("mistaken", fixed(time_steps=0))) == 1
+    assert "fixed_loss.params.time_steps: expected 1 or more, got 0" in caplog.text
+
+
+# The panel
+
+
+def with_panel(panel, **params):
+    params = {"batch_frequency": 2, "increase_log_steps": False, "log_images_kwargs": {"ddim_steps": 2}, **params}
+    params |= {} if panel == "default" else {"panel": panel}
+    return f"lightning.callbacks.image_logger={{target: main.ImageLogger, params: {json.dumps(params)}}}"
+
+
+@pytest.fixture(scope="module")
+def paneled(workspace):
+    return workspace.train("panel", with_panel({"images": 2}))
+
+
+def panels(run):
+    return sorted(path.name for path in run.glob("images/panel/*"))
+
+
+def test_a_panel_comes_with_the_grids_and_before_the_first_step(paneled):
+    assert panels(paneled) == [f"panel_gs-{step:06}.png" for step in (0, 2, 4)]
+    sheets = [Image.open(path) for path in sorted((paneled / "images/panel").iterdir())]
+    assert len({sheet.tobytes() for sheet in sheets}) == 3 and len({sheet.size for sheet in sheets}) == 1
+    events = EventAccumulator(str(paneled / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("panel/panel")] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("more", [[], ["model.params.use_ema=true"]])
+def test_a_panel_changes_nothing(workspace, paneled, plain, more):
+    with_it, without = paneled, plain
+    if more:
+        with_it = workspace.train("panel-ema", with_panel({"images": 1}), *more)
+        without = workspace.train("plain-ema", *more)
+    ours, theirs = checkpoint(with_it), checkpoint(without)
+    assert same(ours["state_dict"], theirs["state_dict"]) and same(ours["optimizer_states"], theirs["optimizer_states"])
+
+
+def test_panels_of_the_same_weights_are_the_same(workspace, paneled):
+    again = workspace.train("panel-again", with_panel({"images": 2, "every_n_steps": 4}), "data.params.batch_size=2",
+                            "--max_steps", "1")  # fmt: skip
+    assert panels(again) == ["panel_gs-000000.png"]
+    first, second = (run / "images/panel/panel_gs-000000.png" for run in (paneled, again))
+    assert Image.open(first).tobytes() == Image.open(second).tobytes()
+
+
+@pytest.mark.parametrize("panel", [None, False])
+def test_no_panel(workspace, panel):
+    run = workspace.train(f"no-panel-{panel}", with_panel(panel), "--max_steps", "2")
+    assert panels(run) == [] and list(run.glob("images/train/*"))
+
+
+def test_the_rows_of_a_panel():
+    found = {"subject_prompts": ["photo of a sks car"], "class_prompts": ["", "photo of a car"]}
+    data = SimpleNamespace(summary=lambda: found)
+    assert Panel().prompts(data) == ["photo of a sks car", "photo of a car", "a photo of a house", "a photo of a tree"]
+    found["class_prompts"] = []
+    assert Panel(unrelated=["a cat"]).prompts(data) == ["photo of a sks car", "a cat"]
+    assert Panel(prompts=["x", "y"]).prompts(data) == ["x", "y"]
+    assert Panel().prompts(SimpleNamespace()) == []
+
+
+@pytest.mark.parametrize("panel, words", [
+    ({"image": 2}, "panel.image: unknown key"), ({"images": 0}, "panel.images: expected 1 or more, got 0"),
+    ({"prompts": "a cat"}, "panel.prompts: expected a list of prompts, got 'a cat'"), (3, "panel: expected a mapping"),
+])  # fmt: skip
+def test_a_panel_that_cannot_be(workspace, caplog, panel, words):
+    assert main.main(workspace.arguments("bad-panel", with_panel(panel))) == 1
+    assert words in caplog.text
