@@ -144,6 +144,7 @@ def test_weights_that_are_not_finite_are_not_written(workspace, caplog):
 def test_a_loss_of_one_process_ends_all(workspace, monkeypatch):
     devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
     more = [f"model.target={HERE}.BrokenOnRankOne", "lightning.modelcheckpoint.params.every_n_train_steps=1"]
+    more += [fixed(every_n_steps=1), with_panel({"images": 1})]  # of the first process, for which the other waits
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     process = workspace.start(*workspace.arguments("nan-ddp", *devices, *more, "--max_steps", "6"))
     try:
@@ -152,7 +153,9 @@ def test_a_loss_of_one_process_ends_all(workspace, monkeypatch):
         process.kill()
     assert process.returncode == 1, output
     assert "step 3: the loss is not finite" in output and "step 3: stopped, for another process" in output
-    assert checkpoints(workspace.run("nan-ddp"))[-2:] == ["epoch=000000-step=000000002.ckpt", "last.ckpt"]
+    run = workspace.run("nan-ddp")
+    assert checkpoints(run)[-2:] == ["epoch=000000-step=000000002.ckpt", "last.ckpt"]
+    assert panels(run) == ["panel_gs-000000.png", "panel_gs-000002.png"]
 
 
 # The first step

@@ -38,7 +38,7 @@ class Panel:
         self,
         prompts: Sequence[str] | None = None,
         unrelated: Sequence[str] = UNRELATED,
-        images: int = 4,
+        images: int = 2,
         seed: int = 0,
         steps: int = 50,
         scale: float = 7.5,
