@@ -155,7 +155,7 @@ class InterruptHandler(pl.Callback):
         # Every rank must take the same way, wherever the signal arrived.
         decide = trainer.strategy.reduce_boolean_decision
         stop = decide(self.interrupted, all=False)
-        if (stop or decide(self._save_requested, all=False)) and _at_step_boundary(trainer, batch_idx):
+        if (stop or decide(self._save_requested, all=False)) and at_step_boundary(trainer, batch_idx):
             for keeper in trainer.checkpoint_callbacks:
                 if isinstance(keeper, CheckpointKeeper):
                     keeper.save_last_now(trainer)
@@ -165,6 +165,6 @@ class InterruptHandler(pl.Callback):
             self.interrupted |= stop
 
 
-def _at_step_boundary(trainer: pl.Trainer, batch_idx: int) -> bool:
+def at_step_boundary(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether no accumulated gradient is pending, which a checkpoint would lose."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from jaxtyping import Float
+from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
+from ldm.callbacks.panel import WHERE, can_draw, make_panel
+from ldm.errors import UserError
 from ldm.util import check_params
 
 
 class ImageLogger(pl.Callback):
     """Every `batch_frequency` steps, the grids that the model's `log_images` returns, in `images/{split}/`.
+
+    With them comes a panel in `images/panel/`, the first before anything is learned: rows of pictures of fixed prompts
+    from fixed noise.
 
     Args:
         batch_frequency: optimizer steps between grids.
@@ -26,6 +35,8 @@ class ImageLogger(pl.Callback):
         log_on_batch_idx: accepted for older configs, without effect: steps are counted, not batches.
         log_first_step: also before anything is learned.
         log_images_kwargs: arguments of the model's `log_images`.
+        panel: what the panel shows, see `Panel`; null or false for none. Without it, models that make pictures of text
+            alone have one.
     """
 
     def __init__(
@@ -39,6 +50,7 @@ class ImageLogger(pl.Callback):
         log_on_batch_idx: bool = False,
         log_first_step: bool = False,
         log_images_kwargs: dict[str, Any] | None = None,
+        panel: Mapping[str, Any] | bool | None = True,
     ):
         self.batch_frequency = batch_frequency
         self.max_images = max_images
@@ -49,42 +61,63 @@ class ImageLogger(pl.Callback):
         self.log_images_kwargs = dict(log_images_kwargs or {})
         self._early = {2**n for n in range(32) if 2**n < batch_frequency} if increase_log_steps else set()
         self._last_step = -1
+        self.panel = make_panel(panel, self.log_images_kwargs)
+        self._default_panel = panel is True
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Raises a `UserError` for arguments that the model's `log_images` does not take."""
         if not self.disabled:
             given = {"batch": None, "N": self.max_images, **self.log_images_kwargs}
             check_params(pl_module.log_images, given, "lightning.callbacks.image_logger.params.log_images_kwargs")
+        if self.panel and not can_draw(pl_module):
+            if not self._default_panel:
+                raise UserError(f"{WHERE}: this model makes no pictures of text alone; remove it")
+            self.panel = None
 
     def due(self, step: int) -> bool:
         """Whether this many optimizer steps deserve a grid."""
-        return step > 0 and (step % self.batch_frequency == 0 or step in self._early)
+        return not self.disabled and step > 0 and (step % self.batch_frequency == 0 or step in self._early)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.log_first_step and trainer.global_step == 0 and self._last_step < 0:
+        if self._last_step >= 0:
+            return
+        self._last_step = trainer.global_step
+        if self._last_step > 0:  # a resumed run
+            return
+        if self.log_first_step:
             self.log_images(trainer, pl_module, batch, "train")
+        self.log_panel(trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.due(trainer.global_step) and trainer.global_step != self._last_step:
+        if (step := trainer.global_step) == self._last_step:
+            return
+        self._last_step = step
+        if self.due(step):
             self.log_images(trainer, pl_module, batch, "train")
+        if self.panel and (self.due(step) if (every := self.panel.every_n_steps) is None else step % every == 0):
+            self.log_panel(trainer, pl_module, batch)
 
     def log_images(self, trainer: pl.Trainer, pl_module: Any, batch: Any, split: str) -> None:
         """Make the grids of a batch and save them, on the first rank."""
-        self._last_step = trainer.global_step
         if self.disabled or not trainer.is_global_zero:
             return
-        was_training = pl_module.training
-        pl_module.eval()
-        try:
+        with _evaluating(pl_module):
             pictures = pl_module.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
-        finally:
-            pl_module.train(was_training)
         for name, images in pictures.items():
             self._save(trainer, self._to_grid(images), split, name)
+
+    def log_panel(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+        """Draw the panel and save it, on the first rank."""
+        if self.disabled or self.panel is None or not trainer.is_global_zero:
+            return
+        with _evaluating(pl_module):
+            sheet = self.panel.draw(trainer, pl_module, batch)
+        if sheet is not None:
+            _write(trainer, sheet, "panel", f"panel_gs-{trainer.global_step:06}")
 
     def _to_grid(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "c _ _"]:
         from torchvision.utils import make_grid
@@ -97,10 +130,26 @@ class ImageLogger(pl.Callback):
     def _save(self, trainer: pl.Trainer, grid: Float[Tensor, "c h w"], split: str, name: str) -> None:
         from torchvision.transforms.functional import to_pil_image
 
-        folder = Path(trainer.default_root_dir) / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        step = trainer.global_step
-        to_pil_image(grid.clamp(0, 1)).save(folder / f"{name}_gs-{step:06}_e-{trainer.current_epoch:06}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"{split}/{name}", grid, global_step=step)
+        name = f"{name}_gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}"
+        _write(trainer, to_pil_image(grid.clamp(0, 1)), split, name)
+
+
+@contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def _write(trainer: pl.Trainer, image: Image.Image, group: str, name: str) -> None:
+    """Save a picture as `images/{group}/{name}.png`, and in TensorBoard under the name's first word."""
+    folder = Path(trainer.default_root_dir) / "images" / group
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save(folder / f"{name}.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            title = f"{group}/{name.partition('_gs-')[0]}"
+            logger.experiment.add_image(title, np.asarray(image), trainer.global_step, dataformats="HWC")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -246,6 +247,13 @@ class ImageFolderDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.example(range(len(self))[index])
+
+    def without_augmentation(self) -> ImageFolderDataset:
+        """The same images as they are: not mirrored, and cropped in the middle where they were cropped anywhere."""
+        plain = copy.copy(self)
+        plain.flip_p = 0.0
+        plain.resize = "center_crop" if self.resize == "random_crop" else self.resize
+        return plain
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Item `index`, augmented with numbers from `generator` (None: torch's global one).

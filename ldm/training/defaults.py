@@ -68,8 +68,11 @@ TRAINER: dict[str, Any] = {
 # Lightning refuses a barebones Trainer that is told anything about logging or validation.
 BAREBONES_TRAINER: dict[str, Any] = {"use_distributed_sampler": False}
 
-# Merged under lightning.callbacks; a config changes the params of one by its name.
+# Merged under lightning.callbacks; a config changes the params of one by its name. In this order, and before what
+# writes checkpoints: a loss that is not finite stops the run before anything else is done with it.
 CALLBACKS: dict[str, Any] = {
+    "non_finite": {"target": "ldm.callbacks.non_finite.StopOnNonFinite"},
+    "first_step": {"target": "ldm.callbacks.first_step.FirstStepCheck"},
     "learning_rate_logger": {
         "target": "pytorch_lightning.callbacks.LearningRateMonitor",
         "params": {"logging_interval": "step"},

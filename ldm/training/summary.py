@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ldm.callbacks.checkpoints import CheckpointKeeper
+from ldm.callbacks.first_step import PARTS
 from ldm.callbacks.timing import TimingCallback
 from ldm.modules.encoders import tokenizer
 from ldm.training.run import Run
@@ -29,10 +30,9 @@ def count(module: nn.Module, trainable: bool) -> int:
 
 def parameters(model: nn.Module) -> str:
     """What is trained and what is frozen, in millions of parameters by part."""
-    names = {"model": "UNet", "cond_stage_model": "text encoder", "first_stage_model": "autoencoder"}
 
     def listed(trainable: bool) -> str:
-        parts = {names.get(name, name): count(child, trainable) for name, child in model.named_children()}
+        parts = {PARTS.get(name, name): count(child, trainable) for name, child in model.named_children()}
         return " + ".join(f"{name} {number / 1e6:.2f} M" for name, number in parts.items() if number)
 
     frozen = listed(False)

@@ -84,7 +84,7 @@ def _loggers(run: Run) -> list[Any]:
 
 
 def build_callbacks(lightning: Mapping[str, Any], config: Mapping[str, Any], run: Run) -> list[pl.Callback]:
-    """The default callbacks, the config's, and the keepers of the run folder and its checkpoints."""
+    """The default callbacks, the config's, then the keepers of the run folder and its checkpoints."""
     configured = {name: dict(value) for name, value in defaults.CALLBACKS.items()}
     for name, value in (lightning.get("callbacks") or {}).items():
         if value is None:  # switched off
@@ -95,8 +95,8 @@ def build_callbacks(lightning: Mapping[str, Any], config: Mapping[str, Any], run
     monitor = (config["model"].get("params") or {}).get("monitor")
     return [
         SetupCallback(run, {**config}),
-        InterruptHandler(),
         *(instantiate_from_config(value, f"lightning.callbacks.{name}") for name, value in configured.items()),
+        InterruptHandler(),
         _checkpoint_callback(lightning.get("modelcheckpoint") or {}, run, monitor),
     ]
 

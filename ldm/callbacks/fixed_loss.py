@@ -1,0 +1,144 @@
+"""The loss of a few training examples at fixed time steps with fixed noise: a curve without the noise of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ldm.data.datamodule import Stream
+from ldm.errors import UserError
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.rng import SampleRandom, derive_seed
+
+WHERE = "lightning.callbacks.fixed_loss"
+HALVES = {"subject": "train", "prior": "reg"}  # the datamodule's names of the datasets
+
+
+@dataclass(frozen=True)
+class Half:
+    """What is evaluated of the subject or of the prior: scaled latents, their captions, and the noise of each pair
+    of an example and a time step."""
+
+    latents: Tensor  # (examples, z, h, w)
+    captions: list[str]
+    t: Tensor  # (examples * time steps,), the first example's first
+    noise: Tensor  # (examples * time steps, z, h, w)
+
+
+class FixedLoss(pl.Callback):
+    """Logs `val/loss_subject_fixed` and, with a prior, `val/loss_prior_fixed`: a function of the weights alone.
+
+    The step that is logged is the number of optimizer steps that made the weights; the first value is from before any.
+    Training is not changed by it. The first process does it.
+
+    Args:
+        every_n_steps: optimizer steps between two values.
+        examples: of each half, spread over its images; without augmentation, their latents being the posterior's mode.
+        time_steps: in the middle of as many equal parts of the schedule; every example is evaluated at each.
+        batch_size: examples that are evaluated at once.
+        seed: of the noise.
+
+    Raises:
+        UserError: a number below 1, or a model or data that it cannot evaluate.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 100, examples: int = 4, time_steps: int = 8, batch_size: int = 4, seed: int = 0
+    ):
+        numbers = {
+            "every_n_steps": every_n_steps,
+            "examples": examples,
+            "time_steps": time_steps,
+            "batch_size": batch_size,
+        }
+        for name, number in numbers.items():
+            if number < 1:
+                raise UserError(f"{WHERE}.params.{name}: expected 1 or more, got {number}")
+        self.every_n_steps, self.examples, self.time_steps = every_n_steps, examples, time_steps
+        self.batch_size, self.seed = batch_size, seed
+        self._halves: dict[str, Half] | None = None
+        self._last_step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if not hasattr(pl_module, "p_losses") or not hasattr(_data(trainer), "datasets"):
+            raise UserError(f"{WHERE}: evaluates latent diffusion models on DataModuleFromConfig's data; remove it")
+        self._halves, self._last_step = None, -1
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._last_step < 0:
+            self._log(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._last_step = trainer.global_step
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        was_training = pl_module.training
+        pl_module.eval()
+        try:
+            with trainer.precision_plugin.forward_context():
+                losses = self.losses(pl_module, _data(trainer).datasets)
+        finally:
+            pl_module.train(was_training)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"val/loss_{name}_fixed": loss for name, loss in losses.items()}, trainer.global_step)
+
+    @torch.no_grad()
+    def losses(self, model: Any, datasets: Mapping[str, Any]) -> dict[str, float]:
+        """The mean loss of each half, by name; the examples are those of the first call."""
+        if self._halves is None:
+            present = {name: datasets[key] for name, key in HALVES.items() if key in datasets}
+            self._halves = {name: self._half(model, dataset, name) for name, dataset in present.items()}
+        return {name: self._loss(model, half) for name, half in self._halves.items()}
+
+    def _half(self, model: Any, dataset: Any, name: str) -> Half:
+        if hasattr(dataset, "without_augmentation"):
+            dataset = dataset.without_augmentation()
+        stream = Stream(dataset, self.seed, f"fixed {name}", shuffle=False)
+        count = min(self.examples, stream.n_images)
+        batches = [stream.batch([number * stream.n_images // count]) for number in range(count)]
+        latents = torch.cat([_latents(model, batch) for batch in batches])
+        pairs = [(example, step) for example in range(count) for step in range(self.time_steps)]
+        seeds = [derive_seed("fixed loss", self.seed, name, *pair) for pair in pairs]
+        total = len(model.betas)
+        t = torch.tensor([(2 * step + 1) * total // (2 * self.time_steps) for _, step in pairs])
+        noise = SampleRandom(seeds).randn((len(pairs), *latents.shape[1:]))
+        return Half(latents, [batch[model.cond_stage_key][0] for batch in batches], t, noise)
+
+    def _loss(self, model: Any, half: Half) -> float:
+        total = torch.zeros((), device=model.device)
+        for start in range(0, len(half.t), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            t, noise = half.t[part], half.noise[part]
+            chosen = [number // self.time_steps for number in range(start, start + len(t))]
+            cond = model.get_learned_conditioning([half.captions[number] for number in chosen])
+            x_start, t, noise = (value.to(model.device) for value in (half.latents[chosen], t, noise))
+            total += len(chosen) * model.p_losses(x_start, cond, t, noise)[0]
+        return float(total) / len(half.t)
+
+
+def _data(trainer: pl.Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _latents(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The scaled modes of a batch's posteriors, on the CPU."""
+    if "moments" in batch:
+        posterior = DiagonalGaussianDistribution(batch["moments"].float())
+    else:
+        images = rearrange(batch[model.first_stage_key], "b h w c -> b c h w").contiguous()
+        posterior = model.encode_first_stage(images.to(model.device))
+    return model.get_first_stage_encoding(posterior.mode()).float().cpu()
