@@ -4,11 +4,11 @@
     python scripts/benchmark.py load --ckpt sd-v1-4-full-ema.ckpt --for train
     python scripts/benchmark.py train --base configs/tiny/dreambooth.yaml --against diffusers --against two-forward
     python scripts/benchmark.py train --base configs/stable-diffusion/v1-finetune_unfrozen.yaml --device cuda \\
-        --precision bf16-mixed --against diffusers --switch "no recomputation: \\
-        model.params.unet_config.params.use_checkpoint=false"
+        --against diffusers --switch "bf16: lightning.trainer.precision=bf16-mixed"
+    python scripts/benchmark.py sample --config configs/stable-diffusion/v1-inference.yaml --against diffusers
 
 Prints a line or a table, and writes all of it as JSON with `--json FILE`. Without `--ckpt` the weights are random: the
-speed does not depend on them.
+speed does not depend on them. docs/benchmarks.md says what the columns mean.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.benchmark import report
+from ldm.benchmark import sample
+from ldm.benchmark.clock import CLOCKS
 from ldm.benchmark.isolation import apart
 from ldm.benchmark.load import measure_load, random_weights, report_load
-from ldm.benchmark.machine import machine, matmul_rate
-from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
-from ldm.benchmark.train import Settings, measure_training
-from ldm.benchmark.variants import AGAINST, OURS, Variant, variants
+from ldm.benchmark.machine import machine, require_diffusers
+from ldm.benchmark.report import told
+from ldm.benchmark.rows import Row, measure_rows
+from ldm.benchmark.train import Settings
+from ldm.benchmark.variants import AGAINST, OURS, training_rows
 from ldm.checkpoint import write_atomically
 from ldm.commands import exit_status
+from ldm.config import load_config, to_plain
 from ldm.errors import UserError
 from ldm.export import DTYPES, SUFFIXES
 from ldm.families import CONFIGS
@@ -40,22 +43,27 @@ from ldm.inference import pick_device
 from ldm.training.cli import OVERRIDE, Parser
 
 Measured = dict[str, Any]
-log = logging.getLogger(__name__)
+INFERENCE = CONFIGS / "v1-inference.yaml"
 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    load = kinds.add_parser("load", help="seconds and peak memory of loading a checkpoint")
-    load.add_argument("--config", type=Path, default=CONFIGS / "v1-inference.yaml", help="default: %(default)s")
-    load.add_argument("--ckpt", type=Path, help="default: random weights for --config, in --dtype")
-    load.add_argument("--format", choices=SUFFIXES, default=".safetensors", help="of those (default: %(default)s)")
-    load.add_argument("--for", dest="purpose", choices=["sample", "train"], default="sample")
-    load.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the loaded model, to sample from")
+    _add_load(kinds.add_parser("load", help="seconds and peak memory of loading a checkpoint"))
     _add_train(kinds.add_parser("train", help="seconds, memory and operations of a training step"))
+    _add_sample(kinds.add_parser("sample", help="seconds, memory and operations of sampling"))
     for kind in kinds.choices.values():
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, default=INFERENCE, help="default: %(default)s")
+    add("--ckpt", type=Path, help="default: random weights for --config, in --dtype")
+    add("--format", choices=SUFFIXES, default=".safetensors", help="of those (default: %(default)s)")
+    add("--for", dest="purpose", choices=["sample", "train"], default="sample")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the loaded model, to sample from")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +74,18 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=1, help="steps before those (default: %(default)s)")
     add("--precision", choices=["32-true", "bf16-mixed", "16-mixed"], help="default: the config's")
     add("--batch", type=int, help="subject images of a step, and as many of the class (default: the config's)")
-    _add_comparison(parser, AGAINST)
     add("--switch", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="a row with those keys changed")
+    _add_comparison(parser, AGAINST)
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, default=INFERENCE, help="default: %(default)s")
+    add("--ckpt", type=Path, help="our weights (default: random)")
+    add("--steps", type=int, default=20, help="of DDIM, with guidance (default: %(default)s)")
+    add("--batch", type=int, default=4, help="pictures drawn at once (default: %(default)s)")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="default: %(default)s")
+    _add_comparison(parser, ["diffusers"])
 
 
 def _add_comparison(parser: argparse.ArgumentParser, against: Sequence[str]) -> None:
@@ -76,6 +94,7 @@ def _add_comparison(parser: argparse.ArgumentParser, against: Sequence[str]) -> 
     add("--device", choices=["cpu", "cuda"], help="default: the GPU, if there is one")
     add("--against", action="append", default=[], choices=against, help="measure that, too, and compare with it")
     add("--repeat", type=int, default=1, help="rounds in which each row is measured once (default: %(default)s)")
+    add("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's time, for a busy machine")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -87,6 +106,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, least in (("steps", 1), ("warmup", 0), ("repeat", 1), ("batch", 1), ("size", 1)):
         if (given := getattr(args, name, None)) is not None and given < least:
             raise UserError(f"--{name} {given}: expected at least {least}")
+    if args.ckpt and not args.ckpt.is_file():
+        raise UserError(f"--ckpt {args.ckpt}: no such file")
     args.overrides = overrides
     return args
 
@@ -105,23 +126,17 @@ def benchmark_load(args: argparse.Namespace) -> tuple[Measured, str]:
 
 def benchmark_train(args: argparse.Namespace) -> tuple[Measured, str]:
     """Train a few steps of every variant."""
-    if args.ckpt and not args.ckpt.is_file():
-        raise UserError(f"--ckpt {args.ckpt}: no such file")
-    rows = variants(args.base, _with_flags(args), args.switch, args.against)
-    dtypes = [_dtype(row) for row in rows]
-    device = pick_device(args.device).type
-    settings = Settings(args.steps, args.warmup, device, torch.get_num_threads(), args.ckpt)
-    jobs = [(row.name, measure_training, (row.kind, row.config, settings)) for row in rows]
-    images = [_images_per_step(row.config) for row in rows]
-    measured = measure_rows(jobs, images, dtypes, device, args)
-    return {"kind": "train", "base": [str(path) for path in args.base], **measured}, _told(measured)
+    settings = Settings(args.steps, args.warmup, _device(args), torch.get_num_threads(), args.clock, args.ckpt)
+    rows = training_rows(args.base, _with_flags(args), args.switch, args.against, settings)
+    return _measured(args, rows, settings.device)
 
 
 def _with_flags(args: argparse.Namespace) -> list[str]:
     """The overrides that the flags stand for, before those that are given."""
     made = []
     if args.size:
-        made += [f"data.params.{name}.params.size={args.size}" for name in ("train", "reg")]
+        data = to_plain(load_config(args.base, args.overrides)).get("data", {}).get("params") or {}
+        made += [f"data.params.{name}.params.size={args.size}" for name in ("train", "reg") if data.get(name)]
     if args.batch:
         made.append(f"data.params.batch_size={args.batch}")
     if args.precision:
@@ -129,50 +144,46 @@ def _with_flags(args: argparse.Namespace) -> list[str]:
     return made + args.overrides
 
 
-def _dtype(row: Variant) -> str:
-    """The name in `DTYPES` of what a row computes in."""
-    dtype = None if row.kind == "two-forward" else autocast_dtype(row.config)
-    return next(name for name, known in DTYPES.items() if known == (dtype or torch.float32))
+def benchmark_sample(args: argparse.Namespace) -> tuple[Measured, str]:
+    """Draw a batch of pictures with every program."""
+    device = _device(args)
+    if args.dtype == "fp16" and device == "cpu":
+        raise UserError("--dtype fp16: is for GPUs; a CPU samples in fp32 or bf16")
+    if args.against:
+        require_diffusers()
+    threads = torch.get_num_threads()
+    settings = sample.Settings(args.steps, args.batch, args.size, args.dtype, device, threads, args.clock)
+    with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark") as folder:
+        path = args.ckpt or random_weights(args.config, Path(folder) / "random.safetensors", args.dtype)
+        rows = [
+            Row(kind, sample.measure_sampling, (kind, args.config, path, settings), args.batch, args.dtype)
+            for kind in (*args.against, OURS)
+        ]
+        return _measured(args, rows, device)
 
 
-def _images_per_step(config: Measured) -> int:
-    return config["data"]["params"]["batch_size"] * (1 + has_prior(config)) * accumulated(config)
+def _device(args: argparse.Namespace) -> str:
+    device = pick_device(args.device).type
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device: nothing here measures on {device}; give --device cpu")
+    if device == "cuda" and args.clock == "cpu":
+        raise UserError("--clock cpu: what a GPU computes is not in this process's time")
+    return device
 
 
-def measure_rows(
-    jobs: Sequence[tuple[str, Any, tuple[Any, ...]]],
-    images: Sequence[int],
-    dtypes: Sequence[str],
-    device: str,
-    args: argparse.Namespace,
-) -> Measured:
-    """Measure all rows, in `--repeat` rounds; ratios are to the first of `--against`, or to ours."""
-    rates = {d: apart(matmul_rate, device, d, torch.get_num_threads()) for d in dict.fromkeys(dtypes)}
-    rounds: dict[str, list[Measured]] = {name: [] for name, _, _ in jobs}
-    for number in range(args.repeat):
-        for name, function, arguments in jobs:
-            log.info("measuring %s%s", name, f" ({number + 1} of {args.repeat})" if args.repeat > 1 else "")
-            rounds[name].append(apart(function, *arguments))
-    rows = []
-    for (name, found), count, dtype in zip(rounds.items(), images, dtypes):
-        rows.append({"name": name, "dtype": dtype, **report.figures(report.merged(found), count, rates[dtype])})
+def _measured(args: argparse.Namespace, rows: Sequence[Row], device: str) -> tuple[Measured, str]:
+    """Everything that the JSON holds, and the table."""
+    given = {key: value for key, value in vars(args).items() if key != "json"}
     compared_to = args.against[0] if args.against else OURS
-    report.compare(rows, compared_to)
-    facts = {**machine(device), "matmul_flops_per_second": rates}
-    given = {"overrides": getattr(args, "overrides", []), "switches": getattr(args, "switch", [])}
-    return {**given, "steps": args.steps, "compared_to": compared_to, "variants": rows, "machine": facts}
+    measured = {"given": given, "kind": args.kind, **measure_rows(rows, device, compared_to, args.repeat)}
+    return measured, told(measured)
 
 
-def _told(measured: Measured) -> str:
-    """The machine and the table, for a person."""
-    facts = measured["machine"]
-    rates = ", ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in facts["matmul_flops_per_second"].items())
-    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-    head = f"{where}; torch {facts['torch']}; TFLOP/s of a matrix product: {rates}"
-    return f"{head}\n\n{report.table(measured['variants'], measured['compared_to'])}"
-
-
-BENCHMARKS = {"load": benchmark_load, "train": benchmark_train}
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], tuple[Measured, str]]] = {
+    "load": benchmark_load,
+    "train": benchmark_train,
+    "sample": benchmark_sample,
+}
 
 
 def benchmark(argv: Sequence[str]) -> None:
@@ -181,7 +192,7 @@ def benchmark(argv: Sequence[str]) -> None:
     measured, text = BENCHMARKS[args.kind](args)
     print(text)
     if args.json:
-        content = json.dumps(measured, indent=1) + "\n"
+        content = json.dumps(measured, indent=1, default=str) + "\n"
         write_atomically(args.json, lambda temporary: temporary.write_text(content))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from ldm.checkpoint import without_initial_weights
 from ldm.diffusers_format import scheduler_config, text_config, unet_config, vae_config
 from ldm.errors import UserError
 from ldm.export import target_of
+from ldm.modules.encoders.modules import recompute_activations
 from ldm.training.defaults import IDENTIFIER
 from ldm.util import instantiate_from_config
 
@@ -63,6 +65,43 @@ class Noise:
         self.images = torch.rand(len(self.captions), 3, size, size) * 2 - 1
 
 
+@dataclass(frozen=True)
+class Networks:
+    """A config's networks as diffusers and transformers have them, with random weights.
+
+    `embedder` is our text encoder on the meta device: its tokens are theirs. `scheduler` is a scheduler's config.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    embedder: Any
+    scheduler: dict[str, Any]
+
+    def noise_schedule(self) -> Any:
+        """Their forward process, for training."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler.from_config(self.scheduler)
+
+
+def diffusers_networks(config: Mapping[str, Any]) -> Networks:
+    """Build them, in float32 on the CPU."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    params = config["model"]["params"]
+    with torch.device("meta"):
+        ours = instantiate_from_config(without_initial_weights(target_of(config)), "model")
+    return Networks(
+        UNet2DConditionModel.from_config(unet_config(params["unet_config"]["params"], ours.image_size)),
+        AutoencoderKL.from_config(vae_config(params["first_stage_config"]["params"], ours.scale_factor)),
+        CLIPTextModel(CLIPTextConfig(**text_config(ours.cond_stage_model))),
+        ours.cond_stage_model,
+        scheduler_config(params),
+    )
+
+
 class DiffusersDreamBooth:
     """A step as diffusers' DreamBooth example takes it, with prior preservation and a trained text encoder.
 
@@ -75,7 +114,11 @@ class DiffusersDreamBooth:
         params = config["model"]["params"]
         self.device, self.dtype, self.batches = device, autocast_dtype(config), accumulated(config)
         self.prior, self.prior_weight = has_prior(config), params.get("reg_weight", 1.0)
-        self._build(config["model"], device)
+        networks = diffusers_networks(config)
+        self.embedder, self.scheduler = networks.embedder, networks.noise_schedule()
+        self.unet = networks.unet.to(device).train()
+        self.vae = networks.vae.to(device, self.dtype).eval().requires_grad_(False)
+        self.text_encoder = networks.text_encoder.to(device).train()
         self.trained = [*self.unet.parameters()]
         if params.get("cond_stage_trainable", False):
             self.trained += self.text_encoder.parameters()
@@ -83,26 +126,11 @@ class DiffusersDreamBooth:
             self.text_encoder.requires_grad_(False)
         if params["unet_config"]["params"].get("use_checkpoint"):
             self.unet.enable_gradient_checkpointing()
-            self.text_encoder.gradient_checkpointing_enable()
+            recompute_activations(self.text_encoder)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, weight_decay=1e-2)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         batch = Noise(config)
         self.images, self.tokens = batch.images, self.embedder.tokenize(batch.captions)
-
-    def _build(self, model: Mapping[str, Any], device: torch.device) -> None:
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        params = model["params"]
-        with torch.device("meta"):  # ours, for its text encoder's config and tokens
-            ours = instantiate_from_config(without_initial_weights(target_of({"model": model})), "model")
-        self.embedder = ours.cond_stage_model
-        unet = unet_config(params["unet_config"]["params"], ours.image_size)
-        vae = vae_config(params["first_stage_config"]["params"], ours.scale_factor)
-        self.unet = UNet2DConditionModel.from_config(unet).to(device).train()
-        self.vae = AutoencoderKL.from_config(vae).to(device, self.dtype).eval().requires_grad_(False)
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(self.embedder))).to(device).train()
-        self.scheduler = DDPMScheduler.from_config(scheduler_config(params))
 
     def latents(self, images: Images) -> Tensor:
         """Scaled samples of the images' posteriors."""
@@ -161,11 +189,14 @@ class TwoForward:
         t = torch.randint(len(model.betas), (len(latents),), device=model.device)
         return model.p_losses(latents, model.get_learned_conditioning(captions), t)[0]
 
+    def loss(self) -> Tensor:
+        """Of both halves."""
+        return self.model.objective.combine([self.half(*half) for half in self.halves])
+
     def step(self) -> None:
         """One optimizer step."""
         for _ in range(self.batches):
-            loss = self.model.objective.combine([self.half(*half) for half in self.halves])
-            (loss / self.batches).backward()
+            (self.loss() / self.batches).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

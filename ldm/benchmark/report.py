@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -57,15 +57,13 @@ def table(variants: Sequence[Mapping[str, Any]], compared_to: str) -> str:
     header = [*COLUMNS, *(f"{name}, x {compared_to}" for name in RATIOS)]
     rows = [header, *([v["name"], *_cells(v)] for v in variants)]
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        _line(cell.rjust(w) if n else cell.ljust(w) for n, (cell, w) in enumerate(zip(row, widths))) for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [_line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     rule = _line("-" * (w - 1) + (":" if n else "-") for n, w in enumerate(widths))
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _line(cells: Any) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
@@ -83,3 +81,12 @@ def _cells(v: Mapping[str, Any]) -> list[str]:
         f"{v['speed_ratio']:.2f}" if "speed_ratio" in v else "",
         f"{v['memory_ratio']:.2f}" if "memory_ratio" in v else "",
     ]
+
+
+def told(measured: Mapping[str, Any]) -> str:
+    """The machine and the table, for a person."""
+    facts = measured["machine"]
+    rates = ", ".join(f"{dtype} {rate / TERA:.3g}" for dtype, rate in facts["matmul_flops_per_second"].items())
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    head = f"{where}; torch {facts['torch']}; TFLOP/s of a matrix product: {rates}"
+    return f"{head}\n\n{table(measured['variants'], measured['compared_to'])}"

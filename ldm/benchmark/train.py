@@ -34,7 +34,12 @@ class Settings:
     warmup: int = 1
     device: str = "cpu"
     threads: int = 1
+    clock: str = "wall"
     weights: Path | None = None
+
+    def new_clock(self) -> StepClock:
+        """A clock for one training."""
+        return StepClock(self.warmup, self.steps, self.clock)
 
 
 def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -63,14 +68,15 @@ def _clocked_training(config: Mapping[str, Any], settings: Settings) -> StepCloc
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
         config = training_config(config, settings, Path(folder))
         trained = train(config, Run(Path(folder) / "run", "benchmark"), Start(settings.weights))
-    return next(c.clock for c in trained.trainer.callbacks if isinstance(c, ClockCallback))
+    callbacks: list[Any] = trained.trainer.callbacks  # type: ignore[attr-defined]
+    return next(callback.clock for callback in callbacks if isinstance(callback, ClockCallback))
 
 
 def _clocked_reference(kind: str, config: Mapping[str, Any], settings: Settings) -> StepClock:
     trainer = (config.get("lightning") or {}).get("trainer") or {}
     torch.backends.cudnn.benchmark = bool(trainer.get("benchmark"))  # the same as Lightning would set
     torch.manual_seed(0)
-    clock, device = StepClock(settings.warmup, settings.steps), torch.device(settings.device)
+    clock, device = settings.new_clock(), torch.device(settings.device)
     reference = REFERENCES[kind](config, device)
     clock.begin(device)
     for _ in range(clock.total):
@@ -80,28 +86,24 @@ def _clocked_reference(kind: str, config: Mapping[str, Any], settings: Settings)
     return clock
 
 
-def training_config(config: Mapping[str, Any], settings: Settings, folder: Path) -> dict[str, Any]:
+def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) -> dict[str, Any]:
     """The config with photos of noise, nothing logged or kept, and a clock."""
-    config = copy.deepcopy(dict(config))
-    clock = ClockCallback(settings.warmup, settings.steps).clock
-    _use_noise(config["data"]["params"], folder, clock.total)
+    config = copy.deepcopy(dict(given))
+    total = settings.new_clock().total
+    _use_noise(config["data"]["params"], folder, total)
     lightning = config["lightning"] = config.get("lightning") or {}
-    pictures = [
-        n for n, c in (lightning.get("callbacks") or {}).items() if "ImageLogger" in str((c or {}).get("target"))
-    ]
-    lightning["callbacks"] = {
-        **(lightning.get("callbacks") or {}),
-        **dict.fromkeys(pictures),
-        CLOCK: {
-            "target": f"{ClockCallback.__module__}.{ClockCallback.__name__}",
-            "params": {"warmup": settings.warmup, "steps": settings.steps},
-        },
+    callbacks = lightning.get("callbacks") or {}
+    pictures = [name for name, known in callbacks.items() if "ImageLogger" in str((known or {}).get("target"))]
+    clock = {
+        "target": f"{ClockCallback.__module__}.{ClockCallback.__name__}",
+        "params": {"warmup": settings.warmup, "steps": settings.steps, "clock": settings.clock},
     }
+    lightning["callbacks"] = {**callbacks, **dict.fromkeys(pictures), CLOCK: clock}
     lightning["trainer"] = {
         **(lightning.get("trainer") or {}),
         "accelerator": "gpu" if settings.device == "cuda" else "cpu",
         "devices": 1,
-        "max_steps": clock.total,
+        "max_steps": total,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.benchmark.machine import require_diffusers
+from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
+from ldm.benchmark.rows import Row
+from ldm.benchmark.train import OURS, Settings, measure_training
 from ldm.config import check_config, load_config, to_plain
 from ldm.errors import UserError
+from ldm.export import DTYPES
 from ldm.training.defaults import TRAINER_KEYS
 
-OURS = "ours"
 AGAINST = ("diffusers", "two-forward")
 
 
@@ -64,3 +69,28 @@ def parse_switch(text: str) -> tuple[str, list[str]]:
     if not (name.strip() and colon and changes.split()):
         raise UserError(f"--switch '{text}': expected 'NAME: key.path=value ...'")
     return name.strip(), changes.split()
+
+
+def training_rows(
+    base: Sequence[Path],
+    overrides: Sequence[str],
+    switches: Sequence[str],
+    against: Sequence[str],
+    settings: Settings,
+) -> list[Row]:
+    """What measures each of `variants`; raises as it does."""
+    return [
+        Row(v.name, measure_training, (v.kind, v.config, settings), images_per_step(v.config), _dtype(v))
+        for v in variants(base, overrides, switches, against)
+    ]
+
+
+def images_per_step(config: dict[str, Any]) -> int:
+    """Images of an optimizer step, those of the subject and of the class."""
+    return config["data"]["params"]["batch_size"] * (1 + has_prior(config)) * accumulated(config)
+
+
+def _dtype(variant: Variant) -> str:
+    """The name in `DTYPES` of what a variant computes in."""
+    dtype = None if variant.kind == "two-forward" else autocast_dtype(variant.config)
+    return next(name for name, known in DTYPES.items() if known == (dtype or torch.float32))
