@@ -2,9 +2,13 @@
 
     python scripts/benchmark.py load --config configs/stable-diffusion/v1-inference.yaml --for sample --dtype fp16
     python scripts/benchmark.py load --ckpt sd-v1-4-full-ema.ckpt --for train
+    python scripts/benchmark.py train --base configs/tiny/dreambooth.yaml --against diffusers --against two-forward
+    python scripts/benchmark.py train --base configs/stable-diffusion/v1-finetune_unfrozen.yaml --device cuda \\
+        --against diffusers --switch "bf16: lightning.trainer.precision=bf16-mixed"
+    python scripts/benchmark.py sample --config configs/stable-diffusion/v1-inference.yaml --against diffusers
 
-Prints a line, and writes all of it as JSON with `--json FILE`. Without `--ckpt` a file of random weights is made and
-removed again.
+Prints a line or a table, and writes all of it as JSON with `--json FILE`. Without `--ckpt` the weights are random: the
+speed does not depend on them. docs/benchmarks.md says what the columns mean.
 """
 
 from __future__ import annotations
@@ -12,111 +16,189 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
-import platform
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ldm.callbacks.timing import resident_bytes
-from ldm.checkpoint import tensor_bytes, write_atomically
+from ldm.benchmark import sample
+from ldm.benchmark.clock import CLOCKS
+from ldm.benchmark.isolation import apart
+from ldm.benchmark.load import measure_load, random_weights, report_load
+from ldm.benchmark.machine import machine, require_diffusers
+from ldm.benchmark.report import told
+from ldm.benchmark.rows import Row, measure_rows
+from ldm.benchmark.train import Settings
+from ldm.benchmark.variants import AGAINST, OURS, training_rows
+from ldm.checkpoint import write_atomically
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
-from ldm.export import DTYPES, SUFFIXES, in_dtype, shared_config, target_of, write_weights
+from ldm.export import DTYPES, SUFFIXES
 from ldm.families import CONFIGS
-from ldm.inference import load_model
-from ldm.training.train import Start, build_model
-from ldm.util import instantiate_from_config
+from ldm.inference import pick_device
+from ldm.training.cli import OVERRIDE, Parser
 
-GB = 1e9
 Measured = dict[str, Any]
+INFERENCE = CONFIGS / "v1-inference.yaml"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    load = kinds.add_parser("load", help="seconds and peak memory of loading a checkpoint")
-    load.add_argument("--config", type=Path, default=CONFIGS / "v1-inference.yaml", help="default: %(default)s")
-    load.add_argument("--ckpt", type=Path, help="default: random weights for --config, in --dtype")
-    load.add_argument("--format", choices=SUFFIXES, default=".safetensors", help="of those (default: %(default)s)")
-    load.add_argument("--for", dest="purpose", choices=["sample", "train"], default="sample")
-    load.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the loaded model, to sample from")
-    load.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    _add_load(kinds.add_parser("load", help="seconds and peak memory of loading a checkpoint"))
+    _add_train(kinds.add_parser("train", help="seconds, memory and operations of a training step"))
+    _add_sample(kinds.add_parser("sample", help="seconds, memory and operations of sampling"))
+    for kind in kinds.choices.values():
+        kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser
 
 
-def machine() -> Measured:
-    """What the figures hold for."""
-    return {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, default=INFERENCE, help="default: %(default)s")
+    add("--ckpt", type=Path, help="default: random weights for --config, in --dtype")
+    add("--format", choices=SUFFIXES, default=".safetensors", help="of those (default: %(default)s)")
+    add("--for", dest="purpose", choices=["sample", "train"], default="sample")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the loaded model, to sample from")
 
 
-def benchmark_load(args: argparse.Namespace) -> Measured:
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", type=Path, nargs="+", required=True, metavar="YAML", help="configs; key.path=value changes a key")
+    add("--ckpt", type=Path, help="our weights at the start (default: random)")
+    add("--steps", type=int, default=5, help="that are measured (default: %(default)s)")
+    add("--warmup", type=int, default=1, help="steps before those (default: %(default)s)")
+    add("--precision", choices=["32-true", "bf16-mixed", "16-mixed"], help="default: the config's")
+    add("--batch", type=int, help="subject images of a step, and as many of the class (default: the config's)")
+    add("--switch", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="a row with those keys changed")
+    _add_comparison(parser, AGAINST)
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, default=INFERENCE, help="default: %(default)s")
+    add("--ckpt", type=Path, help="our weights (default: random)")
+    add("--steps", type=int, default=20, help="of DDIM, with guidance (default: %(default)s)")
+    add("--batch", type=int, default=4, help="pictures drawn at once (default: %(default)s)")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="default: %(default)s")
+    _add_comparison(parser, ["diffusers"])
+
+
+def _add_comparison(parser: argparse.ArgumentParser, against: Sequence[str]) -> None:
+    add = parser.add_argument
+    add("--size", type=int, help="pixels of an image's side (default: the config's)")
+    add("--device", choices=["cpu", "cuda"], help="default: the GPU, if there is one")
+    add("--against", action="append", default=[], choices=against, help="measure that, too, and compare with it")
+    add("--repeat", type=int, default=1, help="rounds in which each row is measured once (default: %(default)s)")
+    add("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's time, for a busy machine")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags, and the `key.path=value` between them as `overrides`."""
+    overrides = [word for word in argv if OVERRIDE.match(word)]
+    args = build_parser().parse_args([word for word in argv if word not in overrides])
+    if overrides and args.kind != "train":
+        raise UserError(f"'{overrides[0]}': only a training takes overrides")
+    for name, least in (("steps", 1), ("warmup", 0), ("repeat", 1), ("batch", 1), ("size", 1)):
+        if (given := getattr(args, name, None)) is not None and given < least:
+            raise UserError(f"--{name} {given}: expected at least {least}")
+    if args.ckpt and not args.ckpt.is_file():
+        raise UserError(f"--ckpt {args.ckpt}: no such file")
+    args.overrides = overrides
+    return args
+
+
+def benchmark_load(args: argparse.Namespace) -> tuple[Measured, str]:
     """Load a checkpoint in a fresh process."""
     if args.purpose == "train" and args.dtype != "fp32":
         raise UserError("--dtype: weights are trained in fp32")
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark") as folder:
         path = args.ckpt or random_weights(args.config, Path(folder) / f"random{args.format}", args.dtype)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:
-            measured = pool.apply(measure_load, (args.config, path, args.purpose, args.dtype))
-        return {**measured, "file": str(path), "file_bytes": path.stat().st_size, "config": str(args.config)}
+        measured = apart(measure_load, args.config, path, args.purpose, args.dtype)
+        facts = {"file": str(path), "file_bytes": path.stat().st_size, "config": str(args.config)}
+        measured |= {**facts, "machine": machine()}
+    return measured, report_load(measured)
 
 
-def random_weights(config: Path, path: Path, dtype: str) -> Path:
-    """A checkpoint of a config's model with random weights."""
-    torch.manual_seed(0)
-    plain = to_plain(load_config([config]))
-    model = instantiate_from_config(target_of(shared_config(plain)), "model")
-    write_weights(path, in_dtype(model.state_dict(), DTYPES[dtype]), shared_config(plain), {})
-    return path
+def benchmark_train(args: argparse.Namespace) -> tuple[Measured, str]:
+    """Train a few steps of every variant."""
+    settings = Settings(args.steps, args.warmup, _device(args), torch.get_num_threads(), args.clock, args.ckpt)
+    rows = training_rows(args.base, _with_flags(args), args.switch, args.against, settings)
+    return _measured(args, rows, settings.device)
 
 
-def measure_load(config: Path, path: Path, purpose: str, dtype: str) -> Measured:
-    """Seconds and memory beyond what the imported packages take; every weight is read once."""
-    plain = to_plain(load_config([config]))
-    with torch.device("meta"):
-        instantiate_from_config(target_of(plain), "model")  # imports what the model needs
-    (before, _), start = resident_bytes(), time.perf_counter()
-    if purpose == "train":
-        model, _ = build_model(plain, Start(path), resumes=False)
-    else:
-        model = load_model(path, config, dtype=DTYPES[dtype])
-    weights = list(model.state_dict().values())
-    for value in weights:
-        value.flatten()[:: 4096 // value.element_size()].sum()  # a number of every page
-    seconds = time.perf_counter() - start
-    peak, size = resident_bytes()[1] - before, tensor_bytes(weights)
-    return {"kind": "load", "for": purpose, "dtype": dtype, "seconds": seconds, "peak_bytes": peak, "weights": size}
+def _with_flags(args: argparse.Namespace) -> list[str]:
+    """The overrides that the flags stand for, before those that are given."""
+    made = []
+    if args.size:
+        data = to_plain(load_config(args.base, args.overrides)).get("data", {}).get("params") or {}
+        made += [f"data.params.{name}.params.size={args.size}" for name in ("train", "reg") if data.get(name)]
+    if args.batch:
+        made.append(f"data.params.batch_size={args.batch}")
+    if args.precision:
+        made.append(f"lightning.trainer.precision={args.precision}")
+    return made + args.overrides
 
 
-def report_load(m: Measured) -> str:
-    """The line for a person."""
-    sizes = f"peak {m['peak_bytes'] / GB:.2f} GB for {m['weights'] / GB:.2f} GB of weights"
-    return (
-        f"load {m['file']} ({m['file_bytes'] / GB:.2f} GB) to {m['for']} in {m['dtype']}: {m['seconds']:.1f} s, "
-        f"{sizes} ({m['peak_bytes'] / m['weights']:.2f} x)"
-    )
+def benchmark_sample(args: argparse.Namespace) -> tuple[Measured, str]:
+    """Draw a batch of pictures with every program."""
+    device = _device(args)
+    if args.dtype == "fp16" and device == "cpu":
+        raise UserError("--dtype fp16: is for GPUs; a CPU samples in fp32 or bf16")
+    if args.against:
+        require_diffusers()
+    threads = torch.get_num_threads()
+    settings = sample.Settings(args.steps, args.batch, args.size, args.dtype, device, threads, args.clock)
+    with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark") as folder:
+        path = args.ckpt or random_weights(args.config, Path(folder) / "random.safetensors", args.dtype)
+        rows = [
+            Row(kind, sample.measure_sampling, (kind, args.config, path, settings), args.batch, args.dtype)
+            for kind in (*args.against, OURS)
+        ]
+        return _measured(args, rows, device)
 
 
-def benchmark(args: argparse.Namespace) -> None:
+def _device(args: argparse.Namespace) -> str:
+    device = pick_device(args.device).type
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device: nothing here measures on {device}; give --device cpu")
+    if device == "cuda" and args.clock == "cpu":
+        raise UserError("--clock cpu: what a GPU computes is not in this process's time")
+    return device
+
+
+def _measured(args: argparse.Namespace, rows: Sequence[Row], device: str) -> tuple[Measured, str]:
+    """Everything that the JSON holds, and the table."""
+    given = {key: value for key, value in vars(args).items() if key != "json"}
+    compared_to = args.against[0] if args.against else OURS
+    measured = {"given": given, "kind": args.kind, **measure_rows(rows, device, compared_to, args.repeat)}
+    return measured, told(measured)
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], tuple[Measured, str]]] = {
+    "load": benchmark_load,
+    "train": benchmark_train,
+    "sample": benchmark_sample,
+}
+
+
+def benchmark(argv: Sequence[str]) -> None:
     """Measure, print, write."""
-    measured = {**benchmark_load(args), "machine": machine()}
-    print(report_load(measured))
+    args = parse_args(argv)
+    measured, text = BENCHMARKS[args.kind](args)
+    print(text)
     if args.json:
-        text = json.dumps(measured, indent=1) + "\n"
-        write_atomically(args.json, lambda temporary: temporary.write_text(text))
+        content = json.dumps(measured, indent=1, default=str) + "\n"
+        write_atomically(args.json, lambda temporary: temporary.write_text(content))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args = build_parser().parse_args(argv)
-    return exit_status(lambda: benchmark(args))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return exit_status(lambda: benchmark(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class FrozenCLIPEmbedder(nn.Module):
         if text_model.config.vocab_size <= END:
             raise UserError(f"cond_stage_config: vocab_size {text_model.config.vocab_size} is below CLIP's {END + 1}")
         if use_checkpoint:
-            _checkpoint_activations(text_model)
+            recompute_activations(text_model)
         # Checkpoints hold the ids as a buffer; transformers stopped saving it.
         text_model.embeddings.register_buffer("position_ids", text_model.embeddings.position_ids, persistent=True)
         # transformers 5 has no `text_model` level any more; the checkpoint's keys do.
@@ -164,7 +164,8 @@ class FrozenOpenCLIPEmbedder(nn.Module):
         return self.model.token_embedding
 
 
-def _checkpoint_activations(text_model: Any) -> None:
+def recompute_activations(text_model: Any) -> None:
+    """Make a text encoder of transformers recompute its activations in the backward pass instead of keeping them."""
     # transformers is renaming this method.
     enable = getattr(text_model, "activation_checkpointing_enable", None)
     if enable is None:

@@ -1,0 +1,25 @@
+"""A measurement in a process of its own, so that its peak of memory is its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from ldm.errors import UserError
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, computed by a fresh process.
+
+    Raises:
+        UserError: the process was killed; and what the function raises.
+    """
+    # Not a multiprocessing.Pool, whose processes may have no children: data loaders start some.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError("the measuring process was killed; most often it had not enough memory") from error

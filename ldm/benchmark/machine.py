@@ -1,0 +1,72 @@
+"""What the figures hold for: the machine, the packages, and the rate of a large matrix product."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.errors import UserError
+from ldm.export import DTYPES
+
+PACKAGES = ("torch", "pytorch-lightning", "transformers", "diffusers")
+MATMUL_SIDES = {"cuda": 8192, "cpu": 1024}
+ENOUGH = 1.0  # second of a product: many processors compute half precision slowly
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The processor, its threads, the GPU that is measured, the packages' versions."""
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found | {name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))}
+
+
+def cpu_model() -> str:
+    """The processor's name, and its instruction set where that name says little."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rate(device_name: str, dtype: str, threads: int, times: int = 5, side: int | None = None) -> float:
+    """The best floating-point operations per second of the product of two large square matrices."""
+    torch.set_num_threads(threads)
+    device, side = torch.device(device_name), side or MATMUL_SIDES[device_name]
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    best = float("inf")
+    for _ in range(times + 1):  # the first one warms up
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        if best > ENOUGH:
+            break
+    return 2 * side**3 / best
+
+
+def require_diffusers() -> None:
+    """Raise a `UserError` if diffusers is not installed."""
+    if importlib.util.find_spec("diffusers") is None:
+        raise UserError("--against diffusers: the package is not installed: pip install 'diffusers>=0.30'")
