@@ -130,6 +130,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": lambda modules, lr, **adam: _fused(torch.optim.Adam, modules, lr=lr, **adam),
     "adamw": lambda modules, lr, **adam: _fused(torch.optim.AdamW, modules, lr=lr, **adam),
     "adamw_in_backward": lambda modules, lr, **adam: _fused(AdamWInBackward, modules, lr=lr, **adam),
+    "adamw8bit": lambda modules, lr, **adam: _eight_bit(_trained(modules), lr=lr, **adam),
     "muon": lambda modules, lr, **adam: Muon(_muon_groups(modules), lr=lr, **adam),
 }
 
@@ -157,8 +158,17 @@ def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Op
     """One of torch's optimizers, as one kernel over all parameters where there is one."""
     groups = _trained(modules)
     parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
-    fused = all(p.device.type in FUSED and p.is_floating_point() for p in parameters)
-    return kind(groups, fused=fused or None, **options)  # type: ignore[call-arg]
+    fused = all(p.device.type in FUSED and p.is_floating_point() for p in parameters) or None
+    return kind(groups, **{"fused": fused, **options})
+
+
+def _eight_bit(groups: list[Any], **options: Any) -> Optimizer:
+    """AdamW with moments of 8 bits in blocks (Dettmers et al., 2110.02861): 2 bytes a parameter instead of 8."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("model.params.optimizer: adamw8bit needs: pip install -e '.[low-memory]'") from error
+    return AdamW8bit(groups, **{"weight_decay": 0.01, **options})
 
 
 def _trained(modules: Sequence[Part]) -> list[Any]:

@@ -57,7 +57,7 @@ def config(tmp_path: Path, **overrides: Any) -> Path:
         },
         "lightning": {
             "modelcheckpoint": {"params": {"every_n_train_steps": 2}},
-            "trainer": {"max_steps": 4, "enable_progress_bar": False},
+            "trainer": {"max_steps": 4, "precision": "32-true", "enable_progress_bar": False},
         },
     }
     merged = OmegaConf.merge(

@@ -23,7 +23,7 @@ from ldm.models.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from ldm.models.diffusion.trained import check_same_parameters, check_strategy
 from ldm.modules.losses.diffusion import per_sample_loss, place_weights, with_offset
 from ldm.rng import SampleRandom
-from tests import golden
+from tests import golden, runs
 from tests.runs import Workspace, checkpoint, csv_rows, metrics, same
 from tests.test_diffusion import SIZE, batch, build, loader, small_trainer, step
 from tests.test_samplers import SHAPE, Gaussian, count, fake, means, noise_of
@@ -583,9 +583,8 @@ def test_variants_are_what_is_drawn(tmp_path):
 
 
 def test_a_mask_stays_with_its_latent(tmp_path):
-    root = masked(tmp_path)
-    run = runs.Workspace(tmp_path / "run")
-    run.photos = root
+    run = runs.Workspace(tmp_path)
+    run.photos = masked(tmp_path / "photos")
     masks = ("data.params.train.params.masks=true", "--max_steps", "3", "model.base_learning_rate=1e-4")
     without, cached = (run.train(name, *masks, f"data.params.latent_cache={name}") for name in ("false", "true"))
     plain = run.train("plain", *masks[1:])

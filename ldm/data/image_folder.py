@@ -251,7 +251,7 @@ class ImageFolderDataset(Dataset):
     def without_augmentation(self) -> ImageFolderDataset:
         """The same images as they are: not mirrored, and cropped in the middle where they were cropped anywhere."""
         plain = copy.copy(self)
-        plain.flip_p = 0.0
+        plain.flip_p, plain.latents = 0.0, None
         plain.resize = "center_crop" if self.resize == "random_crop" else self.resize
         return plain
 

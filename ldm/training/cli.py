@@ -179,6 +179,10 @@ def apply_flags(config: dict[str, Any], args: argparse.Namespace) -> None:
         trainer.update(parse_gpus(args.gpus))
     elif "accelerator" not in trainer and "devices" not in trainer:
         trainer.update({"accelerator": "cpu", "devices": 1})
+    if "precision" not in trainer and not trainer.get("barebones"):
+        from ldm.training.devices import default_precision
+
+        trainer["precision"] = default_precision(trainer.get("accelerator", "auto"))
     data = _section(_section(config, "data"), "params")
     _apply_data_flags(data, args)
     reg_weight = ((config.get("model") or {}).get("params") or {}).get("reg_weight", 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import torch
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
+
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def accelerators() -> tuple[str, int]:
@@ -20,6 +24,27 @@ def accelerators() -> tuple[str, int]:
     if torch.backends.mps.is_available():
         return "mps", 1
     return "cpu", 0
+
+
+def default_precision(accelerator: str) -> str:
+    """bfloat16 autocast where the device computes in it, else float32; weights and optimizer stay in float32.
+
+    Args:
+        accelerator: Lightning's word for it.
+    """
+    kind = accelerators()[0] if accelerator == "auto" else accelerator
+    if kind in ("gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "bf16-mixed" if kind == "cpu" and BF16_FLAGS & _cpu_flags() else "32-true"
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor says that it can, where the system says it."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def parse_gpus(text: str) -> dict[str, Any]:

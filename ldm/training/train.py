@@ -28,7 +28,7 @@ from ldm.inference import plain_weights
 from ldm.lora import adapters_alone
 from ldm.training import defaults, summary
 from ldm.training.run import Run
-from ldm.training.trainer import build_trainer, quiet_lightning
+from ldm.training.trainer import build_trainer, check_in_backward, quiet_lightning
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     data.check()  # images that do not decode, before the minutes that a large model takes to build
     config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
+    check_in_backward(config, trainer)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
     set_learning_rates(model, config, trainer, data.batch_size)
 

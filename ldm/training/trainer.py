@@ -63,6 +63,20 @@ def build_trainer(config: Mapping[str, Any], run: Run) -> Any:
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
 
 
+def check_in_backward(config: Mapping[str, Any], trainer: Any) -> None:
+    """Raise a `UserError` for what needs all gradients at once where the optimizer keeps none."""
+    if (config["model"].get("params") or {}).get("optimizer") != "adamw_in_backward":
+        return
+    excluded = {
+        "lightning.trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+        "lightning.trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
+        "lightning.trainer.precision: 16-mixed": trainer.precision == "16-mixed",
+        "several processes": trainer.world_size > 1,
+    }
+    if found := [name for name, given in excluded.items() if given]:
+        raise UserError(f"model.params.optimizer: adamw_in_backward keeps no gradients, so not with {', '.join(found)}")
+
+
 def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:
     """Whether the Trainer's arguments forbid a callback, which Lightning would refuse to run with."""
     switches = {

@@ -71,7 +71,8 @@ class LatentDiffusion(pl.LightningModule):
             v. A base model's schedule is rescaled, too.
         unmasked_weight: weight of what a mask leaves black, from 0 to 1; white has 1.
         ema_decay: of the average that `use_ema` keeps.
-        optimizer: adamw or muon.
+        optimizer: adamw; adamw_in_backward, which keeps no gradients (see `AdamWInBackward`); adamw8bit, whose state
+            is a quarter; adam; muon.
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
         lora: `rank` and `alpha` of adapters on the UNet's attention and, with `cond_stage_trainable`, the text
             encoder's, which are trained instead of the model's own weights.
@@ -457,7 +458,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer over the UNet and, if it is trained, the text encoder."""
-        optimizer = make_optimizer(self.optimizer, self._parts(), self.learning_rate)
+        options = {"fused": False} if self.optimizer in ("adam", "adamw") and _clips_scaled(self._trainer) else {}
+        optimizer = make_optimizer(self.optimizer, self._parts(), self.learning_rate, **options)
         max_steps = -1 if self._trainer is None else self.trainer.max_steps
         return with_schedule(optimizer, self.scheduler_config, max_steps)
 
@@ -496,6 +498,11 @@ class LatentDiffusion(pl.LightningModule):
                 )
             pictures["samples"] = self.decode_first_stage(latents)
         return pictures
+
+
+def _clips_scaled(trainer: Any) -> bool:
+    """Whether Lightning has to unscale fp16's gradients to clip them, which fused kernels do themselves."""
+    return trainer is not None and trainer.precision == "16-mixed" and bool(trainer.gradient_clip_val)
 
 
 def _check_options(shares: Mapping[str, float], min_snr_gamma: float | None, offset_noise: float) -> None:

@@ -1,0 +1,104 @@
+"""Optimizers that need less memory: AdamW in the backward pass, and with a state of 8 bits."""
+
+import sys
+
+import pytest
+import torch
+
+from ldm.backward_optimizer import AdamWInBackward
+from ldm.optim import make_optimizer
+from tests import runs
+from tests.runs import Workspace, checkpoint, metrics, same
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("optimizers"))
+
+
+@pytest.fixture(scope="module")
+def with_adamw(workspace):
+    return workspace.train("adamw", "--max_steps", "3")
+
+
+def test_in_backward_is_adamw(workspace, with_adamw):
+    run = workspace.train("in-backward", "--max_steps", "3", "model.params.optimizer=adamw_in_backward")
+    ours, theirs = checkpoint(run), checkpoint(with_adamw)
+    assert same(ours["state_dict"], theirs["state_dict"])
+    assert same(ours["optimizer_states"], theirs["optimizer_states"])
+
+
+def test_each_resumes_the_others_run(workspace, with_adamw):
+    straight = workspace.train("straight", "--max_steps", "5")
+    for optimizer in ("adamw_in_backward", "adamw8bit"):
+        parts = workspace.train(f"parts-{optimizer}", "--max_steps", "3", f"model.params.optimizer={optimizer}")
+        workspace.resume(parts, "--max_steps", "5")
+        whole = workspace.train(f"whole-{optimizer}", "--max_steps", "5", f"model.params.optimizer={optimizer}")
+        assert same(checkpoint(parts)["state_dict"], checkpoint(whole)["state_dict"])
+        assert same(checkpoint(parts)["optimizer_states"], checkpoint(whole)["optimizer_states"])
+        assert same(checkpoint(whole)["state_dict"], checkpoint(straight)["state_dict"]) is (optimizer != "adamw8bit")
+
+
+def test_no_gradient_is_left_and_few_are_there_at_once():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(6)))
+    optimizer = make_optimizer("adamw_in_backward", [network], lr=0.1)
+    assert isinstance(optimizer, AdamWInBackward)
+    most = [0]
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: most.append(sum(p.grad is not None for p in network.parameters()))
+        )
+
+    def closure():
+        loss = network(torch.ones(2, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    first = float(optimizer.step(closure))
+    assert max(most) <= 2 and all(p.grad is None for p in network.parameters())
+    assert float(closure()) < first
+    # Outside of a step nothing is updated: the gradients are there, as anybody expects.
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "more", [["--accumulate_grad_batches", "2"], ["--gradient_clip_val", "1.0"], ["--precision", "16-mixed"]]
+)
+def test_what_needs_all_gradients_is_refused(workspace, caplog, more):
+    arguments = workspace.arguments("refused", "model.params.optimizer=adamw_in_backward", *more)
+    assert runs.main.main(arguments) == 1
+    assert f"adamw_in_backward keeps no gradients, so not with lightning.trainer.{more[0][2:]}" in caplog.text
+    assert not list(workspace.logs.glob("*_refused"))
+
+
+def test_eight_bits_are_close_to_adamw_and_a_quarter_of_its_state(workspace, with_adamw):
+    run = workspace.train("8bit", "--max_steps", "3", "model.params.optimizer=adamw8bit")
+    ours, theirs = ([float(row["train/loss_total"]) for row in metrics(r)] for r in (run, with_adamw))
+    assert ours == pytest.approx(theirs, rel=0.05) and ours != theirs
+    sizes = []
+    for folder in (run, with_adamw):
+        (state,) = checkpoint(folder)["optimizer_states"]
+        large = [s for s in state["state"].values() if sum(tensor_bytes(s)) > 2**16]
+        sizes.append(sum(sum(tensor_bytes(s)) for s in large))
+    assert 0 < sizes[0] < 0.4 * sizes[1]
+
+
+def tensor_bytes(state):
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from tensor_bytes(value)
+        elif isinstance(value, torch.Tensor):
+            yield value.numel() * value.element_size()
+
+
+def test_without_bitsandbytes_one_line_says_what_to_install(workspace, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    assert runs.main.main(workspace.arguments("missing", "model.params.optimizer=adamw8bit")) == 1
+    assert "pip install -e '.[low-memory]'" in caplog.text
+
+
+def test_clipping_fp16_needs_an_optimizer_that_leaves_unscaling_to_lightning(workspace):
+    run = workspace.train("clip16", "--max_steps", "1", "--gradient_clip_val", "1.0", "--precision", "16-mixed")
+    (state,) = checkpoint(run)["optimizer_states"]
+    assert not state["param_groups"][0]["fused"]
