@@ -54,6 +54,28 @@ def test_run_folder_names(flags, folder):
     assert str(new_run(cli.parse_args(["--base", V1, "-t", *flags])).folder) == folder
 
 
+@pytest.mark.parametrize(
+    "accelerator, flags, expected",
+    [
+        ("cpu", "fpu avx512f avx512_bf16 sse", "bf16-mixed"),
+        ("auto", "amx_bf16", "bf16-mixed"),
+        ("cpu", "fpu avx2 bf16x", "32-true"),
+        ("mps", "avx512_bf16", "32-true"),
+        ("gpu", "", "32-true"),  # there is none
+    ],
+)
+def test_bfloat16_where_the_device_has_it(accelerator, flags, expected, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t: {flags}\n\nprocessor : 1\nflags : {flags}\n")
+    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "accelerators", lambda: ("cpu", 0))
+    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: False)
+    assert devices.default_precision(accelerator) == expected
+    config, _ = cli.prepare(cli.parse_args(REFERENCE_COMMAND))
+    assert config["lightning"]["trainer"]["precision"] == devices.default_precision("cpu")
+    config, _ = cli.prepare(cli.parse_args([*REFERENCE_COMMAND, "--precision", "32-true"]))
+    assert config["lightning"]["trainer"]["precision"] == "32-true"
+
+
 @pytest.mark.parametrize("flags, value", [([], None), (["--scale_lr"], True), (["--scale_lr", "False"], False)])
 def test_scale_lr_is_an_optional_boolean(flags, value):
     assert cli.parse_args(["-t", *flags]).scale_lr is value
