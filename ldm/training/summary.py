@@ -13,6 +13,7 @@ from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.first_step import PARTS
 from ldm.callbacks.timing import TimingCallback
 from ldm.modules.encoders import tokenizer
+from ldm.training import memory
 from ldm.training.run import Run
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
@@ -76,6 +77,8 @@ def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
     rows["device"] = f"{device}, precision {trainer.precision}" + (
         f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     )
+    if estimate := memory.of_run(trainer, model, data):
+        rows["memory"] = memory.outlook(trainer, model, estimate)
     rows["output"] = str(run.folder)
     return _rows("Training", rows)
 

@@ -26,7 +26,7 @@ from ldm.errors import UserError
 from ldm.export import DTYPES, in_dtype, sha256, shared_config, target_of, training_facts, write_weights
 from ldm.inference import plain_weights
 from ldm.lora import adapters_alone
-from ldm.training import defaults, summary
+from ldm.training import defaults, memory, summary
 from ldm.training.run import Run
 from ldm.training.trainer import build_trainer, check_in_backward, quiet_lightning
 from ldm.util import instantiate_from_config
@@ -88,7 +88,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     trainer.callbacks.append(_Announcement(run, report))
     if run.resume_from:  # not as an argument of fit, which hides it from the callbacks and the data
         trainer.ckpt_path = str(run.resume_from)
-    trainer.fit(model, datamodule=data, weights_only=False)
+    _fit(trainer, model, data)
 
     keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
     if trainer.is_global_zero:
@@ -102,6 +102,19 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     if test and "test" in data.datasets and not interrupts.interrupted:
         trainer.test(model, datamodule=data)
     return Trained(model, data, trainer, run, interrupts.interrupted)
+
+
+def _fit(trainer: Any, model: Any, data: Any) -> None:
+    """Train; an allocator's error becomes the advice that helps against it."""
+    try:
+        trainer.fit(model, datamodule=data, weights_only=False)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error) or not hasattr(model, "objective"):
+            raise
+        keeper = _only(trainer, CheckpointKeeper)
+        kept = f"; the last checkpoint is {keeper.last_path}" if keeper and keeper.last_path.exists() else ""
+        step, device = trainer.global_step + 1, trainer.strategy.root_device
+        raise UserError(f"{device}: out of memory in step {step}{kept}. {memory.advice(trainer, model)}") from error
 
 
 def _with_base_model(config: Mapping[str, Any], start: Start) -> Mapping[str, Any]:

@@ -1,0 +1,186 @@
+"""How much memory a training needs, before it starts: the networks run on tensors without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+GB = 1e9
+CONCERNS = 1e9  # bytes of weights from which on an estimate is worth its seconds
+# Bytes that an optimizer keeps for each trained parameter, and whether it needs the gradients of all at once.
+STATE_BYTES = {"adamw": 8, "adam": 8, "adamw_in_backward": 8, "adamw8bit": 2, "muon": 4}
+NO_GRADIENTS = ("adamw_in_backward",)
+# Numbers that a block of a text transformer keeps for each token and channel: Korthikanti et al., 2205.05198, table 1.
+TEXT_NUMBERS = 17
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations")
+        listed = " + ".join(f"{name} {getattr(self, name) / GB:.2f}" for name in parts)
+        return f"about {self.total / GB:.2f} GB ({listed})"
+
+
+def estimate(model: Any, optimizer: str, samples: int, side: int, autocast: torch.dtype | None = None) -> Estimate:
+    """What a `LatentDiffusion` needs to train, without what torch and the GPU's driver take themselves (about 1 GB).
+
+    Args:
+        optimizer: its name in `ldm.optim.OPTIMIZERS`.
+        samples: in one pass of the UNet: subject and class images of a batch.
+        side: of the images, pixels.
+        autocast: the lower precision of a mixed one.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [parameter.nbytes for parameter in trained]
+    return Estimate(
+        weights=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
+        gradients=max(gradients, default=0) if optimizer in NO_GRADIENTS else sum(gradients),
+        optimizer=STATE_BYTES[optimizer] * sum(parameter.numel() for parameter in trained),
+        activations=activation_bytes(model, samples, side // model.downsampling, autocast),
+    )
+
+
+def activation_bytes(model: Any, samples: int, latent_side: int, autocast: torch.dtype | None = None) -> int:
+    """What the UNet's and the text encoder's backward passes need beside the weights."""
+    unet = model.model.diffusion_model
+    tokens, width = model.cond_stage_model.max_length, model.cond_stage_model.token_embedding.weight.shape[1]
+    text = 0
+    if model.cond_stage_trainable:
+        blocks = sum(isinstance(module, nn.LayerNorm) for module in model.cond_stage_model.modules()) // 2
+        distinct = min(samples, 2)  # captions, most of which are the same
+        text = blocks * TEXT_NUMBERS * distinct * tokens * width * 4
+    with FakeTensorMode() as mode:
+        state = {name: mode.from_tensor(value) for name, value in unet.state_dict(keep_vars=True).items()}
+        x = torch.empty(samples, unet.in_channels, latent_side, latent_side)
+        t = torch.zeros(samples, dtype=torch.long)
+        context = torch.empty(samples, tokens, width, requires_grad=model.cond_stage_trainable)
+        with torch.enable_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            return text + _kept(unet, state, (x, t, context))
+
+
+def _kept(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, and those that recomputing one block adds."""
+    weights = {value.untyped_storage()._cdata for value in state.values()}
+    kept: dict[int, Tensor] = {}
+    recomputed = [0]
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        for value in args:
+            if isinstance(value, Tensor):
+                kept[value.untyped_storage()._cdata] = value
+
+    def leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        inside: dict[int, Tensor] = {}
+        with _counting(inside):
+            module._forward(*args)
+        recomputed.append(_total(inside, weights))
+
+    hooks = [
+        hook
+        for module in unet.modules()
+        if getattr(module, "use_checkpoint", False)
+        for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
+    ]
+    try:
+        with _counting(kept):
+            output = functional_call(unet, dict(state), inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kept[output.untyped_storage()._cdata] = output
+    return _total(kept, weights) + max(recomputed)
+
+
+@contextmanager
+def _counting(kept: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, what autograd keeps for its backward pass goes into `kept`, by its storage."""
+
+    def pack(value: Tensor) -> Tensor:
+        kept[value.untyped_storage()._cdata] = value
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        yield
+
+
+def _total(kept: dict[int, Tensor], without: set[int]) -> int:
+    return sum(value.untyped_storage().nbytes() for key, value in kept.items() if key not in without)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of the device that nothing uses yet; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if device.type != "cpu" or not info.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
+    """The estimate of a run; None for other models, for images of any size and where memory is of no concern."""
+    side = getattr(data.datasets.get("train"), "size", None)
+    if not hasattr(model, "objective") or not side or sum(p.nbytes for p in model.parameters()) < CONCERNS:
+        return None
+    halves = 2 if "reg" in data.datasets else 1
+    autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
+    return estimate(model, model.optimizer, halves * data.batch_size, side, autocast)
+
+
+def outlook(trainer: Any, model: Any, found: Estimate) -> str:
+    """An estimate, and if the device has less, what to do about that."""
+    available = available_bytes(trainer.strategy.root_device)
+    if available is None or found.total < available:
+        return str(found)
+    return f"{found}, of which {available / GB:.1f} GB are free: it will not fit. {advice(trainer, model)}"
+
+
+def advice(trainer: Any, model: Any) -> str:
+    """What needs less memory, as one line."""
+    return f"To need less: {'; '.join(switches(model, model.optimizer, trainer.precision, trainer.world_size))}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is of torch's allocators, on a GPU or the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def switches(model: Any, optimizer: str, precision: str, processes: int) -> list[str]:
+    """What a user can still turn to need less memory, the cheapest in time and quality first."""
+    unet, trained = model.model.diffusion_model, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_backward = optimizer == "adamw" and processes == 1
+    checkpoints = any(getattr(module, "use_checkpoint", False) for module in unet.modules())
+    found = {
+        "model.params.unet_config.params.use_checkpoint=true": not checkpoints,
+        "--precision bf16-mixed": not precision.startswith(("bf16", "16")),
+        f"model.params.optimizer=adamw_in_backward (-{4 * trained / GB:.1f} GB)": in_backward,
+        f"model.params.optimizer=adamw8bit (-{6 * trained / GB:.1f} GB)": optimizer == "adamw",
+        "model.params.cond_stage_trainable=false": model.cond_stage_trainable and not model.lora,
+        "configs/stable-diffusion/v1-finetune_lora.yaml": not model.lora,
+        "data.params.batch_size=1, or smaller images (data.params.train.params.size and reg.params.size)": True,
+    }
+    return [switch for switch, left in found.items() if left]
