@@ -25,10 +25,9 @@ from typing import Any
 import torch
 
 from ldm.benchmark import sample
-from ldm.benchmark.clock import CLOCKS
 from ldm.benchmark.isolation import apart
 from ldm.benchmark.load import measure_load, random_weights, report_load
-from ldm.benchmark.machine import machine, require_diffusers
+from ldm.benchmark.machine import CLOCKS, machine, require_diffusers
 from ldm.benchmark.report import told
 from ldm.benchmark.rows import Row, measure_rows
 from ldm.benchmark.train import Settings
@@ -175,7 +174,7 @@ def _measured(args: argparse.Namespace, rows: Sequence[Row], device: str) -> tup
     """Everything that the JSON holds, and the table."""
     given = {key: value for key, value in vars(args).items() if key != "json"}
     compared_to = args.against[0] if args.against else OURS
-    measured = {"given": given, "kind": args.kind, **measure_rows(rows, device, compared_to, args.repeat)}
+    measured = {"given": given, "kind": args.kind, **measure_rows(rows, device, compared_to, args.repeat, args.clock)}
     return measured, told(measured)
 
 

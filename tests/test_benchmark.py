@@ -8,8 +8,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from ldm.benchmark import clock, isolation, report, rows
-from ldm.benchmark.machine import matmul_rate
+from ldm.benchmark import clock, isolation, machine, report, rows
 from ldm.benchmark.reference import DiffusersDreamBooth, TwoForward
 from ldm.benchmark.variants import checked_config, parse_switch, variants
 from ldm.config import load_yaml
@@ -25,7 +24,7 @@ from tests import golden, runs
 def here(monkeypatch):
     """Measurements in this process: the importing takes a fresh one longer than the measuring."""
     monkeypatch.setattr(rows, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(rows, "matmul_rate", lambda device, dtype, threads: 1e12)
+    monkeypatch.setattr(rows, "matmul_rate", lambda device, dtype, threads, clock: 1e12)
 
 
 def measured(tmp_path, *command):
@@ -270,7 +269,7 @@ def test_sampling_in_fp16_wants_a_gpu(tmp_path, caplog):
 
 def test_the_clock(monkeypatch):
     times = iter([0.0, 10.0, 11.0, 13.0, 16.0])
-    monkeypatch.setitem(clock.CLOCKS, "wall", lambda: next(times))
+    monkeypatch.setitem(machine.CLOCKS, "wall", lambda: next(times))
     steps = clock.StepClock(warmup=1, steps=3)
     steps.begin(torch.device("cpu"))
     for _ in range(steps.total):
@@ -309,8 +308,10 @@ def test_rounds_become_one():
     assert report.merged([found, {"failed": "out of memory"}]) == {"failed": "out of memory"}
 
 
-def test_the_rate_of_a_matrix_product():
-    assert 1e7 < matmul_rate("cpu", "fp32", torch.get_num_threads(), times=1, side=256) < 1e15
+def test_the_rate_of_a_matrix_product(monkeypatch):
+    times = iter([0.0, 0.9, 2.0, 2.5, 3.0, 3.8])  # 0.9, 0.5 and 0.8 s
+    monkeypatch.setitem(machine.CLOCKS, "cpu", lambda: next(times))
+    assert machine.matmul_rate("cpu", "fp32", torch.get_num_threads(), "cpu", times=2, side=8) == 2 * 8**3 / 0.5
 
 
 def test_switches(tmp_path):

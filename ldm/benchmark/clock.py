@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.benchmark.machine import synchronize
+from ldm.benchmark.machine import CLOCKS, synchronize
 from ldm.callbacks.timing import peak_memory_bytes
-
-# The wall, or what this process computed: of use where other programs compete for the processor.
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class StepClock:

@@ -27,7 +27,9 @@ class Row:
     dtype: str
 
 
-def measure_rows(rows: Sequence[Row], device: str, compared_to: str, repeat: int = 1) -> dict[str, Any]:
+def measure_rows(
+    rows: Sequence[Row], device: str, compared_to: str, repeat: int = 1, clock: str = "wall"
+) -> dict[str, Any]:
     """Measure every row `repeat` times, in turns, so that what else the machine does meets all of them.
 
     Returns:
@@ -35,7 +37,7 @@ def measure_rows(rows: Sequence[Row], device: str, compared_to: str, repeat: int
     """
     threads = torch.get_num_threads()
     dtypes = dict.fromkeys(row.dtype for row in rows)
-    rates = {dtype: apart(matmul_rate, device, dtype, threads) for dtype in dtypes}
+    rates = {dtype: apart(matmul_rate, device, dtype, threads, clock) for dtype in dtypes}
     measured: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
     for number in range(repeat):
         for row in rows:

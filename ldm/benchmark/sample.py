@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.benchmark.clock import CLOCKS
-from ldm.benchmark.machine import synchronize
+from ldm.benchmark.machine import CLOCKS, synchronize
 from ldm.benchmark.reference import diffusers_networks
 from ldm.callbacks.timing import peak_memory_bytes, resident_bytes
 from ldm.config import load_config, to_plain
