@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.errors import UserError, nearest
-from ldm.util import instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 
 # From the share of the decay that is left (1 or more before it begins, 0 at its end) to how much of the rate is.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -72,7 +73,8 @@ def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | No
     if scheduler_config is None:
         return optimizer
     given = dict(scheduler_config.get("params") or {})
-    if given.get("steps") is None:
+    target = get_obj_from_str(str(scheduler_config.get("target")), "scheduler_config.target")
+    if "steps" in signature(target).parameters and given.get("steps") is None:
         given["steps"] = max_steps if max_steps > 0 else None
     schedule = instantiate_from_config({**scheduler_config, "params": given}, "scheduler_config")
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}

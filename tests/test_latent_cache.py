@@ -95,6 +95,6 @@ def test_what_shows_another_picture_each_time_is_refused(workspace, caplog):
 
 def test_variants_are_what_examples_are_made_of(workspace):
     dataset = ImageFolderDataset(workspace.photos, size=8, flip_p=0.5)
-    variants = {pixels.tobytes() for _, pixels in dataset.variants()}
+    variants = {entries["image"].tobytes() for _, entries in dataset.variants()}
     seen = {dataset.example(n, torch.Generator().manual_seed(n))["image"].tobytes() for n in range(40)}
     assert len(variants) == 6 and seen == variants

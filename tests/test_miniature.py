@@ -120,7 +120,7 @@ def test_the_report_holds_every_subject():
             *(
                 f"{encoder}, {name}"
                 for encoder in ("CLIP-I", "EfficientNet-Lite0")
-                for name in ("gap closed", "class drift", "diversity kept")
+                for name in ("gap closed", "class drift", "centred subject", "diversity kept")
             ),
         ),
         0.5,

@@ -584,7 +584,7 @@ def test_variants_are_what_is_drawn(tmp_path):
 
 def test_a_mask_stays_with_its_latent(tmp_path):
     run = runs.Workspace(tmp_path)
-    run.photos = masked(tmp_path / "photos")
+    run.photos = masked(tmp_path / "photos-masked", masks=(0, 1))
     masks = ("data.params.train.params.masks=true", "--max_steps", "3", "model.base_learning_rate=1e-4")
     without, cached = (run.train(name, *masks, f"data.params.latent_cache={name}") for name in ("false", "true"))
     plain = run.train("plain", *masks[1:])

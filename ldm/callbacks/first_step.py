@@ -73,6 +73,7 @@ class FirstStepCheck(pl.Callback):
     def __init__(self, patience: int = 8):
         self.patience = patience
         self._before: dict[str, Tensor] | None = None
+        self._frozen: set[str] = set()
         self._rate = 0.0
         self._steps = 0
         self._next = 1
@@ -81,6 +82,8 @@ class FirstStepCheck(pl.Callback):
         # Sharded strategies have other tensors than the model's.
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             self._before = {name: checksum(value) for name, value in _tensors(pl_module)}
+            # As of now: a part may stop to train before a step is looked at.
+            self._frozen = self._before.keys() - {n for n, p in pl_module.named_parameters() if p.requires_grad}
             self._steps, self._next = 0, 1
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -105,7 +108,7 @@ class FirstStepCheck(pl.Callback):
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before: Mapping[str, Tensor]) -> bool:
         """Whether there is nothing more to wait for."""
         still = unchanged(before, pl_module)
-        _check_frozen(pl_module, still, trainer.global_step)
+        _check_frozen(self._frozen - still, trainer.global_step)
         if not pl_module.automatic_optimization:
             return True  # which of its optimizers steps when is the model's own business
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
@@ -168,10 +171,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _check_frozen(module: nn.Module, still: set[str], step: int) -> None:
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    moved = [name for name, _ in _tensors(module) if name not in still and name not in trained]
-    if moved:
+def _check_frozen(changed: set[str], step: int) -> None:
+    if moved := sorted(changed):
         more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         part = f" ({part_of(moved[0], False)})" if "." in moved[0] else ""
         raise UserError(

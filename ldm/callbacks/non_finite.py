@@ -63,7 +63,7 @@ def non_finite_weights(module: torch.nn.Module) -> list[str]:
 
 
 def _finite(values: Sequence[Tensor]) -> bool:
-    return not values or bool(torch.stack([value.detach().float().mean() for value in values]).isfinite())
+    return not values or bool(torch.stack([value.detach().float().mean() for value in values]).isfinite().all())
 
 
 def _losses(trainer: pl.Trainer, outputs: Any) -> list[Tensor]:
