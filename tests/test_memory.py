@@ -34,13 +34,13 @@ def recompute(network, on):
 
 
 def test_activations_are_those_of_a_real_pass():
-    model = build()
+    model = build(cond_stage_trainable=False)
     unet = model.model.diffusion_model
     recompute(unet, False)
     width = model.cond_stage_model.token_embedding.weight.shape[1]
-    context = torch.randn(2, model.cond_stage_model.max_length, width, requires_grad=model.cond_stage_trainable)
+    context = torch.randn(2, model.cond_stage_model.max_length, width)
     real = really_kept(unet, (torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), context))
-    assert memory.activation_bytes(model, 2, 8) == pytest.approx(real, rel=0.02)
+    assert memory.activation_bytes(model, 2, 8) == pytest.approx(real, rel=0.01)
 
 
 def test_what_needs_less():
