@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/python scripts/demo.py $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(CLASS),--class_word "$(CLASS)")
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
