@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm.backward_optimizer import AdamWInBackward
+from ldm.backward_optimizer import AdamWInBackward, InBackward
 from ldm.errors import UserError, nearest
 
 Part = nn.Module | Mapping[str, Any]  # a network, or a parameter group with its networks as `modules`
@@ -130,7 +130,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": lambda modules, lr, **adam: _fused(torch.optim.Adam, modules, lr=lr, **adam),
     "adamw": lambda modules, lr, **adam: _fused(torch.optim.AdamW, modules, lr=lr, **adam),
     "adamw_in_backward": lambda modules, lr, **adam: _fused(AdamWInBackward, modules, lr=lr, **adam),
-    "adamw8bit": lambda modules, lr, **adam: _eight_bit(_trained(modules), lr=lr, **adam),
+    "adamw8bit": lambda modules, lr, **adam: _eight_bit(modules, False, lr=lr, **adam),
+    "adamw8bit_in_backward": lambda modules, lr, **adam: _eight_bit(modules, True, lr=lr, **adam),
     "muon": lambda modules, lr, **adam: Muon(_muon_groups(modules), lr=lr, **adam),
 }
 
@@ -162,13 +163,14 @@ def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Op
     return kind(groups, **{"fused": fused, **options})
 
 
-def _eight_bit(groups: list[Any], **options: Any) -> Optimizer:
+def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: Any) -> Optimizer:
     """AdamW with moments of 8 bits in blocks (Dettmers et al., 2110.02861): 2 bytes a parameter instead of 8."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise UserError("model.params.optimizer: adamw8bit needs: pip install -e '.[low-memory]'") from error
-    return AdamW8bit(groups, **{"weight_decay": 0.01, **options})
+    kind = type("AdamW8bitInBackward", (InBackward, AdamW8bit), {}) if in_backward else AdamW8bit
+    return kind(_trained(modules), **{"weight_decay": 0.01, **options})
 
 
 def _trained(modules: Sequence[Part]) -> list[Any]:

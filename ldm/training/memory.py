@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from ldm.backward_optimizer import SUFFIX
+
 GB = 1e9
 CONCERNS = 1e9  # bytes of weights from which on an estimate is worth its seconds
-# Bytes that an optimizer keeps for each trained parameter, and whether it needs the gradients of all at once.
-STATE_BYTES = {"adamw": 8, "adam": 8, "adamw_in_backward": 8, "adamw8bit": 2, "muon": 4}
-NO_GRADIENTS = ("adamw_in_backward",)
+# Bytes that an optimizer keeps for each trained parameter.
+STATE_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2, "muon": 4}
 # Numbers that a block of a text transformer keeps for each token and channel: Korthikanti et al., 2205.05198, table 1.
 TEXT_NUMBERS = 17
 
@@ -55,8 +56,8 @@ def estimate(model: Any, optimizer: str, samples: int, side: int, autocast: torc
     gradients = [parameter.nbytes for parameter in trained]
     return Estimate(
         weights=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
-        gradients=max(gradients, default=0) if optimizer in NO_GRADIENTS else sum(gradients),
-        optimizer=STATE_BYTES[optimizer] * sum(parameter.numel() for parameter in trained),
+        gradients=max(gradients, default=0) if optimizer.endswith(SUFFIX) else sum(gradients),
+        optimizer=STATE_BYTES[optimizer.removesuffix(SUFFIX)] * sum(parameter.numel() for parameter in trained),
         activations=activation_bytes(model, samples, side // model.downsampling, autocast),
     )
 
@@ -70,13 +71,18 @@ def activation_bytes(model: Any, samples: int, latent_side: int, autocast: torch
         blocks = sum(isinstance(module, nn.LayerNorm) for module in model.cond_stage_model.modules()) // 2
         distinct = min(samples, 2)  # captions, most of which are the same
         text = blocks * TEXT_NUMBERS * distinct * tokens * width * 4
-    with FakeTensorMode() as mode:
-        state = {name: mode.from_tensor(value) for name, value in unet.state_dict(keep_vars=True).items()}
+    with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
+        state = {name: _without_data(value) for name, value in unet.state_dict(keep_vars=True).items()}
         x = torch.empty(samples, unet.in_channels, latent_side, latent_side)
         t = torch.zeros(samples, dtype=torch.long)
         context = torch.empty(samples, tokens, width, requires_grad=model.cond_stage_trainable)
         with torch.enable_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             return text + _kept(unet, state, (x, t, context))
+
+
+def _without_data(value: Tensor) -> Tensor:
+    # On the CPU, where the inputs are: the model itself may be on `meta`.
+    return torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
 
 
 def _kept(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> int:
@@ -172,13 +178,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 def switches(model: Any, optimizer: str, precision: str, processes: int) -> list[str]:
     """What a user can still turn to need less memory, the cheapest in time and quality first."""
     unet, trained = model.model.diffusion_model, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    in_backward = optimizer == "adamw" and processes == 1
-    checkpoints = any(getattr(module, "use_checkpoint", False) for module in unet.modules())
+    recomputed = [module.use_checkpoint for module in unet.modules() if hasattr(module, "use_checkpoint")]
     found = {
-        "model.params.unet_config.params.use_checkpoint=true": not checkpoints,
+        "model.params.unet_config.params.use_checkpoint=true": not all(recomputed),
         "--precision bf16-mixed": not precision.startswith(("bf16", "16")),
-        f"model.params.optimizer=adamw_in_backward (-{4 * trained / GB:.1f} GB)": in_backward,
-        f"model.params.optimizer=adamw8bit (-{6 * trained / GB:.1f} GB)": optimizer == "adamw",
+        f"model.params.optimizer={optimizer}{SUFFIX} (-{4 * trained / GB:.1f} GB)": (
+            optimizer in ("adamw", "adamw8bit") and processes == 1
+        ),
+        f"model.params.optimizer={optimizer.replace('adamw', 'adamw8bit')} (-{6 * trained / GB:.1f} GB)": (
+            optimizer in ("adamw", "adamw" + SUFFIX)
+        ),
         "model.params.cond_stage_trainable=false": model.cond_stage_trainable and not model.lora,
         "configs/stable-diffusion/v1-finetune_lora.yaml": not model.lora,
         "data.params.batch_size=1, or smaller images (data.params.train.params.size and reg.params.size)": True,

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+from ldm.backward_optimizer import SUFFIX
 from ldm.callbacks.checkpoints import AtomicCheckpointIO, InterruptHandler
 from ldm.callbacks.setup import SetupCallback
 from ldm.errors import UserError
@@ -65,7 +66,8 @@ def build_trainer(config: Mapping[str, Any], run: Run) -> Any:
 
 def check_in_backward(config: Mapping[str, Any], trainer: Any) -> None:
     """Raise a `UserError` for what needs all gradients at once where the optimizer keeps none."""
-    if (config["model"].get("params") or {}).get("optimizer") != "adamw_in_backward":
+    optimizer = str((config["model"].get("params") or {}).get("optimizer"))
+    if not optimizer.endswith(SUFFIX):
         return
     excluded = {
         "lightning.trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
@@ -74,7 +76,7 @@ def check_in_backward(config: Mapping[str, Any], trainer: Any) -> None:
         "several processes": trainer.world_size > 1,
     }
     if found := [name for name, given in excluded.items() if given]:
-        raise UserError(f"model.params.optimizer: adamw_in_backward keeps no gradients, so not with {', '.join(found)}")
+        raise UserError(f"model.params.optimizer: {optimizer} keeps no gradients, so not with {', '.join(found)}")
 
 
 def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:

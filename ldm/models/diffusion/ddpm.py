@@ -71,8 +71,8 @@ class LatentDiffusion(pl.LightningModule):
             v. A base model's schedule is rescaled, too.
         unmasked_weight: weight of what a mask leaves black, from 0 to 1; white has 1.
         ema_decay: of the average that `use_ema` keeps.
-        optimizer: adamw; adamw_in_backward, which keeps no gradients (see `AdamWInBackward`); adamw8bit, whose state
-            is a quarter; adam; muon.
+        optimizer: adamw; adamw8bit, whose state is a quarter; either with _in_backward, which keeps no gradients (see
+            `InBackward`); adam; muon.
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
         lora: `rank` and `alpha` of adapters on the UNet's attention and, with `cond_stage_trainable`, the text
             encoder's, which are trained instead of the model's own weights.
@@ -366,11 +366,12 @@ class LatentDiffusion(pl.LightningModule):
     # Lightning
 
     def configure_model(self) -> None:
-        """Freeze the model and add the adapters that `lora` asks for, once.
+        """Give the UNet its memory format; freeze the model and add the adapters that `lora` asks for, once.
 
-        Not in `__init__`: initial weights come without adapters. Lightning calls this before it restores a
-        checkpoint, which has them.
+        Not in `__init__`: initial weights come without adapters, in their own format. Lightning calls this before it
+        restores a checkpoint, which has them.
         """
+        self.model.diffusion_model.use_memory_format()
         if self.lora is None or self._adapted:
             return
         self.requires_grad_(False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,10 @@ class UNetModel(nn.Module):
         num_heads: heads of every attention; or give `num_head_channels`, the width of a head.
         context_dim: width of the text embedding.
         use_linear_in_transformer: linear projections instead of 1x1 convolutions (Stable Diffusion 2).
-        use_checkpoint: recompute activations in the backward pass instead of keeping them.
+        use_checkpoint: recompute activations in the backward pass instead of keeping them; with `attention`, only those
+            of the transformer blocks, which keep most for their work.
+        channels_last: weights and activations with their channels innermost, which is faster on some GPUs.
+        compile: train the forward and backward pass that `torch.compile` makes, with its arguments if a mapping.
         image_size, legacy, use_fp16: accepted for older configs, without effect.
 
     Raises:
@@ -122,7 +126,9 @@ class UNetModel(nn.Module):
         dropout: float = 0.0,
         use_spatial_transformer: bool = True,
         use_linear_in_transformer: bool = False,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | Literal["attention"] = False,
+        channels_last: bool = False,
+        compile: bool | Mapping[str, Any] = False,
         image_size: int | None = None,
         legacy: bool = False,
         use_fp16: bool = False,
@@ -130,6 +136,8 @@ class UNetModel(nn.Module):
         super().__init__()
         if not use_spatial_transformer:
             raise UserError("unet_config: use_spatial_transformer must be true: the text is read by cross-attention")
+        if use_checkpoint not in (True, False, "attention"):
+            raise UserError(f"unet_config: use_checkpoint: expected true, false or attention, got {use_checkpoint!r}")
         levels = _plan(model_channels, channel_mult, num_res_blocks, attention_resolutions)
         _check_widths([level.width for level in levels], num_heads, num_head_channels)
         make = BlockFactory(
@@ -140,8 +148,11 @@ class UNetModel(nn.Module):
             context_dim=context_dim,
             dropout=dropout,
             use_linear=use_linear_in_transformer,
-            use_checkpoint=use_checkpoint,
+            checkpoint_residuals=use_checkpoint is True,
+            checkpoint_attention=bool(use_checkpoint),
         )
+        self.channels_last = channels_last
+        self._compiled = self._compile(compile) if compile else None
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.time_embed = nn.Sequential(
@@ -167,6 +178,25 @@ class UNetModel(nn.Module):
         context: Float[Tensor, "b n e"] | None = None,
     ) -> Float[Tensor, "b o h w"]:
         """The model's output for noisy latents `x` at `timesteps`, reading the text embedding `context`."""
+        if self._compiled is not None and torch.is_grad_enabled():  # sampling has other batches at every turn
+            return self._compiled(x, timesteps, context)
+        return self._forward(x, timesteps, context)
+
+    def _compile(self, options: bool | Mapping[str, Any]) -> Any:
+        try:
+            return torch.compile(self._forward, **({} if isinstance(options, bool) else dict(options)))
+        except (TypeError, RuntimeError) as error:
+            raise UserError(f"unet_config: compile: {' '.join(str(error).split())}") from error
+
+    def use_memory_format(self) -> None:
+        """Give the weights the layout of `channels_last`, in place, once they have their values."""
+        for parameter in self.parameters() if self.channels_last else ():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    def _forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         skips, h = [], x
         for module in self.input_blocks:
@@ -198,10 +228,11 @@ class BlockFactory:
     context_dim: int | None
     dropout: float
     use_linear: bool
-    use_checkpoint: bool
+    checkpoint_residuals: bool
+    checkpoint_attention: bool
 
     def res_block(self, channels: int, out_channels: int) -> ResBlock:
-        return ResBlock(channels, self.emb_channels, out_channels, self.dropout, self.use_checkpoint)
+        return ResBlock(channels, self.emb_channels, out_channels, self.dropout, self.checkpoint_residuals)
 
     def transformer(self, channels: int) -> SpatialTransformer:
         heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
@@ -213,7 +244,7 @@ class BlockFactory:
             self.context_dim,
             self.dropout,
             self.use_linear,
-            self.use_checkpoint,
+            self.checkpoint_attention,
         )
 
 
