@@ -15,8 +15,8 @@ class InBackward:
     """Before an optimizer among the bases, has it update each parameter as soon as backward has its gradient.
 
     The gradient is freed then. The numbers and the state are those of the optimizer. All gradients of a model are never
-    there at once, so nothing that needs them all works with it: clipping, accumulated batches, a mean over processes, an
-    inspection of gradients. `step` needs the closure that computes the loss and calls `backward`, as Lightning's
+    there at once, so nothing that needs them all works with it: clipping, accumulated batches, a mean over processes,
+    an inspection of gradients. `step` needs the closure that computes the loss and calls `backward`, as Lightning's
     automatic optimization does.
     """
 

@@ -5,6 +5,8 @@
     python scripts/benchmark.py train --base configs/tiny/dreambooth.yaml --against diffusers --against two-forward
     python scripts/benchmark.py train --base configs/stable-diffusion/v1-finetune_unfrozen.yaml --device cuda \\
         --against diffusers --switch "bf16: lightning.trainer.precision=bf16-mixed"
+    python scripts/benchmark.py memory --precision bf16-mixed \\
+        --base configs/stable-diffusion/v1-finetune_unfrozen.yaml configs/stable-diffusion/profiles/12gb.yaml
     python scripts/benchmark.py sample --config configs/stable-diffusion/v1-inference.yaml --against diffusers
 
 Prints a line or a table, and writes all of it as JSON with `--json FILE`. Without `--ckpt` the weights are random: the
@@ -28,10 +30,11 @@ from ldm.benchmark import sample
 from ldm.benchmark.isolation import apart
 from ldm.benchmark.load import measure_load, random_weights, report_load
 from ldm.benchmark.machine import CLOCKS, machine, require_diffusers
+from ldm.benchmark.predict import predicted
 from ldm.benchmark.report import told
 from ldm.benchmark.rows import Row, measure_rows
 from ldm.benchmark.train import Settings
-from ldm.benchmark.variants import AGAINST, OURS, training_rows
+from ldm.benchmark.variants import AGAINST, OURS, training_rows, variants
 from ldm.checkpoint import write_atomically
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
@@ -40,6 +43,8 @@ from ldm.export import DTYPES, SUFFIXES
 from ldm.families import CONFIGS
 from ldm.inference import pick_device
 from ldm.training.cli import OVERRIDE, Parser
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # configs name targets in main.py
 
 Measured = dict[str, Any]
 INFERENCE = CONFIGS / "v1-inference.yaml"
@@ -50,6 +55,7 @@ def build_parser() -> Parser:
     kinds = parser.add_subparsers(dest="kind", required=True)
     _add_load(kinds.add_parser("load", help="seconds and peak memory of loading a checkpoint"))
     _add_train(kinds.add_parser("train", help="seconds, memory and operations of a training step"))
+    _add_memory(kinds.add_parser("memory", help="what a training step will need, from the config alone"))
     _add_sample(kinds.add_parser("sample", help="seconds, memory and operations of sampling"))
     for kind in kinds.choices.values():
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
@@ -67,14 +73,28 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--base", type=Path, nargs="+", required=True, metavar="YAML", help="configs; key.path=value changes a key")
     add("--ckpt", type=Path, help="our weights at the start (default: random)")
     add("--steps", type=int, default=5, help="that are measured (default: %(default)s)")
     add("--warmup", type=int, default=1, help="steps before those (default: %(default)s)")
+    _add_training(parser)
+    _add_comparison(parser, AGAINST)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    _add_training(parser)
+    _add_size(parser)
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", type=Path, nargs="+", required=True, metavar="YAML", help="configs; key.path=value changes a key")
     add("--precision", choices=["32-true", "bf16-mixed", "16-mixed"], help="default: the config's")
     add("--batch", type=int, help="subject images of a step, and as many of the class (default: the config's)")
     add("--switch", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="a row with those keys changed")
-    _add_comparison(parser, AGAINST)
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, help="pixels of an image's side (default: the config's)")
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
@@ -88,8 +108,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_comparison(parser: argparse.ArgumentParser, against: Sequence[str]) -> None:
+    _add_size(parser)
     add = parser.add_argument
-    add("--size", type=int, help="pixels of an image's side (default: the config's)")
     add("--device", choices=["cpu", "cuda"], help="default: the GPU, if there is one")
     add("--against", action="append", default=[], choices=against, help="measure that, too, and compare with it")
     add("--repeat", type=int, default=1, help="rounds in which each row is measured once (default: %(default)s)")
@@ -100,13 +120,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The flags, and the `key.path=value` between them as `overrides`."""
     overrides = [word for word in argv if OVERRIDE.match(word)]
     args = build_parser().parse_args([word for word in argv if word not in overrides])
-    if overrides and args.kind != "train":
+    if overrides and args.kind not in ("train", "memory"):
         raise UserError(f"'{overrides[0]}': only a training takes overrides")
     for name, least in (("steps", 1), ("warmup", 0), ("repeat", 1), ("batch", 1), ("size", 1)):
         if (given := getattr(args, name, None)) is not None and given < least:
             raise UserError(f"--{name} {given}: expected at least {least}")
-    if args.ckpt and not args.ckpt.is_file():
-        raise UserError(f"--ckpt {args.ckpt}: no such file")
+    ckpt = getattr(args, "ckpt", None)
+    if ckpt and not ckpt.is_file():
+        raise UserError(f"--ckpt {ckpt}: no such file")
     args.overrides = overrides
     return args
 
@@ -128,6 +149,12 @@ def benchmark_train(args: argparse.Namespace) -> tuple[Measured, str]:
     settings = Settings(args.steps, args.warmup, _device(args), torch.get_num_threads(), args.clock, args.ckpt)
     rows = training_rows(args.base, _with_flags(args), args.switch, args.against, settings)
     return _measured(args, rows, settings.device)
+
+
+def benchmark_memory(args: argparse.Namespace) -> tuple[Measured, str]:
+    """Estimate what a training step of every variant needs on its device."""
+    figures, text = predicted(variants(args.base, _with_flags(args), args.switch, []))
+    return {"given": {key: value for key, value in vars(args).items() if key != "json"}, "estimates": figures}, text
 
 
 def _with_flags(args: argparse.Namespace) -> list[str]:
@@ -181,6 +208,7 @@ def _measured(args: argparse.Namespace, rows: Sequence[Row], device: str) -> tup
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], tuple[Measured, str]]] = {
     "load": benchmark_load,
     "train": benchmark_train,
+    "memory": benchmark_memory,
     "sample": benchmark_sample,
 }
 

@@ -48,17 +48,16 @@ def sheet_rows(photos: Sequence[Image.Image], class_word: str, checkpoint: Path)
     """The photos and what the model makes of the subject and of its class, before and after."""
     tuned, base = Painter(checkpoint), Painter(WEIGHTS)
     subject, of_class = f"photo of a sks {class_word}", f"photo of a {class_word}"
-    scenes = [f"{subject} {scene}" for scene in SCENES]
-    coloured = [f"photo of a {colour} sks {class_word}" for colour in COLOURS for _ in range(SHOWN // 2)]
+    colours = [colour for colour in COLOURS for _ in range(SHOWN // 2)]
 
-    def captioned(prompts: Sequence[str]) -> list[Entry]:
-        return [(prompt.removeprefix("photo of "), image) for prompt, image in zip(prompts, tuned(prompts))]
+    def captioned(captions: Sequence[str], prompt: str) -> list[Entry]:
+        return list(zip(captions, tuned([prompt.format(caption) for caption in captions])))
 
     return [
         ("the subject's photos", list(photos[: SHOWN + 1])),
         (subject, tuned([subject] * (SHOWN + 1))),
-        (f"{subject} ...", captioned(scenes)),
-        ("in other colours", captioned(coloured)),
+        (f"{subject} ...", captioned(SCENES, f"{subject} {{}}")),
+        ("in other colours", captioned(colours, f"photo of a {{}} sks {class_word}")),
         (f"{of_class}, before", base([of_class] * (SHOWN + 1))),
         (f"{of_class}, after", tuned([of_class] * (SHOWN + 1))),
     ]

@@ -10,15 +10,20 @@ import torch
 from einops import rearrange
 
 from ldm.benchmark import clock, isolation, machine, report, rows
+from ldm.benchmark.predict import predict
 from ldm.benchmark.reference import DiffusersDreamBooth, TwoForward
 from ldm.benchmark.variants import checked_config, parse_switch, variants
-from ldm.config import load_yaml
+from ldm.config import load_config, load_yaml, to_plain
 from ldm.diffusers_format import to_diffusers
 from ldm.errors import UserError
+from ldm.export import target_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.rng import SampleRandom
+from ldm.training import memory
+from ldm.util import instantiate_from_config
 from scripts import benchmark
 from tests import golden, runs
+from tests.runs import ROOT
 
 
 @pytest.fixture
@@ -97,6 +102,33 @@ def test_training_and_a_switch(here, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "| kept activations |" in printed and "speed, x ours" in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "micro.yaml"]
+
+
+def test_the_memory_of_a_config(tmp_path, capsys):
+    """The figures are those of the model that the config makes, and no weight of it is made for them."""
+    config = runs.config(tmp_path)
+    switch = "in backward: model.params.optimizer=adamw_in_backward"
+    found = measured(tmp_path, "memory", "--base", config, "--switch", switch)["estimates"]
+    with torch.device("meta"):
+        model = instantiate_from_config(target_of(to_plain(load_config([config]))), "model")
+    real = memory.estimate(model, "adamw", 2, runs.SIZE)
+    assert found["ours"] == {**vars(real), "total": real.total}
+    assert found["in backward"]["gradients"] == max(p.nbytes for p in model.parameters())
+    assert f"| {real.total / 1e9:.2f} |" in capsys.readouterr().out
+
+
+PROFILES = sorted((ROOT / "configs/stable-diffusion/profiles").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_a_profile_fits_its_card(path):
+    """Within what a card of that size has, with 0.8 GB for the driver and torch."""
+    base = ROOT / "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
+    roots = [f"data.params.{name}.params.data_root=photos" for name in ("train", "reg")]
+    config = checked_config([base, path], roots)
+    gigabytes = int(path.stem.removesuffix("gb"))
+    assert predict(config).total < gigabytes * 2**30 - 0.8e9
+    assert config["lightning"]["trainer"]["precision"] == "bf16-mixed"
 
 
 def test_training_against_others(here, tmp_path):

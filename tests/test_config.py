@@ -24,7 +24,8 @@ from ldm.util import get_obj_from_str, instantiate_from_config
 from tests import golden
 
 ROOT = Path(__file__).resolve().parent.parent
-YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+PROFILES = ROOT / "configs/stable-diffusion/profiles"  # each goes over another file
+YAMLS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent != PROFILES)
 FINETUNE = ROOT / "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
 INFERENCE = ROOT / "configs/stable-diffusion/v1-inference.yaml"
 
@@ -314,6 +315,15 @@ def test_every_yaml_is_complete_and_builds(path):
         put(config, "model.params.lossconfig.params.perceptual_weight", 0)
     model = on_meta(config)
     assert isinstance(model, pl.LightningModule) and next(model.parameters()).is_meta
+
+
+@pytest.mark.parametrize("base", ["v1-finetune_unfrozen", "v2-finetune_unfrozen"])
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_profile_goes_over_every_fine_tuning(base, path):
+    config = to_plain(load_config([PROFILES.parent / f"{base}.yaml", path]))
+    apply_flags(config, parse_args(["--data_root", "photos", "--reg_data_root", "dogs"]))
+    check_config(config, TRAINER_KEYS)
+    assert next(on_meta(config).parameters()).is_meta
 
 
 @pytest.mark.parametrize("path", STABLE_DIFFUSION, ids=lambda path: path.stem)

@@ -59,6 +59,17 @@ def test_what_needs_less():
     assert frozen.total < plain.total and frozen.weights == plain.weights
 
 
+def test_autocast_keeps_no_copies_of_the_weights(tmp_path, monkeypatch):
+    """They would stay until the forward pass ends, also where activations are recomputed."""
+    seen = []
+    forward = nn.GroupNorm.forward
+    monkeypatch.setattr(
+        nn.GroupNorm, "forward", lambda self, x: seen.append(torch.is_autocast_cache_enabled()) or forward(self, x)
+    )
+    Workspace(tmp_path).train("cache", "--max_steps", "1", "--precision", "bf16-mixed")
+    assert seen and not any(seen) and torch.is_autocast_cache_enabled()
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
@@ -106,6 +107,9 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
 
 def _fit(trainer: Any, model: Any, data: Any) -> None:
     """Train; an allocator's error becomes the advice that helps against it."""
+    # Autocast would keep a copy of each weight until the forward pass ends, though none is read twice in it.
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         trainer.fit(model, datamodule=data, weights_only=False)
     except (RuntimeError, MemoryError) as error:
@@ -115,6 +119,8 @@ def _fit(trainer: Any, model: Any, data: Any) -> None:
         kept = f"; the last checkpoint is {keeper.last_path}" if keeper and keeper.last_path.exists() else ""
         step, device = trainer.global_step + 1, trainer.strategy.root_device
         raise UserError(f"{device}: out of memory in step {step}{kept}. {memory.advice(trainer, model)}") from error
+    finally:
+        torch.set_autocast_cache_enabled(cache)
 
 
 def _with_base_model(config: Mapping[str, Any], start: Start) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ class UNetModel(nn.Module):
         dropout: float = 0.0,
         use_spatial_transformer: bool = True,
         use_linear_in_transformer: bool = False,
-        use_checkpoint: bool | Literal["attention"] = False,
+        use_checkpoint: bool | str = False,
         channels_last: bool = False,
         compile: bool | Mapping[str, Any] = False,
         image_size: int | None = None,

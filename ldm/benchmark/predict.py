@@ -1,0 +1,48 @@
+"""The memory that a training will need on its device, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ldm.benchmark.reference import autocast_dtype, has_prior
+from ldm.benchmark.variants import Variant
+from ldm.checkpoint import without_initial_weights
+from ldm.errors import UserError
+from ldm.export import target_of
+from ldm.training.memory import GB, Estimate, estimate
+from ldm.util import instantiate_from_config
+
+COLUMNS = ("", "weights", "gradients", "optimizer", "activations", "GB")
+
+
+def predict(config: Mapping[str, Any]) -> Estimate:
+    """The estimate of a config's training step; no weight of it takes memory here.
+
+    Raises:
+        UserError: images of any size, or another model than `LatentDiffusion`.
+    """
+    with torch.device("meta"):
+        model = instantiate_from_config(without_initial_weights(target_of(config)), "model")
+    if not hasattr(model, "objective"):
+        raise UserError(f"model.target: {config['model']['target']}: an estimate is for LatentDiffusion")
+    data = config["data"]["params"]
+    size = (data["train"].get("params") or {}).get("size")
+    if not size:
+        raise UserError("data.params.train.params.size: needed for an estimate")
+    model.configure_model()
+    samples = data["batch_size"] * (1 + has_prior(config))
+    return estimate(model, model.optimizer, samples, size, autocast_dtype(config))
+
+
+def predicted(variants: Sequence[Variant]) -> tuple[dict[str, Any], str]:
+    """The estimates of some configs, as figures in bytes and as a table in GB."""
+    found = {variant.name: predict(variant.config) for variant in variants}
+    lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
+    for name, e in found.items():
+        cells = (e.weights, e.gradients, e.optimizer, e.activations, e.total)
+        lines.append(f"| {name} | {' | '.join(f'{cell / GB:.2f}' for cell in cells)} |")
+    figures = {name: {**vars(e), "total": e.total} for name, e in found.items()}
+    return figures, "\n".join(lines)
