@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -20,11 +21,12 @@ import main
 IMPORTS = """
     tests.starts pytest ldm.training.train ldm.models.diffusion.ddpm ldm.models.autoencoder ldm.lr_scheduler
     ldm.modules.encoders.modules ldm.modules.losses.contperceptual ldm.data.personalized ldm.callbacks.non_finite
-    ldm.callbacks.first_step ldm.callbacks.progress ldm.backward_optimizer open_clip torchvision transformers.models.clip
+    ldm.callbacks.first_step ldm.callbacks.progress ldm.backward_optimizer open_clip torchvision
     transformers.models.clip.modeling_clip torch.utils.tensorboard torch.distributed.checkpoint.state_dict
 """
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTS.split())
+ANEW = bool(os.environ.get("ANEW"))
 KILL_AT = "TEST_KILL_AT"  # place:step, of `Killer`
 KILLER = "lightning.callbacks.killer.target=tests.starts.Killer"
 SPY = "lightning.callbacks.spy.target=tests.starts.Spy"
@@ -47,11 +49,36 @@ def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> None
     sys.exit(main.main(arguments))
 
 
-def run_forked(
+class Anew:
+    """A start as `python main.py`, with the interface of a forked one."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None):
+        command = [sys.executable, str(Path(main.__file__)), *arguments]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})}
+        with open(log, "a") as output:
+            self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        self.kill, self.join = self._process.kill, self._process.wait
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.poll()
+
+
+def begin(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess | Anew:
+    """A start, as `python main.py` where the variable ANEW asks for that."""
+    return (Anew if ANEW else forked)(arguments, log, environment)
+
+
+def run_to_end(
     arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, status: int = 0
 ) -> None:
-    """Wait for a forked start to end with `status`, which is minus the number of a signal that killed it."""
-    process = forked(arguments, log, environment)
+    """Wait for a start to end with `status`, which is minus the number of a signal that killed it."""
+    process = begin(arguments, log, environment)
     try:
         process.join(DEADLINE)
         assert process.exitcode == status, f"{process.exitcode} instead of {status}: {log.read_text()[-3000:]}"
@@ -113,7 +140,7 @@ class Spy(pl.Callback):
             self.counts["decisions"] += 1
             return decide(*args, **kwargs)
 
-        def counted_hook(state: Any, bucket: Any) -> Any:
+        def counted_hook(state, bucket):  # type: ignore[no-untyped-def] # torch checks annotations
             self.counts["gradients"] += bucket.is_last()
             return allreduce_hook(state, bucket)
 

@@ -1,10 +1,12 @@
 """A run that is killed and resumed, or shared by two processes, is the same run.
 
-`KILLS=20 pytest tests/test_exactness.py -k random` kills one run as often, at random moments.
+A start here is forked from a process that has imported everything. `WHOLE=1` makes the runs longer and more of them,
+`ANEW=1` starts each as `python main.py`, and `KILLS=20` kills one of them as often, at random moments.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -16,23 +18,28 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import main
 from ldm.callbacks.csv_log import CsvLog
 from ldm.callbacks.setup import SetupCallback
+from ldm.errors import UserError
 from ldm.training.run import STAMP_VARIABLE, Run, resumed_run
 from tests.runs import Workspace, checkpoint, config, csv_rows, same
-from tests.starts import DEADLINE, KILL_AT, KILLER, SPY, forked, run_forked
+from tests.starts import DEADLINE, KILL_AT, KILLER, SPY, begin, forked, run_to_end
 
+log = logging.getLogger(__name__)
+
+WHOLE = bool(os.environ.get("WHOLE"))
 KILLS = int(os.environ.get("KILLS", "4"))
-STEPS = 30
+STEPS = 30 if WHOLE else 15
 DDP = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
 EMA = "model.params.use_ema=true"
-SCHEDULE = "model.params.scheduler_config={target: ldm.lr_scheduler.WarmupDecay, params: {shape: cosine}}"
-RUNS = {
-    "fp32": [EMA, SCHEDULE],
-    "bf16": [EMA, SCHEDULE, "--precision", "bf16-mixed"],
-    "accumulated": [EMA, SCHEDULE, "--accumulate_grad_batches", "2"],
-    "cached": [EMA, SCHEDULE, "data.params.latent_cache=true"],
-}
+SCHEDULE = "model.params.scheduler_config={target: ldm.lr_scheduler.WarmupDecay, params: {steps: 200, shape: cosine}}"
+BF16 = ["--precision", "bf16-mixed"]
+ACCUMULATED = ["--accumulate_grad_batches", "2"]
+CACHED = ["data.params.latent_cache=true"]
+RUNS = {"accumulated": ACCUMULATED, "bf16-cached": [*BF16, *CACHED]}
+if WHOLE:
+    RUNS |= {"fp32": [], "bf16": BF16, "cached": CACHED, "bf16-accumulated": [*BF16, *ACCUMULATED]}
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +66,22 @@ def base(workspace):
     return path
 
 
+@pytest.fixture(autouse=True)
+def deterministic_as_before(monkeypatch):
+    """Lightning sets these for the whole process."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def train(workspace, base, name, *more, kill=None, status=0):
     """A new run in a process of its own, which `kill` may end; the run's folder."""
-    run_forked(workspace.arguments(name, KILLER, *more, base=base), workspace.path / "log", at(kill), status)
+    run_to_end(workspace.arguments(name, KILLER, *more, base=base), workspace.path / "log", at(kill), status)
     return workspace.run(name)
 
 
-def resume(workspace, run, kill=None, status=0):
-    run_forked(["-r", str(run)], workspace.path / "log", at(kill), status)
+def resume(workspace, run, *more, kill=None, status=0):
+    run_to_end(["-r", str(run), *more], workspace.path / "log", at(kill), status)
 
 
 def at(kill):
@@ -80,7 +95,7 @@ def straight(workspace, base):
 
     def run(kind):
         if kind not in made:
-            made[kind] = train(workspace, base, f"{kind}-straight", *RUNS[kind])
+            made[kind] = train(workspace, base, f"{kind}-straight", EMA, SCHEDULE, *RUNS[kind])
         return made[kind]
 
     return run
@@ -118,27 +133,38 @@ def assert_same_end(run, straight, steps=STEPS):
     assert logged(run) == logged(straight)
 
 
-# Killed and resumed
+# Stopped, killed, and resumed
+
+
+def test_a_run_that_is_stopped_ends_as_the_uninterrupted_one(workspace, base, straight):
+    parts = train(workspace, base, "stopped", EMA, SCHEDULE, *ACCUMULATED, "--max_steps", "5")
+    resume(workspace, parts, "--max_steps", "7")
+    # From a checkpoint that was written in passing, too.
+    resume(workspace, parts / "checkpoints/epoch=000001-step=000000004.ckpt", "--max_steps", "7")
+    resume(workspace, parts, "--max_steps", str(STEPS))
+    assert_same_end(parts, straight("accumulated"))
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_is_killed_twice_ends_as_the_uninterrupted_one(workspace, base, straight, kind):
-    """Killed with 10 and with 20 steps done: in the middle of an epoch, of a step, and of what is accumulated."""
-    run = train(workspace, base, kind, *RUNS[kind], kill="backward:10", status=-signal.SIGKILL)
-    assert checkpoint(run)["global_step"] == 8
-    resume(workspace, run, kill="start:20", status=-signal.SIGKILL)
-    assert checkpoint(run)["global_step"] == 20
+    """Killed in the middle of an epoch, of a step and, where there is that, of what is accumulated."""
+    third = STEPS // 3
+    more = [EMA, SCHEDULE, *RUNS[kind]]
+    run = train(workspace, base, kind, *more, kill=f"backward:{third}", status=-signal.SIGKILL)
+    assert checkpoint(run)["global_step"] == third // 4 * 4
+    resume(workspace, run, kill=f"start:{2 * third}", status=-signal.SIGKILL)
+    assert checkpoint(run)["global_step"] == 2 * third // 4 * 4
     resume(workspace, run)
     assert_same_end(run, straight(kind))
 
 
 @pytest.mark.parametrize("place", ["last:8", "checkpoint:8"])
 def test_a_kill_beside_a_checkpoint_loses_no_row_of_the_log(workspace, base, straight, place):
-    name = place.replace(":", "-")
-    run = train(workspace, base, name, *RUNS["fp32"], kill=place, status=-signal.SIGKILL)
+    name, more = place.replace(":", "-"), [EMA, SCHEDULE, *ACCUMULATED]
+    run = train(workspace, base, name, *more, kill=place, status=-signal.SIGKILL)
     assert checkpoint(run)["global_step"] == (8 if place == "last:8" else 4)
     resume(workspace, run)
-    assert_same_end(run, straight("fp32"))
+    assert_same_end(run, straight("accumulated"))
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(workspace, base):
@@ -149,7 +175,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(wo
     chance, more = random.Random(0), [EMA, SCHEDULE, "--max_steps", str(8 * KILLS)]
     arguments = workspace.arguments("random", KILLER, *more, base=base)
     kills = 0
-    while (process := forked(arguments, workspace.path / "log")) and kills < KILLS:
+    while (process := begin(arguments, workspace.path / "log")) and kills < KILLS:
         wait_for_changes(workspace, "random", chance.randrange(9), process, starting=chance.random() < 0.25)
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
@@ -158,7 +184,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(wo
             break
         assert process.exitcode == -signal.SIGKILL, (workspace.path / "log").read_text()[-3000:]
         kills += 1
-        print(f"kill {kills}: the last checkpoint is of step {checkpoint(workspace.run('random'))['global_step']}")
+        log.info(
+            "kill %d: the last checkpoint is of step %d", kills, checkpoint(workspace.run("random"))["global_step"]
+        )
         arguments = ["-r", str(workspace.run("random"))]
     process.join()
     assert process.exitcode == 0, (workspace.path / "log").read_text()[-3000:]
@@ -238,10 +266,6 @@ def ranks(workspace, name, base, *more):
     finally:
         for process in processes:
             process.kill()
-    return found_by_ranks(workspace)
-
-
-def found_by_ranks(workspace):
     return [torch.load(workspace.path / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -249,11 +273,34 @@ def found_by_ranks(workspace):
 def test_two_processes_compute_what_one_does_with_twice_the_batch(workspace, base, accumulated):
     more = ["--max_steps", "10", "--accumulate_grad_batches", str(accumulated), "model.base_learning_rate=1e-6"]
     first, second = ranks(workspace, f"ranks-{accumulated}", base, *more)
+    # Each rank wrote what it ended with: rank 0's checkpoint alone could not show a difference.
     assert same(first["weights"], second["weights"])
     assert same(checkpoint(workspace.run(f"ranks-{accumulated}"))["state_dict"], first["weights"])
     single = train(workspace, base, f"single-{accumulated}", "data.params.batch_size=2", *more)
     theirs = checkpoint(single)["state_dict"]
-    differences = {name: (first["weights"][name] - theirs[name]).abs().max().item() for name in theirs}
-    print(max(differences.items(), key=lambda item: item[1]))
-    print(first["counts"])
-    assert max(differences.values()) < 1e-6
+    # Steps of 1e-6 move a weight by up to 1e-5; other batches would make differences of that size.
+    assert max((first["weights"][name] - theirs[name]).abs().max().item() for name in theirs) < 1e-7
+    # An epoch has three batches for each, of which two are accumulated and the last is not: ten steps are 10 or 15.
+    assert first["counts"]["gradients"] == 10
+    assert first["counts"]["decisions"] <= 4 * 10
+
+
+# lightning.trainer.deterministic
+
+
+def test_a_deterministic_run_is_the_same_on_the_cpu(workspace, base, straight):
+    run = train(workspace, base, "deterministic", EMA, SCHEDULE, *ACCUMULATED, "lightning.trainer.deterministic=true")
+    assert_same_end(run, straight("accumulated"))
+
+
+def test_determinism_is_asked_for_before_a_gpu_computes(workspace, base, monkeypatch):
+    """cuBLAS reads its variable when it is first used."""
+    found = []
+
+    def build_model(*_, **__):
+        found.append((os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled()))
+        raise UserError("far enough")
+
+    monkeypatch.setattr("ldm.training.train.build_model", build_model)
+    assert main.main(workspace.arguments("cublas", "--deterministic", "true", base=base)) == 1
+    assert found == [(":4096:8", True)]

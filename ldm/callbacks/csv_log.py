@@ -27,6 +27,7 @@ class CsvLog(CSVLogger):
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir)
+        assert isinstance(self._experiment, ExperimentWriter)
         return self._experiment
 
     @rank_zero_only
