@@ -1,6 +1,5 @@
 """DreamBooth end to end: the training command, its run folder, its checkpoints, and going on with a run."""
 
-import os
 import signal
 import time
 
@@ -105,24 +104,6 @@ def test_the_same_seed_gives_the_same_run(workspace, finished):
     assert same(checkpoint(again)["state_dict"], checkpoint(finished)["state_dict"])
     other = workspace.train("other-seed", "-s", "24")
     assert not same(checkpoint(other)["state_dict"], checkpoint(finished)["state_dict"])
-
-
-@pytest.mark.parametrize("more", [[], ["--accumulate_grad_batches", "2"], ["model.params.use_ema=true"]])
-def test_a_resumed_run_repeats_the_uninterrupted_one(workspace, more):
-    name = "straight" + str(len(more)) + "".join(more)[-1:]
-    straight = workspace.train(name, "--max_steps", "7", *more)
-    parts = workspace.train(name + "-parts", "--max_steps", "3", *more)
-    workspace.resume(parts, "--max_steps", "5")
-    # From a checkpoint that was written in passing, too.
-    workspace.resume(parts / "checkpoints/epoch=000000-step=000000002.ckpt", "--max_steps", "5")
-    workspace.resume(parts, "--max_steps", "7")
-    ours, theirs = checkpoint(parts), checkpoint(straight)
-    assert ours["global_step"] == 7
-    assert same(ours["state_dict"], theirs["state_dict"])
-    assert same(ours["optimizer_states"], theirs["optimizer_states"])
-    losses = {row["step"]: row["train/loss_total"] for row in metrics(straight)}
-    assert len(losses) == 7
-    assert all(losses[row["step"]] == row["train/loss_total"] for row in metrics(parts))
 
 
 def test_resume_from_a_checkpoint_inside_a_run(workspace, finished):
@@ -314,36 +295,11 @@ def test_sigusr1_writes_a_checkpoint_and_ctrl_c_stops_with_one(workspace):
     workspace.resume(workspace.run("signals"), "--max_steps", str(saved))  # what was written can be gone on with
 
 
-def test_two_processes_end_with_the_same_weights(workspace):
-    devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
-    rate = ["--max_steps", "3", "model.base_learning_rate=1e-6"]
-    # Each rank writes what it ends with: rank 0's checkpoint alone could not show a difference.
-    spy = workspace.path / "spy.py"
-    spy.write_text(
-        "import pytorch_lightning as pl, torch\n"
-        "class Spy(pl.Callback):\n"
-        "    def on_train_end(self, trainer, pl_module):\n"
-        "        torch.save(pl_module.state_dict(), f'rank{trainer.global_rank}.pt')\n"
-    )
-    environment = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(workspace.path)
-    try:
-        process = workspace.start(
-            *workspace.arguments("ddp", *devices, *rate, "lightning.callbacks.spy.target=spy.Spy")
-        )
-        output, _ = process.communicate(timeout=300)
-    finally:
-        os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
+def test_one_command_starts_two_processes(workspace):
+    """What they compute: tests/test_exactness.py."""
+    devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--max_steps", "1"]
+    process = workspace.start(*workspace.arguments("ddp", *devices))
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    first, second = (torch.load(workspace.path / f"rank{rank}.pt") for rank in (0, 1))
-    assert same(first, second)
-    run = workspace.run("ddp")
-    assert same(checkpoint(run)["state_dict"], first)
-    assert len(list(workspace.logs.glob("*_ddp"))) == 1, "one run folder for all ranks"
-    # And the two ranks computed what one process with twice the batch computes. AdamW's mean of the gradients
-    # shows it; the weights would not, where a gradient is so small that its sign is rounding.
-    single = workspace.train("ddp-single", "data.params.batch_size=2", *rate)
-    ours, theirs = (checkpoint(run)["optimizer_states"][0]["state"] for run in (run, single))
-    scale = max(state["exp_avg"].abs().max() for state in theirs.values())
-    for index, state in theirs.items():
-        assert (ours[index]["exp_avg"] - state["exp_avg"]).abs().max() < 1e-5 * scale
+    assert "x 2 processes" in output
+    assert checkpoint(workspace.run("ddp"))["global_step"] == 1, "one run folder for all ranks"

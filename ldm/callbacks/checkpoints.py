@@ -152,10 +152,12 @@ class InterruptHandler(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not at_step_boundary(trainer, batch_idx):
+            return
         # Every rank must take the same way, wherever the signal arrived.
         decide = trainer.strategy.reduce_boolean_decision
         stop = decide(self.interrupted, all=False)
-        if (stop or decide(self._save_requested, all=False)) and at_step_boundary(trainer, batch_idx):
+        if stop or decide(self._save_requested, all=False):
             for keeper in trainer.checkpoint_callbacks:
                 if isinstance(keeper, CheckpointKeeper):
                     keeper.save_last_now(trainer)

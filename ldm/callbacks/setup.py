@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
+from ldm.checkpoint import write_atomically
 from ldm.training.run import Run
 
 
@@ -28,7 +30,11 @@ class SetupCallback(pl.Callback):
         lightning = {"lightning": self.config.get("lightning", {})}
         project = {key: value for key, value in self.config.items() if key != "lightning"}
         for name, config in {"project": project, "lightning": lightning}.items():
-            OmegaConf.save(OmegaConf.create(config), self.run.configs / f"{self.run.stamp}-{name}.yaml")
+            # A resumed run reads all of these: half a file would be an error, or half a number.
+            write_atomically(
+                self.run.configs / f"{self.run.stamp}-{name}.yaml",
+                functools.partial(OmegaConf.save, OmegaConf.create(config)),
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

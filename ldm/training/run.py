@@ -89,6 +89,7 @@ def resumed_run(resume: str) -> Run:
     run = Run(folder, stamp, checkpoint)
     if not run.saved_configs():
         raise UserError(f"--resume {resume}: no configs in {run.configs}: give the run's folder, or start with --base")
-    for unfinished in run.checkpoints.glob(".*.tmp"):  # of a save that a kill ended
-        unfinished.unlink(missing_ok=True)
+    for place in ("checkpoints", "configs", "csv/*"):
+        for unfinished in run.folder.glob(f"{place}/.*.tmp"):  # of a save that a kill ended
+            unfinished.unlink(missing_ok=True)
     return run

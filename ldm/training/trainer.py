@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.backward_optimizer import SUFFIX
 from ldm.callbacks.checkpoints import AtomicCheckpointIO, InterruptHandler
+from ldm.callbacks.csv_log import CsvLog, RowsFirst
 from ldm.callbacks.setup import SetupCallback
 from ldm.errors import UserError
 from ldm.training import defaults
@@ -95,7 +96,7 @@ def _loggers(run: Run) -> list[Any]:
     # A folder for each start: Lightning's CSV logger empties the one it finds.
     return [
         TensorBoardLogger(run.folder, name="tensorboard", version="", default_hp_metric=False),
-        CSVLogger(run.folder, name="csv", version=run.stamp, flush_logs_every_n_steps=10),
+        CsvLog(run.folder, name="csv", version=run.stamp, flush_logs_every_n_steps=10),
     ]
 
 
@@ -112,6 +113,7 @@ def build_callbacks(lightning: Mapping[str, Any], config: Mapping[str, Any], run
     return [
         SetupCallback(run, {**config}),
         *(instantiate_from_config(value, f"lightning.callbacks.{name}") for name, value in configured.items()),
+        RowsFirst(),
         InterruptHandler(),
         _checkpoint_callback(lightning.get("modelcheckpoint") or {}, run, monitor),
     ]

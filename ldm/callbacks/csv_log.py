@@ -1,0 +1,77 @@
+"""The logged numbers as CSV, of which a kill takes nothing that a checkpoint has behind it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from ldm.callbacks.checkpoints import at_step_boundary
+from ldm.checkpoint import write_atomically
+
+
+class CsvLog(CSVLogger):
+    """Lightning's logger, whose rows `RowsFirst` writes, and whose file is never empty for a moment."""
+
+    _ahead: tuple[int | None, dict[str, float]] | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir)
+        assert isinstance(self._experiment, ExperimentWriter)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        if (step, metrics) != self._ahead:
+            super().log_metrics(dict(metrics), step)
+
+    @rank_zero_only
+    def log_ahead(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write a row now, and not again when Lightning logs it."""
+        self.log_metrics(metrics, step)
+        self.save()
+        self._ahead = (step, dict(metrics))
+
+
+class _Writer(ExperimentWriter):
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """What Lightning does with the file emptied, which a kill may leave so."""
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+
+        def write(path: Path) -> None:
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(self.metrics_file_path, write)
+
+
+class RowsFirst(pl.Callback):
+    """Writes a step's row before its checkpoint: Lightning logs behind it, and a kill in between would lose the row.
+
+    It has to come before what writes checkpoints.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        connector = trainer._logger_connector
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, CsvLog)]
+        if not loggers or not connector.should_update_logs or not at_step_boundary(trainer, batch_idx):
+            return
+        if values := connector.metrics["log"]:
+            row = {name: float(value) for name, value in values.items()} | {"epoch": trainer.current_epoch}
+            for logger in loggers:
+                logger.log_ahead(row, trainer.fit_loop.epoch_loop._batches_that_stepped)
