@@ -131,15 +131,31 @@ class FullySharded(FSDPStrategy):
             self.model, Kind.FULL_STATE_DICT, FullStateDictConfig(**where), FullOptimStateDictConfig(**where)
         )
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The whole weights; empty but on the first process."""
+        assert self.model is not None
+        with self._whole(rank0_only=True):
+            state = self.model.state_dict()
+        # Without the marks that FSDP leaves on tensors, which a safe reader of checkpoints does not know.
+        return {name: value.detach().cpu() for name, value in state.items()} if self.is_global_zero else {}
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state as torch has it, by the numbers of parameters; empty but on the first process."""
         assert self.model is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)
-        with self._whole(rank0_only=True):
-            state = FSDP.optim_state_dict(self.model, optimizer)
+        own = optimizer.state_dict()
+        whole: dict[str, Any] = {"state": {}, "param_groups": []}
+        # One kind of moments at a time: torch gathers all into one buffer, and copies none that is on the CPU already.
+        for kind in sorted({kind for values in own["state"].values() for kind in values}):
+            part = {number: {kind: values[kind]} for number, values in own["state"].items()}
+            with self._whole(rank0_only=True):
+                gathered = FSDP.optim_state_dict(self.model, optimizer, {**own, "state": part})
+            for name, values in gathered.get("state", {}).items():
+                whole["state"].setdefault(name, {}).update(values)
+            whole["param_groups"] = gathered.get("param_groups", [])
         if not self.is_global_zero:
-            return state
-        return FSDP.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_ID, self.model, optim=optimizer)
+            return {}
+        return FSDP.rekey_optim_state_dict(whole, OptimStateKeyType.PARAM_ID, self.model, optim=optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's parts of a whole state."""
