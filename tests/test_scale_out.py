@@ -224,8 +224,13 @@ def test_a_process_alone_asks_nobody(monkeypatch):
 
 @pytest.mark.parametrize("name", ["deepspeed", "deepspeed_stage_2", "deepspeed_stage_3_offload", "fsdp_cpu_offload"])
 def test_strategies_with_other_checkpoints_are_refused(name):
-    with pytest.raises(UserError, match=rf"{name}: not supported: fsdp shards"):
+    with pytest.raises(UserError, match=rf"strategy: {name}: .*use fsdp"):
         sharding.make_strategy(name)
+
+
+def test_several_devices_train_with_ddp_by_default(tmp_path):
+    plain = {"lightning": {"trainer": {"accelerator": "cpu", "devices": 2, "logger": False}}, "model": {}}
+    assert type(build_trainer(plain, run.Run(tmp_path / "run", "stamp")).strategy) is pl.strategies.DDPStrategy
 
 
 def test_strategies_have_options():

@@ -20,7 +20,8 @@ from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from ldm.util import instantiate_from_config
 
 WHERE = "lightning.trainer.strategy"
-KINDS = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD")
+OURS = "ldm.training.sharding.FullySharded"
+KINDS = ("FULL_SHARD", "SHARD_GRAD_OP")
 OPTIMIZERS = ("adam", "adamw")  # whose state has the shape of the weights, and may be computed of any part of them
 
 
@@ -34,9 +35,10 @@ def make_strategy(given: Any) -> Any:
         return instantiate_from_config(given, WHERE)
     if given == "fsdp":
         return FullySharded()
-    if isinstance(given, str) and given.startswith(("fsdp", "deepspeed")):
-        options = "; its options are params of {target: ldm.training.sharding.FullySharded}"
-        raise UserError(f"{WHERE}: {given}: not supported: fsdp shards weights and optimizer{options}")
+    if isinstance(given, str) and given.startswith("deepspeed"):
+        raise UserError(f"{WHERE}: {given}: its checkpoints are folders: use fsdp, which shards as much")
+    if isinstance(given, str) and given.startswith("fsdp"):
+        raise UserError(f"{WHERE}: {given}: use fsdp, or {{target: {OURS}, params: {{...}}}} with its options")
     return given
 
 
@@ -70,23 +72,18 @@ class FullySharded(FSDPStrategy):
 
     Args:
         sharding_strategy: what is sharded: FULL_SHARD weights, gradients and optimizer; SHARD_GRAD_OP all but the
-            weights while a step is computed; HYBRID_SHARD all within a machine; NO_SHARD nothing.
-        cpu_offload: keep what is sharded in the CPU's memory.
+            weights while a step is computed, which costs memory and saves time.
 
     Raises:
         UserError: another `sharding_strategy`.
     """
 
-    def __init__(self, sharding_strategy: str = "FULL_SHARD", cpu_offload: bool = False):
+    def __init__(self, sharding_strategy: str = "FULL_SHARD"):
         if sharding_strategy not in KINDS:
             accepted = ", ".join(KINDS)
             raise UserError(f"{WHERE}: unknown sharding_strategy '{sharding_strategy}'; accepted: {accepted}")
         # Lightning's own mixed precision would round the noise schedule, which are buffers.
-        super().__init__(
-            sharding_strategy=sharding_strategy,  # type: ignore[arg-type]
-            cpu_offload=cpu_offload,
-            mixed_precision=MixedPrecision(),
-        )
+        super().__init__(sharding_strategy=sharding_strategy, mixed_precision=MixedPrecision())  # type: ignore[arg-type]
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -110,7 +107,6 @@ class FullySharded(FSDPStrategy):
         chosen = units(model)
         sharded = FSDP(
             model,
-            cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision,
             sharding_strategy=self.sharding_strategy,
             device_id=self.root_device,
