@@ -17,6 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 import main
 from ldm.checkpoint import read_checkpoint
@@ -53,6 +54,15 @@ class CountReductions(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         Path(f"reductions{trainer.global_rank}").write_text(str(self.count))
+
+
+class CountWeights(pl.Callback):
+    """Writes how many numbers of the UNet's weights this process has, and by how many units they are gathered."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        numbers = sum(parameter.numel() for parameter in pl_module.model.parameters())
+        gathered = sum(isinstance(module, FSDP) for module in pl_module.model.modules())
+        Path(f"weights{trainer.global_rank}").write_text(json.dumps([numbers, gathered]))
 
 
 def of_torchrun(rank: int) -> dict[str, str]:
@@ -129,7 +139,10 @@ def workspace(tmp_path_factory):
     """One in which two processes have trained: with DDP, accumulating, and with FSDP in two goes."""
     workspace = Workspace(tmp_path_factory.mktemp("workspace"))
     base = config(workspace.path)
-    counted = ["lightning.callbacks.count.target=tests.test_scale_out.CountReductions"]
+    counted, weighed = (
+        [f"lightning.callbacks.count.target=tests.test_scale_out.{name}"]
+        for name in ("CountReductions", "CountWeights")
+    )
 
     def job(rank: int) -> None:
         _record_writes(workspace.logs, workspace.path / f"writes{rank}")
@@ -137,10 +150,11 @@ def workspace(tmp_path_factory):
         for arguments in (
             workspace.arguments("ddp", *ddp, base=base),
             workspace.arguments("few", *ddp, "--max_steps=1", "--accumulate_grad_batches=2", *counted, base=base),
-            workspace.arguments("fsdp", *fsdp, "--max_steps=2", *WATCHED, "--export", "fp32", base=base),
+            workspace.arguments("fsdp", *fsdp, "--max_steps=2", *WATCHED, *weighed, "--export", "fp32", base=base),
         ):
             assert main.main(arguments) == 0
         assert main.main(["-r", str(workspace.run("fsdp")), "--max_steps", "4"]) == 0
+        logging.getLogger("ldm").info("for all to hear")
 
     together(workspace.path, job, of_torchrun)
     return workspace
@@ -155,7 +169,8 @@ def test_processes_of_torchrun_share_a_run_folder_and_one_writes(workspace):
 def test_one_process_tells(workspace):
     first, second = ((workspace.path / f"log{rank}").read_text() for rank in (0, 1))
     assert first.count("Done\n") == 4
-    assert "Training\n" not in second and "Done\n" not in second
+    assert "for all to hear" in first
+    assert not {"Training\n", "Done\n", "for all to hear\n"} & set(second.splitlines(keepends=True))
 
 
 def test_accumulated_gradients_are_averaged_once_a_step(workspace):
@@ -176,6 +191,15 @@ def test_sharded_training_writes_the_checkpoints_of_ddp_and_resumes_from_them(wo
         scale = max(state[kind].abs().max() for state in theirs["state"].values())
         for number, state in theirs["state"].items():
             assert (ours["state"][number][kind] - state[kind]).abs().max() <= 1e-4 * scale, (kind, number)
+
+
+def test_every_process_has_a_part_of_the_weights(workspace):
+    (first, units), (second, _) = (json.loads((workspace.path / f"weights{rank}").read_text()) for rank in (0, 1))
+    unet = {k: v for k, v in checkpoint(workspace.run("fsdp"))["state_dict"].items() if k.startswith("model.")}
+    total = sum(value.numel() for value in unet.values())
+    assert first + second == total and 0.4 * total < first < 0.6 * total
+    blocks = {tuple(key.split(".")[2:4]) for key in unet if "put_blocks" in key}
+    assert units == len(blocks) + 2, "a unit for each block, for the middle one, and for what is around them"
 
 
 def test_sharded_weights_are_read_and_exported_as_any_others(workspace):
