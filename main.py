@@ -12,6 +12,7 @@ from typing import Any
 from ldm.commands import exit_status
 from ldm.config import check_config
 from ldm.training import cli, defaults
+from ldm.training.cluster import is_first
 from ldm.training.run import forget_stamp
 
 # What YAML files name as main.*, imported when asked for.
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if is_first() else logging.ERROR  # of several processes, one tells
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     parsed = argparse.Namespace(debug=False)
 
     def command() -> int:

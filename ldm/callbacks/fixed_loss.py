@@ -15,6 +15,7 @@ from ldm.data.datamodule import Stream
 from ldm.errors import UserError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.rng import SampleRandom, derive_seed
+from ldm.training.sharding import computes
 
 WHERE = "lightning.callbacks.fixed_loss"
 HALVES = {"subject": "train", "prior": "reg"}  # the datamodule's names of the datasets
@@ -35,7 +36,7 @@ class FixedLoss(pl.Callback):
     """Logs `val/loss_subject_fixed` and, with a prior, `val/loss_prior_fixed`: a function of the weights alone.
 
     The step that is logged is the number of optimizer steps that made the weights; the first value is from before any.
-    Training is not changed by it. The first process does it.
+    Training is not changed by it. The first process does it, where weights are sharded together with the others.
 
     Args:
         every_n_steps: optimizer steps between two values.
@@ -84,7 +85,7 @@ class FixedLoss(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._last_step = trainer.global_step
-        if not trainer.is_global_zero or not trainer.loggers:
+        if not computes(trainer) or not trainer.loggers:
             return
         was_training = pl_module.training
         pl_module.eval()

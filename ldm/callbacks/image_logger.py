@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.callbacks.panel import WHERE, can_draw, make_panel
 from ldm.errors import UserError
+from ldm.training.sharding import computes
 from ldm.util import check_params
 
 
@@ -103,7 +104,7 @@ class ImageLogger(pl.Callback):
 
     def log_images(self, trainer: pl.Trainer, pl_module: Any, batch: Any, split: str) -> None:
         """Make the grids of a batch and save them, on the first rank."""
-        if self.disabled or not trainer.is_global_zero:
+        if self.disabled or not computes(trainer):
             return
         with _evaluating(pl_module):
             pictures = pl_module.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
@@ -112,7 +113,7 @@ class ImageLogger(pl.Callback):
 
     def log_panel(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
         """Draw the panel and save it, on the first rank."""
-        if self.disabled or self.panel is None or not trainer.is_global_zero:
+        if self.disabled or self.panel is None or not computes(trainer):
             return
         with _evaluating(pl_module):
             sheet = self.panel.draw(trainer, pl_module, batch)
@@ -145,7 +146,10 @@ def _evaluating(module: Any) -> Iterator[None]:
 
 
 def _write(trainer: pl.Trainer, image: Image.Image, group: str, name: str) -> None:
-    """Save a picture as `images/{group}/{name}.png`, and in TensorBoard under the name's first word."""
+    """Save a picture as `images/{group}/{name}.png`, and in TensorBoard under the name's first word; the first rank
+    does."""
+    if not trainer.is_global_zero:
+        return
     folder = Path(trainer.default_root_dir) / "images" / group
     folder.mkdir(parents=True, exist_ok=True)
     image.save(folder / f"{name}.png")

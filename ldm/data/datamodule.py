@@ -186,6 +186,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         latent_cache: bool | str | None = None,
     ):
         super().__init__()
+        self.prepare_data_per_node = False  # all machines see the same folders
         for key, value in (("batch_size", batch_size - 1), ("num_workers", num_workers or 0)):
             if value < 0:
                 raise UserError(f"data.params.{key}: expected {'at least 1' if key == 'batch_size' else '0 or more'}")
@@ -259,7 +260,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.class_prompts  # noqa: B018 (raises what is wrong with the templates)
 
     def prepare_data(self) -> None:
-        """Make the class images that are missing, and fill caches; Lightning calls this on one process of a machine."""
+        """Make the class images that are missing, and fill caches; Lightning calls this on the first process."""
         trainer, missing = self.trainer, self.class_images_to_make
         if trainer is None or not trainer.training:
             return

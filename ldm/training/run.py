@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.training.cluster import agreed
 
-# Lightning starts the other ranks of a run as copies of this process: they inherit the time from it.
+# Lightning starts the other ranks of a run as copies of this process: they inherit the time from it. Those that
+# torchrun or SLURM starts ask the first one.
 STAMP_VARIABLE = "DREAMBOOTH_RUN_STAMP"
 
 
@@ -44,10 +46,14 @@ class Run:
 def time_stamp(taken: Callable[[str], bool]) -> str:
     """The time of the run's start, the same for all of its processes, made different where it is `taken`."""
     if STAMP_VARIABLE not in os.environ:
-        now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-        candidates = (now if number == 0 else f"{now}_{number}" for number in itertools.count())
-        os.environ[STAMP_VARIABLE] = next(stamp for stamp in candidates if not taken(stamp))
+        os.environ[STAMP_VARIABLE] = agreed(lambda: _new_stamp(taken))
     return os.environ[STAMP_VARIABLE]
+
+
+def _new_stamp(taken: Callable[[str], bool]) -> str:
+    now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    candidates = (now if number == 0 else f"{now}_{number}" for number in itertools.count())
+    return next(stamp for stamp in candidates if not taken(stamp))
 
 
 def forget_stamp() -> None:

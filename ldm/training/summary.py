@@ -15,6 +15,7 @@ from ldm.callbacks.timing import TimingCallback
 from ldm.modules.encoders import tokenizer
 from ldm.training import memory
 from ldm.training.run import Run
+from ldm.training.sharding import is_sharded
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
 
@@ -57,9 +58,9 @@ def text_encoder(model: Any) -> str:
     return f", text encoder {' '.join(parts)}" if parts else ""
 
 
-def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
+def start(trainer: Any, model: Any, data: Any, run: Run, weights: str, training: str) -> str:
     """What is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
-    rows = {"training": parameters(model), "weights": weights}
+    rows = {"training": training, "weights": weights}
     found = data.summary()
     for name in ("subject", "class"):
         if images := found[f"{name}_images"]:
@@ -77,7 +78,9 @@ def start(trainer: Any, model: Any, data: Any, run: Run, weights: str) -> str:
     rows["device"] = f"{device}, precision {trainer.precision}" + (
         f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     )
-    if estimate := memory.of_run(trainer, model, data):
+    if is_sharded(trainer):
+        rows["sharded"] = f"over {trainer.world_size} processes"
+    elif estimate := memory.of_run(trainer, model, data):
         rows["memory"] = memory.outlook(trainer, model, estimate)
     rows["output"] = str(run.folder)
     return _rows("Training", rows)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
@@ -29,6 +30,7 @@ from ldm.inference import plain_weights
 from ldm.lora import adapters_alone
 from ldm.training import defaults, memory, summary
 from ldm.training.run import Run
+from ldm.training.sharding import check_shardable, is_sharded, whole_state
 from ldm.training.trainer import build_trainer, check_in_backward, quiet_lightning
 from ldm.util import instantiate_from_config
 
@@ -84,6 +86,8 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     trainer = build_trainer(config, run)
     check_in_backward(config, trainer)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
+    if is_sharded(trainer):
+        check_shardable(model)
     set_learning_rates(model, config, trainer, data.batch_size)
 
     trainer.callbacks.append(_Announcement(run, report))
@@ -92,12 +96,13 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     _fit(trainer, model, data)
 
     keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
+    state = whole_state(trainer) if config.get("run", {}).get("export") and not interrupts.interrupted else None
     if trainer.is_global_zero:
         if getattr(model, "lora", None) and keeper is not None and keeper.last_path.exists():
             adapters = adapters_alone(model.state_dict(), model.lora.alpha)
             facts = training_facts(config, trainer.global_step)
             write_weights(keeper.last_path.with_name(summary.LORA), adapters, {}, facts)
-        exported = _export(model, config, run, trainer.global_step) if not interrupts.interrupted else None
+        exported = None if state is None else _export(state, config, run, trainer.global_step)
         prompts = data.summary()["subject_prompts"]
         log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None, exported))
     if test and "test" in data.datasets and not interrupts.interrupted:
@@ -131,12 +136,11 @@ def _with_base_model(config: Mapping[str, Any], start: Start) -> Mapping[str, An
     return {**config, "run": {**config.get("run", {}), "base_model": base}}
 
 
-def _export(model: Any, config: Mapping[str, Any], run: Run, steps: int) -> Path | None:
-    """Write the weights alone, in the precision that `run.export` asks for; None if it does not."""
-    if (precision := config.get("run", {}).get("export")) is None:
-        return None
+def _export(state: Mapping[str, Tensor], config: Mapping[str, Any], run: Run, steps: int) -> Path:
+    """Write the weights alone, in the precision that `run.export` asks for."""
+    precision = config["run"]["export"]
     path = run.checkpoints / f"{run.folder.name}-{precision}.safetensors"
-    state = plain_weights({"state_dict": model.state_dict(), "config": config}, path)
+    state = plain_weights({"state_dict": state, "config": config}, path)
     state = in_dtype(weights_to_sample_from(state, path, None), DTYPES[precision])
     write_weights(path, state, shared_config(config), training_facts(config, steps))
     return path
@@ -156,10 +160,16 @@ class _Announcement(pl.Callback):
 
     def __init__(self, run: Run, weights: str):
         self.run, self.weights = run, weights
+        self.parameters = ""
+
+    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
+        self.parameters = summary.parameters(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            log.info(summary.start(trainer, pl_module, trainer.datamodule, self.run, self.weights))
+            # Of sharded weights, only a part is left to be counted; and adapters are new since `setup`.
+            parameters = self.parameters if is_sharded(trainer) else summary.parameters(pl_module)
+            log.info(summary.start(trainer, pl_module, trainer.datamodule, self.run, self.weights, parameters))
 
 
 def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple[Any, str]:

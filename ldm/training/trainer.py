@@ -17,6 +17,7 @@ from ldm.callbacks.setup import SetupCallback
 from ldm.errors import UserError
 from ldm.training import defaults
 from ldm.training.run import Run
+from ldm.training.sharding import make_strategy
 from ldm.util import instantiate_from_config
 
 NOT_SETTABLE = {
@@ -58,6 +59,8 @@ def build_trainer(config: Mapping[str, Any], run: Run) -> Any:
         raise UserError(f"lightning.trainer.precision: {arguments['precision']}: use 16-mixed or bf16-mixed")
     if arguments.get("logger", True) is True:
         arguments["logger"] = False if arguments.get("barebones") else _loggers(run)
+    if "strategy" in arguments:
+        arguments["strategy"] = make_strategy(arguments["strategy"])
     callbacks = [c for c in build_callbacks(lightning, config, run) if not _switched_off(c, arguments)]
     try:
         return pl.Trainer(default_root_dir=run.folder, **arguments, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
