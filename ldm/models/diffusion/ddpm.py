@@ -371,7 +371,8 @@ class LatentDiffusion(pl.LightningModule):
         Not in `__init__`: initial weights come without adapters, in their own format. Lightning calls this before it
         restores a checkpoint, which has them.
         """
-        self.model.diffusion_model.use_memory_format()
+        if hasattr(self.model.diffusion_model, "use_memory_format"):
+            self.model.diffusion_model.use_memory_format()
         if self.lora is None or self._adapted:
             return
         self.requires_grad_(False)
