@@ -49,7 +49,8 @@ def compare(variants: Sequence[dict[str, Any]], compared_to: str) -> None:
     for variant in variants:
         if "failed" not in variant and "failed" not in base:
             variant["speed_ratio"] = variant["images_per_second"] / base["images_per_second"]
-            variant["memory_ratio"] = variant["peak_bytes"] / base["peak_bytes"]
+            if base["peak_bytes"]:  # none where an earlier row of the same process took more
+                variant["memory_ratio"] = variant["peak_bytes"] / base["peak_bytes"]
 
 
 def table(variants: Sequence[Mapping[str, Any]], compared_to: str) -> str:
