@@ -1,6 +1,9 @@
 """The memory that a training will need, and what it says when there is not enough."""
 
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,6 +60,41 @@ def test_what_needs_less():
     assert memory.estimate(model, "adamw", 2, 64).activations < 0.8 * plain.activations
     frozen = memory.estimate(build(cond_stage_trainable=False), "adamw", 2, 64)
     assert frozen.total < plain.total and frozen.weights == plain.weights
+
+
+ALLOCATE = """
+import resource, sys, torch
+from ldm.callbacks.host_memory import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1:]:
+    assert keep_freed_memory()
+for _ in range(3):
+    before = faults()
+    torch.zeros(2**24).add_(1)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
+def test_freed_memory_is_kept_for_the_next_step():
+    """64 MB are 16384 pages, which the system need not fill again."""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", ALLOCATE, *more], check=True, capture_output=True).stdout)
+        for more in (["keep"], [])
+    )
+    assert kept < 500 < 16000 < given_back
+
+
+def test_a_training_on_the_cpu_keeps_it(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ldm.callbacks.host_memory.keep_freed_memory", lambda: calls.append(1))
+    workspace = Workspace(tmp_path)
+    workspace.train("kept", "--max_steps", "1")
+    workspace.train("given-back", "--max_steps", "1", "lightning.callbacks.host_memory=null")
+    assert calls == [1]
 
 
 def test_autocast_keeps_no_copies_of_the_weights(tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ CALLBACKS: dict[str, Any] = {
         "params": {"logging_interval": "step"},
     },
     "progress": {"target": "ldm.callbacks.progress.StepProgress"},
+    "host_memory": {"target": "ldm.callbacks.host_memory.KeepHostMemory"},
     "timing": {"target": "ldm.callbacks.timing.TimingCallback"},
 }
 
