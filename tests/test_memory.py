@@ -71,8 +71,8 @@ def faults():
 
 if sys.argv[1:]:
     assert keep_freed_memory()
-for _ in range(3):
-    before = faults()
+before = faults()
+for _ in range(12):
     torch.zeros(2**24).add_(1)
 print(faults() - before)
 """
@@ -80,12 +80,12 @@ print(faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
 def test_freed_memory_is_kept_for_the_next_step():
-    """64 MB are 16384 pages, which the system need not fill again."""
+    """64 MB are 16384 pages, which the system need not fill each time (but may twice or thrice, as the heap is cut)."""
     kept, given_back = (
         int(subprocess.run([sys.executable, "-c", ALLOCATE, *more], check=True, capture_output=True).stdout)
         for more in (["keep"], [])
     )
-    assert kept < 500 < 16000 < given_back
+    assert kept < 5 * 16384 < 11 * 16384 < given_back
 
 
 def test_a_training_on_the_cpu_keeps_it(tmp_path, monkeypatch):
