@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -21,12 +22,20 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)
     return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 class KeepHostMemory(pl.Callback):
-    """Keeps what a training step on the CPU has freed for the next one: faster, and at its peak all along."""
+    """Keeps what a training step on the CPU has freed for the next one: faster, and at its peak all along.
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.device.type == "cpu":
+    From the second step on: the optimizer's state, which the first one makes, would be between what is freed.
+    """
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._first and pl_module.device.type == "cpu":
             keep_freed_memory()
+        self._first = False
