@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.commands import exit_status
 from ldm.config import check_config
-from ldm.training import cli, defaults
+from ldm.training import cli, defaults, huge_pages
 from ldm.training.cluster import is_first
 from ldm.training.run import forget_stamp
 
@@ -33,10 +33,11 @@ def run(args: argparse.Namespace) -> int:
     """Check and train; the exit status."""
     config, folder = cli.prepare(args)
     check_config(config, defaults.TRAINER_KEYS)
-    # Lightning takes seconds to import, which a mistyped flag or key need not wait for.
-    from ldm.training.train import INTERRUPTED, train
+    with huge_pages.added(huge_pages.environment(config)):
+        # Lightning takes seconds to import, which a mistyped flag or key need not wait for.
+        from ldm.training.train import INTERRUPTED, train
 
-    trained = train(config, folder, cli.start_of(args), test=not args.no_test)
+        trained = train(config, folder, cli.start_of(args), test=not args.no_test)
     return INTERRUPTED if trained.interrupted else 0
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.training.huge_pages import added
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, computed by a fresh process.
+def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """The function's result, computed by a fresh process with further environment variables.
 
     Raises:
         UserError: the process was killed; and what the function raises.
     """
     # Not a multiprocessing.Pool, whose processes may have no children: data loaders start some.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with added(environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:

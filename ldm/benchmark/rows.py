@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +18,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """What measures a variant, how many images it takes or makes at a time, and its precision, of `DTYPES`."""
+    """What measures a variant, how many images it takes or makes at a time, and its precision, of `DTYPES`.
+
+    The measuring process gets `environment` beside its own variables.
+    """
 
     name: str
     function: Callable[..., dict[str, Any]]
     arguments: tuple[Any, ...]
     images: int
     dtype: str
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def measure_rows(
@@ -42,7 +46,7 @@ def measure_rows(
     for number in range(repeat):
         for row in rows:
             log.info("measuring %s%s", row.name, f" ({number + 1} of {repeat})" if repeat > 1 else "")
-            measured[row.name].append(apart(row.function, *row.arguments))
+            measured[row.name].append(apart(row.function, *row.arguments, environment=row.environment))
     variants = []
     for row in rows:
         figures = report.figures(report.merged(measured[row.name]), row.images, rates[row.dtype])

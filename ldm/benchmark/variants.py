@@ -17,6 +17,7 @@ from ldm.config import check_config, load_config, to_plain
 from ldm.errors import UserError
 from ldm.export import DTYPES
 from ldm.training.defaults import TRAINER_KEYS
+from ldm.training.huge_pages import environment
 
 AGAINST = ("diffusers", "two-forward")
 
@@ -80,7 +81,14 @@ def training_rows(
 ) -> list[Row]:
     """What measures each of `variants`; raises as it does."""
     return [
-        Row(v.name, measure_training, (v.kind, v.config, settings), images_per_step(v.config), _dtype(v))
+        Row(
+            v.name,
+            measure_training,
+            (v.kind, v.config, settings),
+            images_per_step(v.config),
+            _dtype(v),
+            environment(v.config) if v.kind == OURS else {},
+        )
         for v in variants(base, overrides, switches, against)
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 from typing import Any
 
@@ -11,6 +12,12 @@ import pytorch_lightning as pl
 # Parameters of mallopt(3), and the value that switches trimming off.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, NEVER = -1, -3, -1
 LARGEST = 2**30  # bytes that are taken from the heap, not mapped
+LARGE_MODEL = 1e9  # bytes of weights beside whose step it takes little time to fill free pages anew
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def keep_freed_memory() -> bool:
@@ -19,23 +26,36 @@ def keep_freed_memory() -> bool:
     By default it maps each large block anew, and the system fills it with zeros page by page: of a full-size training
     step that is about a third of the time.
     """
-    if platform.libc_ver()[0] != "glibc":
+    libc = _glibc()
+    if libc is None:
         return False
-    libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
-class KeepHostMemory(pl.Callback):
-    """Keeps what a training step on the CPU has freed for the next one: faster, and at its peak all along.
+def give_back_free_pages() -> bool:
+    """Give the system the pages of the heap in which nothing lies now, kept or not; False where it is not glibc."""
+    libc = _glibc()
+    return libc is not None and bool(libc.malloc_trim(0))
 
-    From the second step on: the optimizer's state, which the first one makes, would be between what is freed.
+
+class KeepHostMemory(pl.Callback):
+    """Keeps what a training step on the CPU has freed, so that its next allocations are fast.
+
+    From the second step on: the optimizer's state, which the first one makes, would be between what is freed. The step
+    of a large model starts without the last one's free pages: its backward pass leaves holes that the forward pass
+    does not fill, and which would stay beside what the forward pass takes anew.
     """
 
     def __init__(self) -> None:
-        self._first = True
+        self._steps = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        on_cpu = pl_module.device.type == "cpu"
+        if self._steps > 0 and on_cpu and sum(p.nbytes for p in pl_module.parameters()) > LARGE_MODEL:
+            give_back_free_pages()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._first and pl_module.device.type == "cpu":
+        if self._steps == 0 and pl_module.device.type == "cpu":
             keep_freed_memory()
-        self._first = False
+        self._steps += 1
