@@ -12,14 +12,15 @@ from einops import rearrange
 from ldm.benchmark import clock, isolation, machine, report, rows
 from ldm.benchmark.predict import predict
 from ldm.benchmark.reference import DiffusersDreamBooth, TwoForward
-from ldm.benchmark.variants import checked_config, parse_switch, variants
+from ldm.benchmark.train import Settings
+from ldm.benchmark.variants import checked_config, parse_switch, training_rows, variants
 from ldm.config import load_config, load_yaml, to_plain
 from ldm.diffusers_format import to_diffusers
 from ldm.errors import UserError
 from ldm.export import target_of
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.rng import SampleRandom
-from ldm.training import memory
+from ldm.training import huge_pages, memory
 from ldm.util import instantiate_from_config
 from scripts import benchmark
 from tests import golden, runs
@@ -29,7 +30,7 @@ from tests.runs import ROOT
 @pytest.fixture
 def here(monkeypatch):
     """Measurements in this process: the importing takes a fresh one longer than the measuring."""
-    monkeypatch.setattr(rows, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(rows, "apart", lambda function, *arguments, environment=None: function(*arguments))
     monkeypatch.setattr(rows, "matmul_rate", lambda device, dtype, threads, clock: 1e12)
 
 
@@ -356,8 +357,20 @@ def test_switches(tmp_path):
     assert {row.config["model"]["params"]["reg_weight"] for row in rows} == {2}
 
 
+def test_only_our_rows_have_what_a_training_starts_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(huge_pages, "HUGE_PAGES", tmp_path)
+    switches = ["given back: lightning.callbacks.host_memory=null"]
+    found = training_rows([runs.config(tmp_path)], [], switches, ["two-forward"], Settings())
+    assert {row.name: bool(row.environment) for row in found} == {
+        "ours": True,
+        "given back": False,
+        "two-forward": False,
+    }
+
+
 def test_a_process_of_its_own():
     assert isolation.apart(os.getpid) != os.getpid()
+    assert isolation.apart(os.getenv, "OF_A_ROW", environment={"OF_A_ROW": "1"}) == "1" and "OF_A_ROW" not in os.environ
     with pytest.raises(UserError, match="no such config file"):
         isolation.apart(load_yaml, "nothing.yaml")
     with pytest.raises(UserError, match="the measuring process was killed"):

@@ -1,15 +1,18 @@
 """The memory that a training will need, and what it says when there is not enough."""
 
 import logging
+import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from ldm.training import memory
+import main
+from ldm.training import huge_pages, memory
 from tests import runs
 from tests.runs import Workspace
 from tests.test_diffusion import build
@@ -88,13 +91,89 @@ def test_freed_memory_is_kept_for_the_next_step():
     assert kept < 5 * 16384 < 11 * 16384 < given_back
 
 
-def test_a_training_on_the_cpu_keeps_it(tmp_path, monkeypatch):
+GIVE_BACK = """
+import torch
+from ldm.callbacks.host_memory import give_back_free_pages, keep_freed_memory
+from ldm.callbacks.timing import resident_bytes
+
+assert keep_freed_memory()
+freed, used = ([torch.zeros(2**20) for _ in range(64)] for _ in range(2))
+full = resident_bytes()[0]
+freed.clear()
+kept = resident_bytes()[0]
+assert give_back_free_pages()
+print(full - kept, kept - resident_bytes()[0], sum(float(x.sum()) for x in used))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
+def test_pages_that_nothing_uses_are_given_back():
+    """64 tensors of 4 MB, below others, which keep them from the heap's end."""
+    run = subprocess.run([sys.executable, "-c", GIVE_BACK], check=True, capture_output=True)
+    at_once, when_asked, others = map(float, run.stdout.split())
+    assert at_once < 2**24 < 15 * 2**24 < when_asked and others == 0
+
+
+def called(monkeypatch, *names):
+    """The calls of functions of `ldm.callbacks.host_memory`, in place of which nothing happens."""
     calls = []
-    monkeypatch.setattr("ldm.callbacks.host_memory.keep_freed_memory", lambda: calls.append(1))
+    for name in names:
+        monkeypatch.setattr(f"ldm.callbacks.host_memory.{name}", lambda name=name: calls.append(name))
+    return calls
+
+
+def test_a_training_on_the_cpu_keeps_freed_memory(tmp_path, monkeypatch):
+    calls = called(monkeypatch, "keep_freed_memory", "give_back_free_pages")
     workspace = Workspace(tmp_path)
-    workspace.train("kept", "--max_steps", "1")
+    workspace.train("kept", "--max_steps", "3")
     workspace.train("given-back", "--max_steps", "1", "lightning.callbacks.host_memory=null")
-    assert calls == [1]
+    assert calls == ["keep_freed_memory"]
+
+
+def test_each_step_of_a_large_model_starts_without_free_pages(tmp_path, monkeypatch):
+    calls = called(monkeypatch, "keep_freed_memory", "give_back_free_pages")
+    monkeypatch.setattr("ldm.callbacks.host_memory.LARGE_MODEL", 0)
+    Workspace(tmp_path).train("large", "--max_steps", "3")
+    assert calls == ["keep_freed_memory", "give_back_free_pages", "give_back_free_pages"]
+
+
+HUGE = """
+import resource, torch
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(
+    not huge_pages.HUGE_PAGES.exists() or "[never]" in huge_pages.HUGE_PAGES.read_text(), reason="the system has none"
+)
+def test_huge_pages():
+    """64 MB are 16384 pages of 4 KB, but a few dozen of 2 MB; where memory is in pieces, some of both."""
+    environment = {**os.environ, **huge_pages.environment({})}
+    run = subprocess.run([sys.executable, "-c", HUGE], check=True, capture_output=True, env=environment)
+    assert int(run.stdout) < 12000
+
+
+def test_a_training_starts_with_huge_pages(tmp_path, monkeypatch):
+    """Unless the user has said otherwise; what ran before has its environment back."""
+    seen = []
+    monkeypatch.setattr(huge_pages, "HUGE_PAGES", tmp_path)
+    monkeypatch.delenv(huge_pages.VARIABLE, raising=False)
+
+    def train(*_, **__):
+        seen.append(os.getenv(huge_pages.VARIABLE))
+        return SimpleNamespace(interrupted=False)
+
+    monkeypatch.setattr("ldm.training.train.train", train)
+    workspace = Workspace(tmp_path)
+    for name, more in {"huge": [], "given-back": ["lightning.callbacks.host_memory=null"]}.items():
+        assert main.main(workspace.arguments(name, *more)) == 0
+    assert huge_pages.VARIABLE not in os.environ
+    monkeypatch.setenv(huge_pages.VARIABLE, "0")
+    assert main.main(workspace.arguments("small")) == 0
+    assert seen == ["1", None, "0"] and os.environ[huge_pages.VARIABLE] == "0"
 
 
 def test_autocast_keeps_no_copies_of_the_weights(tmp_path, monkeypatch):
