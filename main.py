@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ldm.commands import exit_status
+from ldm.commands import INTERRUPTED, exit_status
 from ldm.config import check_config
 from ldm.training import cli, defaults, huge_pages
 from ldm.training.cluster import is_first
@@ -32,10 +32,10 @@ def __getattr__(name: str) -> Any:
 def run(args: argparse.Namespace) -> int:
     """Check and train; the exit status."""
     config, folder = cli.prepare(args)
-    check_config(config, defaults.TRAINER_KEYS)
-    with huge_pages.added(huge_pages.environment(config)):
+    with huge_pages.added(huge_pages.environment(config)):  # before Lightning, whose import makes a tensor
+        check_config(config, defaults.TRAINER_KEYS)
         # Lightning takes seconds to import, which a mistyped flag or key need not wait for.
-        from ldm.training.train import INTERRUPTED, train
+        from ldm.training.train import train
 
         trained = train(config, folder, cli.start_of(args), test=not args.no_test)
     return INTERRUPTED if trained.interrupted else 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 from collections.abc import Callable
 
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit status of a program that Ctrl-C ended
 
 OF_THE_DISK = {
     errno.ENOSPC: "make room there, or write elsewhere",
@@ -22,12 +25,17 @@ OF_THE_DISK = {
 
 
 def exit_status(command: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> int:
-    """Run a command; its status, or 1 with one line for a `UserError` or a disk that refuses.
+    """Run a command; its status, or 1 with one line for a `UserError` or a disk that refuses, 130 for Ctrl-C.
 
     Other errors, and all while `debug()`, keep their traceback.
     """
     try:
         return command() or 0
+    except KeyboardInterrupt:
+        if debug():
+            raise
+        log.error("interrupted")
+        return INTERRUPTED
     except UserError as error:
         if debug():
             raise

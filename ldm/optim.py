@@ -136,6 +136,13 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raise a `UserError` for an optimizer that is not in `OPTIMIZERS`."""
+    if name not in OPTIMIZERS:
+        hint = nearest(name, list(OPTIMIZERS))
+        raise UserError(f"model.params.optimizer: unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}")
+
+
 def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -> Optimizer:
     """An optimizer over the trained parameters of some networks; `adam` are arguments of Adam's kind.
 
@@ -146,9 +153,7 @@ def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -
     Raises:
         UserError: a name that is not in `OPTIMIZERS`.
     """
-    if name not in OPTIMIZERS:
-        hint = nearest(name, list(OPTIMIZERS))
-        raise UserError(f"model.params.optimizer: unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}")
+    check_name(name)
     return OPTIMIZERS[name](modules, lr, **adam)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import main
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training import huge_pages, memory
 from tests import runs
 from tests.runs import Workspace
@@ -130,11 +131,31 @@ def test_a_training_on_the_cpu_keeps_freed_memory(tmp_path, monkeypatch):
     assert calls == ["keep_freed_memory"]
 
 
-def test_each_step_of_a_large_model_starts_without_free_pages(tmp_path, monkeypatch):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_each_step_of_a_large_model_starts_without_free_pages(tmp_path, monkeypatch, accumulated):
+    """From the second on, and not between the batches of one."""
     calls = called(monkeypatch, "keep_freed_memory", "give_back_free_pages")
     monkeypatch.setattr("ldm.callbacks.host_memory.LARGE_MODEL", 0)
-    Workspace(tmp_path).train("large", "--max_steps", "3")
-    assert calls == ["keep_freed_memory", "give_back_free_pages", "give_back_free_pages"]
+    step = LatentDiffusion.optimizer_step
+    monkeypatch.setattr(LatentDiffusion, "optimizer_step", lambda *a, **k: calls.append("step") or step(*a, **k))
+    more = ["--max_steps", "3", f"lightning.trainer.accumulate_grad_batches={accumulated}"]
+    Workspace(tmp_path).train("large", *more)
+    assert calls == ["step", "keep_freed_memory", "give_back_free_pages", "step", "give_back_free_pages", "step"]
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_no_gradient_outlives_its_step(tmp_path, monkeypatch, accumulated):
+    seen = []
+    forward = LatentDiffusion.training_step
+
+    def training_step(self, *args):
+        seen.append(any(parameter.grad is not None for parameter in self.parameters()))
+        return forward(self, *args)
+
+    monkeypatch.setattr(LatentDiffusion, "training_step", training_step)
+    more = ["--max_steps", "2", f"lightning.trainer.accumulate_grad_batches={accumulated}"]
+    Workspace(tmp_path).train("gradients", *more)
+    assert seen == {1: [False, False], 2: [False, True, False, True]}[accumulated]
 
 
 HUGE = """

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.callbacks.checkpoints import at_step_boundary
+
 # Parameters of mallopt(3), and the value that switches trimming off.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, NEVER = -1, -3, -1
 LARGEST = 2**30  # bytes that are taken from the heap, not mapped
@@ -48,14 +50,17 @@ class KeepHostMemory(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._steps = 0
+        self._keeps = False
+        self._between = False  # between two steps
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        on_cpu = pl_module.device.type == "cpu"
-        if self._steps > 0 and on_cpu and sum(p.nbytes for p in pl_module.parameters()) > LARGE_MODEL:
-            give_back_free_pages()
+        if self._keeps and self._between and sum(p.nbytes for p in pl_module.parameters()) > LARGE_MODEL:
+            give_back_free_pages()  # and not at the batch's end, when the gradients are still there
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._steps == 0 and pl_module.device.type == "cpu":
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._between = at_step_boundary(trainer, batch_idx)
+        if self._between and not self._keeps and pl_module.device.type == "cpu":
+            self._keeps = True
             keep_freed_memory()
-        self._steps += 1

@@ -188,6 +188,7 @@ def apply_flags(config: dict[str, Any], args: argparse.Namespace) -> None:
     reg_weight = ((config.get("model") or {}).get("params") or {}).get("reg_weight", 1.0)
     if data.get("reg") and not reg_weight and not _section(data["reg"], "params").get("data_root"):
         del data["reg"]  # a prior that weighs nothing needs no images
+        data.pop("num_class_images", None)
 
 
 def _apply_data_flags(data: dict[str, Any], args: argparse.Namespace) -> None:

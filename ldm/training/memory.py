@@ -14,6 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from ldm.backward_optimizer import SUFFIX
+from ldm.optim import check_name
+from ldm.training.devices import default_precision
+from ldm.training.sharding import is_sharded
+from ldm.training.trainer import needs_gradients
 
 GB = 1e9
 CONCERNS = 1e9  # bytes of weights from which on an estimate is worth its seconds
@@ -51,7 +55,11 @@ def estimate(model: Any, optimizer: str, samples: int, side: int, autocast: torc
         samples: in one pass of the UNet: subject and class images of a batch.
         side: of the images, pixels.
         autocast: the lower precision of a mixed one.
+
+    Raises:
+        UserError: an optimizer of no known name.
     """
+    check_name(optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [parameter.nbytes for parameter in trained]
     return Estimate(
@@ -137,7 +145,8 @@ def _total(kept: dict[int, Tensor], without: set[int]) -> int:
 def available_bytes(device: torch.device) -> int | None:
     """Memory of the device that nothing uses yet; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     info = Path("/proc/meminfo")
     if device.type != "cpu" or not info.exists():
         return None
@@ -157,39 +166,45 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
 
 def outlook(trainer: Any, model: Any, found: Estimate) -> str:
     """An estimate, and if the device has less, what to do about that."""
-    available = available_bytes(trainer.strategy.root_device)
-    if available is None or found.total < available:
+    device = trainer.strategy.root_device
+    available = available_bytes(device)
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+    if available is None or found.total < available + held:
         return str(found)
-    return f"{found}, of which {available / GB:.1f} GB are free: it will not fit. {advice(trainer, model)}"
+    return f"{found}, but {(available + held) / GB:.1f} GB are there: it will not fit. {advice(trainer, model)}"
 
 
 def advice(trainer: Any, model: Any) -> str:
     """What needs less memory, as one line."""
-    return f"To need less: {'; '.join(switches(model, model.optimizer, trainer.precision, trainer.world_size))}"
+    return f"To need less: {'; '.join(switches(trainer, model))}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is of torch's allocators, on a GPU or the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or (
+    """Whether an error is of torch's allocators, on a GPU or the CPU, or of Python's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
-def switches(model: Any, optimizer: str, precision: str, processes: int) -> list[str]:
+def switches(trainer: Any, model: Any) -> list[str]:
     """What a user can still turn to need less memory, the cheapest in time and quality first."""
+    optimizer, sharded, device = model.optimizer, is_sharded(trainer), trainer.strategy.root_device.type
     unet, trained = model.model.diffusion_model, sum(p.numel() for p in model.parameters() if p.requires_grad)
     recomputed = [module.use_checkpoint for module in unet.modules() if hasattr(module, "use_checkpoint")]
     found = {
         "model.params.unet_config.params.use_checkpoint=true": not all(recomputed),
-        "--precision bf16-mixed": not precision.startswith(("bf16", "16")),
+        "--precision bf16-mixed": (
+            not trainer.precision.startswith(("bf16", "16")) and default_precision(device) == "bf16-mixed"
+        ),
         f"model.params.optimizer={optimizer}{SUFFIX} (-{4 * trained / GB:.1f} GB)": (
-            optimizer in ("adamw", "adamw8bit") and processes == 1
+            optimizer in ("adamw", "adamw8bit") and not needs_gradients(trainer)
         ),
         f"model.params.optimizer={optimizer.replace('adamw', 'adamw8bit')} (-{6 * trained / GB:.1f} GB)": (
-            optimizer in ("adamw", "adamw" + SUFFIX)
+            optimizer in ("adamw", "adamw" + SUFFIX) and not sharded
         ),
         "model.params.cond_stage_trainable=false": model.cond_stage_trainable and not model.lora,
-        "configs/stable-diffusion/v1-finetune_lora.yaml": not model.lora,
+        "configs/stable-diffusion/v1-finetune_lora.yaml": not model.lora and not sharded,
         "data.params.batch_size=1, or smaller images (data.params.train.params.size and reg.params.size)": True,
     }
     return [switch for switch, left in found.items() if left]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,6 @@ from ldm.training.trainer import build_trainer, check_in_backward, quiet_lightni
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
-
-INTERRUPTED = 128 + signal.SIGINT  # the exit status of a program that Ctrl-C ended
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,19 @@ def check_in_backward(config: Mapping[str, Any], trainer: Any) -> None:
     optimizer = str((config["model"].get("params") or {}).get("optimizer"))
     if not optimizer.endswith(SUFFIX):
         return
-    excluded = {
+    if found := needs_gradients(trainer):
+        raise UserError(f"model.params.optimizer: {optimizer} keeps no gradients, so not with {', '.join(found)}")
+
+
+def needs_gradients(trainer: Any) -> list[str]:
+    """What of a trainer's settings needs all gradients at once, by name."""
+    settings = {
         "lightning.trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
         "lightning.trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
         "lightning.trainer.precision: 16-mixed": trainer.precision == "16-mixed",
         "several processes": trainer.world_size > 1,
     }
-    if found := [name for name, given in excluded.items() if given]:
-        raise UserError(f"model.params.optimizer: {optimizer} keeps no gradients, so not with {', '.join(found)}")
+    return [name for name, given in settings.items() if given]
 
 
 def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:

@@ -6,14 +6,16 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.optim import Optimizer
 
+from ldm.callbacks.checkpoints import at_step_boundary
 from ldm.errors import UserError
 from ldm.lr_scheduler import with_schedule
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
@@ -440,6 +442,11 @@ class LatentDiffusion(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.text_trains and self.text_training.stop is not None and self.global_step >= self.text_training.stop:
             self._stop_text_encoder()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Free a step's gradients: Lightning would keep them beside the next forward pass's activations."""
+        if at_step_boundary(self.trainer, batch_idx):
+            cast(Optimizer, self.optimizers()).zero_grad()
 
     def _stop_text_encoder(self) -> None:
         """From here on no gradient is computed for it; what has none is left alone by every optimizer."""
