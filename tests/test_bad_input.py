@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import main
 from scripts import stable_txt2img
@@ -31,11 +32,37 @@ def refused(workspace, caplog):
     return call
 
 
+@pytest.fixture
+def refused_later(caplog):
+    """The one line that a training ends with that had begun."""
+
+    def call(workspace, *more):
+        assert main.main(workspace.arguments("refused", *more)) == 1
+        (message,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("error: ")]
+        assert "\n" not in message
+        return message
+
+    return call
+
+
 @pytest.mark.parametrize("flag", ["--data_root", "--reg_data_root"])
 def test_missing_and_empty_folders(refused, tmp_path, flag):
     assert str(tmp_path / "none") in refused(replace=[(flag, tmp_path / "none")])
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in refused(replace=[(flag, tmp_path / "empty")])
+
+
+@pytest.mark.parametrize(
+    "batch, cache, what", [(3, "false", "images"), (3, "true", "cached latents"), (1, "false", "images")]
+)
+def test_images_of_different_sizes(tmp_path, refused_later, batch, cache, what):
+    """Of the subject, or in batches of one of the subject and its class, whose images are 50 x 40."""
+    workspace = Workspace(tmp_path)
+    for number, side in enumerate((32, 32, 48)):
+        Image.new("RGB", (side, side)).save(workspace.photos / f"{number}.png")
+    sizes = [f"data.params.{name}.params.size=null" for name in ("train", "reg")]
+    more = [f"data.params.batch_size={batch}", f"data.params.latent_cache={cache}", "--max_steps", "3", *sizes]
+    assert refused_later(workspace, *more).startswith(f"error: {what} of different sizes [(")
 
 
 def test_no_folder_at_all(workspace, caplog):

@@ -118,6 +118,12 @@ def test_the_memory_of_a_config(tmp_path, capsys):
     assert f"| {real.total / 1e9:.2f} |" in capsys.readouterr().out
 
 
+def test_memory_of_an_optimizer_that_there_is_not(tmp_path, capsys, caplog):
+    config = runs.config(tmp_path, model__params__optimizer="adamw_in_backwards")
+    assert benchmark.main(["memory", "--base", str(config)]) == 1
+    assert "model.params.optimizer: unknown 'adamw_in_backwards' (did you mean 'adamw_in_backward'?)" in caplog.text
+
+
 PROFILES = sorted((ROOT / "configs/stable-diffusion/profiles").glob("*.yaml"))
 
 
@@ -164,14 +170,22 @@ def test_a_subject_without_a_prior(here, tmp_path):
     assert [v["images"] for v in found["variants"]] == [1, 1]
 
 
-def test_what_does_not_fit_is_said_in_its_row(here, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "failing, other, where",
+    [("two-forward", "ours", (TwoForward, "step")), ("ours", "two-forward", (LatentDiffusion, "training_step"))],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_what_does_not_fit_is_said_in_its_row(here, tmp_path, monkeypatch, capsys, failing, other, where, error):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    monkeypatch.setattr(TwoForward, "step", full)
+    monkeypatch.setattr(*where, full)
     command = ["train", "--base", runs.config(tmp_path), "--steps", 1, "--warmup", 0, "--device", "cpu", "--size", 16]
     found = by_name(measured(tmp_path, *command, "--against", "two-forward"))
-    assert found["two-forward"]["failed"] == "out of memory" and "speed_ratio" not in found["ours"]
+    assert found[failing]["failed"] == "out of memory" and found[other]["seconds"]
+    assert ("speed_ratio" in found[other]) is (failing == "ours"), "a ratio is to two-forward"
     assert "| out of memory |" in capsys.readouterr().out
 
 

@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+from contextlib import nullcontext
 
 import pytest
 
+from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.training import cli, devices
 from ldm.training.run import STAMP_VARIABLE, new_run, resumed_run
@@ -117,8 +119,20 @@ def test_flags_of_a_new_run_do_not_go_with_resume(flag):
 
 
 def test_no_class_images_are_needed_when_they_weigh_nothing():
-    args = cli.parse_args(["--base", V1, "-t", "--data_root", "a", "model.params.reg_weight=0.0"])
-    assert "reg" not in cli.prepare(args)[0]["data"]["params"]
+    more = ["model.params.reg_weight=0.0", "data.params.num_class_images=200"]
+    args = cli.parse_args(["--base", V1, "-t", "--data_root", "a", *more])
+    assert not {"reg", "num_class_images"} & set(cli.prepare(args)[0]["data"]["params"])
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_ctrl_c(caplog, debug):
+    """While it imports, say; a training that has begun writes a checkpoint first."""
+
+    def command():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if debug else nullcontext():
+        assert exit_status(command, lambda: debug) == 130 and caplog.messages == ["interrupted"]
 
 
 @pytest.mark.parametrize(

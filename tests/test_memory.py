@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import nn
 
-import main
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training import huge_pages, memory
 from tests import runs
@@ -47,7 +47,9 @@ def test_activations_are_those_of_a_real_pass():
     width = model.cond_stage_model.token_embedding.weight.shape[1]
     context = torch.randn(2, model.cond_stage_model.max_length, width)
     real = really_kept(unet, (torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), context))
-    assert memory.activation_bytes(model, 2, 8) == pytest.approx(real, rel=0.01)
+    stages, recomputed = memory.forward_stages(model, 2, 8)
+    assert sum(stage.activations for stage in stages) == pytest.approx(real, rel=0.01) and recomputed == 0
+    assert sum(stage.gradients for stage in stages) == sum(parameter.nbytes for parameter in unet.parameters())
 
 
 def test_what_needs_less():
@@ -159,42 +161,44 @@ def test_no_gradient_outlives_its_step(tmp_path, monkeypatch, accumulated):
 
 
 HUGE = """
-import resource, torch
+import resource, sys, types
+import main
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.zeros(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def train(*_, **__):
+    import torch
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return types.SimpleNamespace(interrupted=False)
+
+sys.modules["ldm.training.train"] = types.SimpleNamespace(train=train, Start=lambda *_: None)
+sys.exit(main.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.skipif(
     not huge_pages.HUGE_PAGES.exists() or "[never]" in huge_pages.HUGE_PAGES.read_text(), reason="the system has none"
 )
-def test_huge_pages():
+@pytest.mark.parametrize("more, huge", [([], True), (["lightning.callbacks.host_memory=null"], False)])
+def test_a_training_has_huge_pages(tmp_path, more, huge):
     """64 MB are 16384 pages of 4 KB, but a few dozen of 2 MB; where memory is in pieces, some of both."""
-    environment = {**os.environ, **huge_pages.environment({})}
-    run = subprocess.run([sys.executable, "-c", HUGE], check=True, capture_output=True, env=environment)
-    assert int(run.stdout) < 12000
+    command = [sys.executable, "-c", HUGE, *Workspace(tmp_path).arguments("huge", *more)]
+    environment = {name: value for name, value in os.environ.items() if name != huge_pages.VARIABLE}
+    run = subprocess.run(command, check=True, capture_output=True, cwd=runs.ROOT, env=environment)
+    assert (int(run.stdout) < 12000) is huge or "[always]" in huge_pages.HUGE_PAGES.read_text()
 
 
-def test_a_training_starts_with_huge_pages(tmp_path, monkeypatch):
-    """Unless the user has said otherwise; what ran before has its environment back."""
-    seen = []
-    monkeypatch.setattr(huge_pages, "HUGE_PAGES", tmp_path)
+def test_what_ran_before_has_its_environment_back(monkeypatch):
+    """And what the user has said goes first."""
     monkeypatch.delenv(huge_pages.VARIABLE, raising=False)
-
-    def train(*_, **__):
-        seen.append(os.getenv(huge_pages.VARIABLE))
-        return SimpleNamespace(interrupted=False)
-
-    monkeypatch.setattr("ldm.training.train.train", train)
-    workspace = Workspace(tmp_path)
-    for name, more in {"huge": [], "given-back": ["lightning.callbacks.host_memory=null"]}.items():
-        assert main.main(workspace.arguments(name, *more)) == 0
+    with huge_pages.added({huge_pages.VARIABLE: "1"}):
+        assert os.environ[huge_pages.VARIABLE] == "1"
     assert huge_pages.VARIABLE not in os.environ
     monkeypatch.setenv(huge_pages.VARIABLE, "0")
-    assert main.main(workspace.arguments("small")) == 0
-    assert seen == ["1", None, "0"] and os.environ[huge_pages.VARIABLE] == "0"
+    with huge_pages.added({huge_pages.VARIABLE: "1"}):
+        assert os.environ[huge_pages.VARIABLE] == "0"
+    assert os.environ[huge_pages.VARIABLE] == "0"
 
 
 def test_autocast_keeps_no_copies_of_the_weights(tmp_path, monkeypatch):
@@ -218,11 +222,47 @@ def workspace(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize("free, fits", [(10**12, True), (10**6, False)])
 def test_the_summary_says_what_it_takes_and_what_to_turn(workspace, caplog, monkeypatch, free, fits):
     monkeypatch.setattr(memory, "available_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "default_precision", lambda device: "32-true")
     workspace.train("summary", "--max_steps", "1")
     (line,) = (line for line in caplog.text.splitlines() if line.strip().startswith("memory"))
     assert "about 0.0" in line and "optimizer 0.0" in line
     assert ("it will not fit. To need less: " in line) is not fits
     assert ("model.params.optimizer=adamw_in_backward" in line) is not fits
+    assert "bf16" not in line, "this device does not compute in it"
+
+
+def test_weights_that_are_on_the_device_need_no_more_room(workspace, caplog, monkeypatch):
+    """The summary is made when the weights are there."""
+    found = memory.estimate(build(cond_stage_trainable=True), "adamw", 2, runs.SIZE)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: found.total - found.weights + 10**6)
+    workspace.train("fits", "--max_steps", "1")
+    monkeypatch.setattr(memory, "available_bytes", lambda device: found.total - found.weights - 10**6)
+    workspace.train("too-large", "--max_steps", "1")
+    lines = [line for line in caplog.text.splitlines() if line.strip().startswith("memory")]
+    assert ["it will not fit" in line for line in lines] == [False, True]
+
+
+def advised(model, **trainer):
+    """The switches for a trainer with these settings beside those of a plain one."""
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    plain = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "precision": "bf16-mixed", "world_size": 1}
+    return "; ".join(memory.switches(SimpleNamespace(**{**plain, "strategy": strategy, **trainer}), model))
+
+
+def test_no_switch_is_advised_that_the_trainer_refuses(monkeypatch):
+    model = build(cond_stage_trainable=True)
+    assert "adamw_in_backward" in advised(model) and "adamw8bit" in advised(model) and "lora" in advised(model)
+    for more in ({"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}, {"precision": "16-mixed"}):
+        assert "in_backward" not in advised(model, **more)
+    monkeypatch.setattr(memory, "is_sharded", lambda trainer: True)
+    sharded = advised(model, world_size=2)
+    assert "in_backward" not in sharded and "adamw8bit" not in sharded and "lora" not in sharded
+
+
+def test_gradients_and_activations_take_turns():
+    """Where the UNet's first blocks have the activations and its last the gradients, both are there at once."""
+    first, last = memory.Stage(100, 1), memory.Stage(1, 100)
+    assert memory._most_at_once([first, last]) == 201 and memory._most_at_once([last, first]) == 102
 
 
 def test_out_of_memory_ends_in_advice_with_the_last_checkpoint_kept(workspace, caplog, monkeypatch):

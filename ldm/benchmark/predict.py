@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ldm.benchmark.reference import autocast_dtype, has_prior
+from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.variants import Variant
 from ldm.checkpoint import without_initial_weights
 from ldm.errors import UserError
@@ -15,7 +15,7 @@ from ldm.export import target_of
 from ldm.training.memory import GB, Estimate, estimate
 from ldm.util import instantiate_from_config
 
-COLUMNS = ("", "weights", "gradients", "optimizer", "activations", "GB")
+COLUMNS = ("", "weights", "optimizer", "gradients", "activations", "both at once", "GB")
 
 
 def predict(config: Mapping[str, Any]) -> Estimate:
@@ -34,7 +34,8 @@ def predict(config: Mapping[str, Any]) -> Estimate:
         raise UserError("data.params.train.params.size: needed for an estimate")
     model.configure_model()
     samples = data["batch_size"] * (1 + has_prior(config))
-    return estimate(model, model.optimizer, samples, size, autocast_dtype(config))
+    accumulates = accumulated(config) > 1
+    return estimate(model, model.optimizer, samples, size, autocast_dtype(config), accumulates)
 
 
 def predicted(variants: Sequence[Variant]) -> tuple[dict[str, Any], str]:
@@ -42,7 +43,7 @@ def predicted(variants: Sequence[Variant]) -> tuple[dict[str, Any], str]:
     found = {variant.name: predict(variant.config) for variant in variants}
     lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
     for name, e in found.items():
-        cells = (e.weights, e.gradients, e.optimizer, e.activations, e.total)
+        cells = (e.weights, e.optimizer, e.gradients, e.activations, e.passing, e.total)
         lines.append(f"| {name} | {' | '.join(f'{cell / GB:.2f}' for cell in cells)} |")
     figures = {name: {**vars(e), "total": e.total} for name, e in found.items()}
     return figures, "\n".join(lines)

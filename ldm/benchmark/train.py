@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 from ldm.benchmark.clock import ClockCallback, StepClock
-from ldm.benchmark.reference import REFERENCES
+from ldm.benchmark.reference import REFERENCES, accumulated
 from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoint import without_initial_weights
+from ldm.errors import UserError
 from ldm.export import target_of
+from ldm.training.memory import is_out_of_memory
 from ldm.training.run import Run
 from ldm.training.train import Start, train
 from ldm.util import instantiate_from_config
@@ -51,7 +53,7 @@ def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -
 
     Returns:
         `seconds` of each step, `peak_bytes` (on a CPU beyond what the imported packages take) and `flops` of a step;
-        or `failed`, if the GPU's memory did not suffice.
+        or `failed`, if the memory did not suffice.
     """
     torch.set_num_threads(settings.threads)
     with torch.device("meta"):
@@ -59,7 +61,9 @@ def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -
     before = resident_bytes()[0] if settings.device == "cpu" else 0
     try:
         clock = _clocked_training(config, settings) if kind == OURS else _clocked_reference(kind, config, settings)
-    except torch.OutOfMemoryError:
+    except (UserError, RuntimeError, MemoryError) as error:
+        if not any(is_out_of_memory(e) for e in (error, error.__cause__) if e is not None):  # `train` explains its own
+            raise
         return {"failed": "out of memory"}
     return {"seconds": clock.seconds, "peak_bytes": clock.peak_bytes - before, "flops": clock.flops}
 
@@ -90,7 +94,7 @@ def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) 
     """The config with photos of noise, nothing logged or kept, and a clock."""
     config = copy.deepcopy(dict(given))
     total = settings.new_clock().total
-    _use_noise(config["data"]["params"], folder, total)
+    _use_noise(config["data"]["params"], folder, total * accumulated(config))
     lightning = config["lightning"] = config.get("lightning") or {}
     callbacks = lightning.get("callbacks") or {}
     pictures = [name for name, known in callbacks.items() if "ImageLogger" in str((known or {}).get("target"))]
@@ -111,15 +115,18 @@ def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) 
     return config
 
 
-def _use_noise(data: dict[str, Any], folder: Path, steps: int) -> None:
+def _use_noise(data: dict[str, Any], folder: Path, batches: int) -> None:
     """Two batches of photos of noise for the subject and as many for its class, and no validation."""
     for name in ("validation", "test", "num_class_images"):
         data.pop(name, None)
+    if data.get("latent_cache"):
+        data["latent_cache"] = True  # and not in the user's folder
     for seed, name in enumerate(("train", "reg")):
         if data.get(name):
             params = data[name]["params"] = dict(data[name].get("params") or {})
             params["data_root"] = str(folder / name)
-            params["repeats"] = max(params.get("repeats", 1), steps)  # no epoch ends in between
+            params["repeats"] = max(params.get("repeats", 1), batches)  # no epoch ends in between
+            params.pop("masks", None)
             write_photos(folder / name, 2 * data["batch_size"], params.get("size") or 512, seed)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +76,18 @@ class Stream:
     def batch(self, positions: list[int]) -> Batch:
         """The collated examples at `positions`."""
         examples = [self[g] for g in positions]
-        shapes = {example["image"].shape[:2] for example in examples if "image" in example}
-        if len(shapes) > 1:
-            raise UserError(f"images of different sizes {sorted(shapes)} cannot share a batch; set 'size' in the data")
+        check_same_size(examples)
         return default_collate(examples)
+
+
+def check_same_size(parts: Iterable[Mapping[str, Any]]) -> None:
+    """Raise a `UserError` if examples or batches that one forward pass takes differ in height or width."""
+    parts = list(parts)
+    for key, axes in {"image": slice(-3, -1), "moments": slice(-2, None)}.items():
+        sizes = sorted({tuple(part[key].shape[axes]) for part in parts if key in part})
+        if len(sizes) > 1:
+            what = "images" if key == "image" else "cached latents"
+            raise UserError(f"{what} of different sizes {sizes} cannot share a step; set 'size' in the data")
 
 
 class Examples(Dataset):
@@ -98,7 +106,11 @@ class Examples(Dataset):
         """What a DataLoader calls; an error is returned, because a worker would bury it in its traceback."""
         try:
             subject = self.subject.batch(positions)
-            return subject if self.prior is None else (subject, self.prior.batch(positions))
+            if self.prior is None:
+                return subject
+            prior = self.prior.batch(positions)
+            check_same_size([subject, prior])
+            return subject, prior
         except UserError as error:
             return error
 

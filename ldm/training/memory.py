@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,44 @@ TEXT_NUMBERS = 17
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on the device at the peak of a training step."""
+    """Bytes on the device at the peak of a training step.
+
+    `passing` is the most that gradients and activations take together: a backward pass frees the ones while it makes
+    the others.
+    """
 
     weights: int
-    gradients: int
     optimizer: int
+    gradients: int
     activations: int
+    passing: int
 
     @property
     def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """What a step takes."""
+        return self.weights + self.optimizer + self.passing
 
     def __str__(self) -> str:
-        parts = ("weights", "gradients", "optimizer", "activations")
-        listed = " + ".join(f"{name} {getattr(self, name) / GB:.2f}" for name in parts)
-        return f"about {self.total / GB:.2f} GB ({listed})"
+        parts = {"weights": self.weights, "optimizer": self.optimizer, "gradients and activations": self.passing}
+        return f"about {self.total / GB:.2f} GB ({' + '.join(f'{name} {n / GB:.2f}' for name, n in parts.items())})"
 
 
-def estimate(model: Any, optimizer: str, samples: int, side: int, autocast: torch.dtype | None = None) -> Estimate:
+@dataclass(frozen=True)
+class Stage:
+    """A part of a forward pass: bytes that it keeps for the backward pass, and of its weights' gradients."""
+
+    activations: int
+    gradients: int
+
+
+def estimate(
+    model: Any,
+    optimizer: str,
+    samples: int,
+    side: int,
+    autocast: torch.dtype | None = None,
+    accumulates: bool = False,
+) -> Estimate:
     """What a `LatentDiffusion` needs to train, without what torch and the GPU's driver take themselves (about 1 GB).
 
     Args:
@@ -55,26 +74,50 @@ def estimate(model: Any, optimizer: str, samples: int, side: int, autocast: torc
         samples: in one pass of the UNet: subject and class images of a batch.
         side: of the images, pixels.
         autocast: the lower precision of a mixed one.
+        accumulates: whether a step's gradients are of several passes, so that most of these begin beside all of them.
 
     Raises:
         UserError: an optimizer of no known name.
     """
     check_name(optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [parameter.nbytes for parameter in trained]
+    stages, recomputed = forward_stages(model, samples, side // model.downsampling, autocast)
+    activations = sum(stage.activations for stage in stages) + recomputed
+    if optimizer.endswith(SUFFIX):
+        gradients = max((parameter.nbytes for parameter in trained), default=0)
+    else:
+        gradients = sum(parameter.nbytes for parameter in trained)
+    together = accumulates or optimizer.endswith(SUFFIX)
     return Estimate(
         weights=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
-        gradients=max(gradients, default=0) if optimizer.endswith(SUFFIX) else sum(gradients),
         optimizer=STATE_BYTES[optimizer.removesuffix(SUFFIX)] * sum(parameter.numel() for parameter in trained),
-        activations=activation_bytes(model, samples, side // model.downsampling, autocast),
+        gradients=gradients,
+        activations=activations,
+        passing=gradients + activations if together else _most_at_once(stages) + recomputed,
     )
 
 
-def activation_bytes(model: Any, samples: int, latent_side: int, autocast: torch.dtype | None = None) -> int:
-    """What the UNet's and the text encoder's backward passes need beside the weights."""
+def _most_at_once(stages: Sequence[Stage]) -> int:
+    """Of activations and gradients, while a backward pass goes from the last stage to the first."""
+    moments = range(len(stages))
+    return max(
+        sum(stage.activations for stage in stages[: i + 1]) + sum(stage.gradients for stage in stages[i:])
+        for i in moments
+    )
+
+
+def forward_stages(
+    model: Any, samples: int, latent_side: int, autocast: torch.dtype | None = None
+) -> tuple[list[Stage], int]:
+    """What the text encoder and the UNet's blocks need for their backward passes beside the weights, in their order.
+
+    Returns:
+        the stages, and the bytes that recomputing a checkpointed block adds at most.
+    """
     unet = model.model.diffusion_model
     tokens, width = model.cond_stage_model.max_length, model.cond_stage_model.token_embedding.weight.shape[1]
     text = 0
+    gradients = sum(parameter.nbytes for parameter in model.cond_stage_model.parameters() if parameter.requires_grad)
     if model.cond_stage_trainable:
         blocks = sum(isinstance(module, nn.LayerNorm) for module in model.cond_stage_model.modules()) // 2
         distinct = min(samples, 2)  # captions, most of which are the same
@@ -85,7 +128,8 @@ def activation_bytes(model: Any, samples: int, latent_side: int, autocast: torch
         t = torch.zeros(samples, dtype=torch.long)
         context = torch.empty(samples, tokens, width, requires_grad=model.cond_stage_trainable)
         with torch.enable_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-            return text + _kept(unet, state, (x, t, context))
+            stages, recomputed = _stages(unet, state, (x, t, context))
+    return [Stage(text, gradients), *stages], recomputed
 
 
 def _without_data(value: Tensor) -> Tensor:
@@ -93,45 +137,54 @@ def _without_data(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
 
 
-def _kept(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, and those that recomputing one block adds."""
+def _stages(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[list[Stage], int]:
+    """What each of the UNet's blocks keeps for the backward pass and the most that recomputing one adds, in bytes."""
     weights = {value.untyped_storage()._cdata for value in state.values()}
-    kept: dict[int, Tensor] = {}
+    blocks = [block for child in unet.children() for block in (child if isinstance(child, nn.ModuleList) else [child])]
+    entered: list[nn.Module] = []
+    kept: list[dict[int, Tensor]] = [{}]
     recomputed = [0]
+
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entered.append(module)
+        kept.append({})
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         for value in args:
             if isinstance(value, Tensor):
-                kept[value.untyped_storage()._cdata] = value
+                kept[-1][value.untyped_storage()._cdata] = value
 
     def leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
         inside: dict[int, Tensor] = {}
-        with _counting(inside):
+        with _counting([inside]):
             module._forward(*args)
         recomputed.append(_total(inside, weights))
 
-    hooks = [
-        hook
-        for module in unet.modules()
-        if getattr(module, "use_checkpoint", False)
-        for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
-    ]
+    hooks = [block.register_forward_pre_hook(begin) for block in blocks]
+    for module in unet.modules():
+        if getattr(module, "use_checkpoint", False):
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         with _counting(kept):
             output = functional_call(unet, dict(state), inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    kept[output.untyped_storage()._cdata] = output
-    return _total(kept, weights) + max(recomputed)
+    kept[-1][output.untyped_storage()._cdata] = output
+    found, known = [], set(weights)
+    for tensors, block in zip(kept, [nn.Identity(), *entered]):  # first what is before all blocks
+        gradients = sum(parameter.nbytes for parameter in block.parameters() if parameter.requires_grad)
+        found.append(Stage(_total(tensors, known), gradients))
+        known |= tensors.keys()  # of what several keep, the first in the forward pass is the last to let go
+    return found, max(recomputed)
 
 
 @contextmanager
-def _counting(kept: dict[int, Tensor]) -> Iterator[None]:
-    """Inside, what autograd keeps for its backward pass goes into `kept`, by its storage."""
+def _counting(kept: list[dict[int, Tensor]]) -> Iterator[None]:
+    """Inside, what autograd keeps for its backward pass goes into the last of `kept`, by its storage."""
 
     def pack(value: Tensor) -> Tensor:
-        kept[value.untyped_storage()._cdata] = value
+        kept[-1][value.untyped_storage()._cdata] = value
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
@@ -161,7 +214,10 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
         return None
     halves = 2 if "reg" in data.datasets else 1
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
-    return estimate(model, model.optimizer, halves * data.batch_size, side, autocast)
+    accumulates = trainer.accumulate_grad_batches > 1
+    found = estimate(model, model.optimizer, halves * data.batch_size, side, autocast, accumulates)
+    buckets = found.gradients if trainer.world_size > 1 else 0  # in which DDP exchanges them
+    return replace(found, passing=found.passing + buckets)
 
 
 def outlook(trainer: Any, model: Any, found: Estimate) -> str:
