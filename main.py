@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ldm import host
 from ldm.commands import INTERRUPTED, exit_status
 from ldm.config import check_config
-from ldm.training import cli, defaults, huge_pages
-from ldm.training.cluster import is_first
+from ldm.distributed import is_first
+from ldm.training import cli, defaults
 from ldm.training.run import forget_stamp
 
 # What YAML files name as main.*, imported when asked for.
@@ -32,7 +33,7 @@ def __getattr__(name: str) -> Any:
 def run(args: argparse.Namespace) -> int:
     """Check and train; the exit status."""
     config, folder = cli.prepare(args)
-    with huge_pages.added(huge_pages.environment(config)):  # before Lightning, whose import makes a tensor
+    with host.environment_with(host.huge_pages_environment(config)):  # before Lightning, whose import makes a tensor
         check_config(config, defaults.TRAINER_KEYS)
         # Lightning takes seconds to import, which a mistyped flag or key need not wait for.
         from ldm.training.train import train

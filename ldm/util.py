@@ -9,10 +9,20 @@ from typing import Any
 
 from ldm.errors import UserError, nearest
 
+# Modules that have moved: a target in a YAML or a saved run may still name the old place.
+RENAMED = {
+    "ldm.lr_scheduler": "ldm.optim.schedules",
+    "ldm.data.world": "ldm.tiny.world",
+    "ldm.models.clip": "ldm.tiny.clip",
+    "ldm.optim": "ldm.optim.registry",
+    "ldm.backward_optimizer": "ldm.optim.in_backward",
+}
+
 
 def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
     """The object that a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names."""
     module_name, _, name = str(target).rpartition(".")
+    module_name = RENAMED.get(module_name, module_name)
     if not module_name or not all(part.isidentifier() for part in str(target).split(".")):
         raise UserError(f"{where}: '{target}' is not a dotted path such as 'package.module.Class'")
     try:

@@ -35,13 +35,13 @@ from ldm.benchmark.report import told
 from ldm.benchmark.rows import Row, measure_rows
 from ldm.benchmark.train import Settings
 from ldm.benchmark.variants import AGAINST, OURS, training_rows, variants
-from ldm.checkpoint import write_atomically
+from ldm.checkpoints.export import DTYPES, SUFFIXES
+from ldm.checkpoints.families import CONFIGS
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
-from ldm.export import DTYPES, SUFFIXES
-from ldm.families import CONFIGS
-from ldm.inference import pick_device
+from ldm.files import write_atomically
+from ldm.sampling.text_to_image import pick_device
 from ldm.training.cli import OVERRIDE, Parser
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # configs name targets in main.py

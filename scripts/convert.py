@@ -27,23 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import (
-    WEIGHTS,
-    describe,
-    ema_weights,
-    instantiate_filled,
-    read_checkpoint,
-    state_dict_of,
-    weights_to_sample_from,
-)
+from ldm.checkpoints.checkpoint import find_config, lora_alpha, plain_weights
+from ldm.checkpoints.diffusers_format import VAE, config_of_pipeline, part, read_pipeline, save_pipeline
+from ldm.checkpoints.ema import WEIGHTS, ema_weights, weights_to_sample_from
+from ldm.checkpoints.export import DTYPES, SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
+from ldm.checkpoints.families import config_for
+from ldm.checkpoints.loading import describe, instantiate_filled
+from ldm.checkpoints.lora import adapted_layers, adapters_alone, extract_lora, merge_lora
+from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
-from ldm.diffusers_format import VAE, config_of_pipeline, part, read_pipeline, save_pipeline
 from ldm.errors import UserError
-from ldm.export import DTYPES, SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
-from ldm.families import config_for
-from ldm.inference import find_config, lora_alpha, plain_weights
-from ldm.lora import adapted_layers, adapters_alone, extract_lora, merge_lora
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.util import instantiate_from_config
 

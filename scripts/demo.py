@@ -17,9 +17,9 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.commands import exit_status
-from ldm.contact_sheet import Entry, contact_sheet
 from ldm.data.image_folder import find_images, load_image
-from ldm.miniature import WEIGHTS, Painter, class_word_of, dreambooth, photos_of, subject_names
+from ldm.sampling.contact_sheet import Entry, contact_sheet
+from ldm.tiny.miniature import WEIGHTS, Painter, class_word_of, dreambooth, photos_of, subject_names
 
 SHOWN = 5  # pictures in a row of the sheet
 SCENES = (

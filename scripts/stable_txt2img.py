@@ -20,20 +20,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.checkpoint import WEIGHTS
+from ldm.checkpoints.ema import WEIGHTS
 from ldm.commands import exit_status
 from ldm.errors import UserError
-from ldm.inference import (
-    Recipe,
-    grid,
-    image_seed,
-    load_model,
-    next_number,
-    pick_device,
-    recipe_text,
-    save_png,
-    text_to_image,
-)
+from ldm.sampling.pictures import grid, next_number, save_png
+from ldm.sampling.text_to_image import Recipe, image_seed, load_model, pick_device, recipe_text, text_to_image
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,13 +8,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 from jaxtyping import install_import_hook
 
-import tests.typechecker  # noqa: F401 - the hook looks it up by name
+import tests.support.typechecker  # noqa: F401 - the hook looks it up by name
 
-install_import_hook(["ldm.modules", "ldm.models"], "tests.typechecker.typechecker")
+install_import_hook(["ldm.modules", "ldm.models"], "tests.support.typechecker.typechecker")
 
 import pytest
 
-from tests import golden
+from tests.support import golden
 
 # The models are so small that a second thread costs more than it brings, most of all on a busy machine.
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.training.cli import apply_flags, parse_args
 from ldm.training.defaults import CALLBACKS, MODELCHECKPOINT, TRAINER, TRAINER_KEYS
 from ldm.util import get_obj_from_str, instantiate_from_config
-from tests import golden
+from tests.support import golden
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "configs/stable-diffusion/profiles"  # each goes over another file

@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.training.huge_pages import added
+from ldm.host import environment_with
 
 
 def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
@@ -20,7 +20,7 @@ def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[st
     """
     # Not a multiprocessing.Pool, whose processes may have no children: data loaders start some.
     context = multiprocessing.get_context("spawn")
-    with added(environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
+    with environment_with(environment or {}), ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ldm.callbacks.timing import resident_bytes
-from ldm.checkpoint import tensor_bytes
+from ldm.checkpoints.export import DTYPES, in_dtype, shared_config, target_of, write_weights
 from ldm.config import load_config, to_plain
-from ldm.export import DTYPES, in_dtype, shared_config, target_of, write_weights
-from ldm.inference import load_model
+from ldm.files import tensor_bytes
+from ldm.sampling.text_to_image import load_model
 from ldm.training.train import Start, build_model
 from ldm.util import instantiate_from_config
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ldm.checkpoints.export import DTYPES
 from ldm.errors import UserError
-from ldm.export import DTYPES
 
 # The wall, or what this process computed: of use where other programs compete for the processor.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -9,9 +9,9 @@ import torch
 
 from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.variants import Variant
-from ldm.checkpoint import without_initial_weights
+from ldm.checkpoints.export import target_of
+from ldm.checkpoints.loading import without_initial_weights
 from ldm.errors import UserError
-from ldm.export import target_of
 from ldm.training.memory import GB, Estimate, estimate
 from ldm.util import instantiate_from_config
 

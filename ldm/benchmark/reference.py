@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ldm.checkpoint import without_initial_weights
-from ldm.diffusers_format import scheduler_config, text_config, unet_config, vae_config
+from ldm.checkpoints.diffusers_format import scheduler_config, text_config, unet_config, vae_config
+from ldm.checkpoints.export import target_of
+from ldm.checkpoints.loading import without_initial_weights
 from ldm.errors import UserError
-from ldm.export import target_of
 from ldm.modules.encoders.modules import recompute_activations
 from ldm.training.defaults import IDENTIFIER
 from ldm.util import instantiate_from_config

@@ -16,9 +16,9 @@ from PIL import Image
 from ldm.benchmark.clock import ClockCallback, StepClock
 from ldm.benchmark.reference import REFERENCES, accumulated
 from ldm.callbacks.timing import resident_bytes
-from ldm.checkpoint import without_initial_weights
+from ldm.checkpoints.export import target_of
+from ldm.checkpoints.loading import without_initial_weights
 from ldm.errors import UserError
-from ldm.export import target_of
 from ldm.training.memory import is_out_of_memory
 from ldm.training.run import Run
 from ldm.training.train import Start, train

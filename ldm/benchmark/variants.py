@@ -13,11 +13,11 @@ from ldm.benchmark.machine import require_diffusers
 from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.rows import Row
 from ldm.benchmark.train import OURS, Settings, measure_training
+from ldm.checkpoints.export import DTYPES
 from ldm.config import check_config, load_config, to_plain
 from ldm.errors import UserError
-from ldm.export import DTYPES
+from ldm.host import huge_pages_environment
 from ldm.training.defaults import TRAINER_KEYS
-from ldm.training.huge_pages import environment
 
 AGAINST = ("diffusers", "two-forward")
 
@@ -87,7 +87,7 @@ def training_rows(
             (v.kind, v.config, settings),
             images_per_step(v.config),
             _dtype(v),
-            environment(v.config) if v.kind == OURS else {},
+            huge_pages_environment(v.config) if v.kind == OURS else {},
         )
         for v in variants(base, overrides, switches, against)
     ]

@@ -14,7 +14,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from ldm.checkpoint import read_checkpoint, save_checkpoint, write_atomically
+from ldm.checkpoints.reading import read_checkpoint
+from ldm.files import save_checkpoint, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files through `ldm.checkpoint`: safe to read, never half-written."""
+    """Lightning's checkpoint files through `ldm.checkpoints.loading`: safe to read, never half-written."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         save_checkpoint(checkpoint, path)

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm.callbacks.checkpoints import at_step_boundary
-from ldm.checkpoint import write_atomically
+from ldm.files import write_atomically
 
 
 class CsvLog(CSVLogger):

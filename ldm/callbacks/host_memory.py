@@ -2,43 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import platform
 from typing import Any
 
 import pytorch_lightning as pl
 
 from ldm.callbacks.checkpoints import at_step_boundary
+from ldm.host import give_back_free_pages, keep_freed_memory
 
-# Parameters of mallopt(3), and the value that switches trimming off.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, NEVER = -1, -3, -1
-LARGEST = 2**30  # bytes that are taken from the heap, not mapped
 LARGE_MODEL = 1e9  # bytes of weights beside whose step it takes little time to fill free pages anew
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next allocation, for the rest of this process; False where it is not glibc.
-
-    By default it maps each large block anew, and the system fills it with zeros page by page: of a full-size training
-    step that is about a third of the time.
-    """
-    libc = _glibc()
-    if libc is None:
-        return False
-    libc.malloc_trim(0)
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST) and libc.mallopt(M_TRIM_THRESHOLD, NEVER))
-
-
-def give_back_free_pages() -> bool:
-    """Give the system the pages of the heap in which nothing lies now, kept or not; False where it is not glibc."""
-    libc = _glibc()
-    return libc is not None and bool(libc.malloc_trim(0))
 
 
 class KeepHostMemory(pl.Callback):

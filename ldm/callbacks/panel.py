@@ -8,9 +8,9 @@ from typing import Any
 import pytorch_lightning as pl
 from PIL import Image
 
-from ldm.contact_sheet import Entry, contact_sheet
 from ldm.errors import UserError
-from ldm.inference import Recipe, image_seed, text_to_image
+from ldm.sampling.contact_sheet import Entry, contact_sheet
+from ldm.sampling.text_to_image import Recipe, image_seed, text_to_image
 from ldm.util import check_mapping, check_params
 
 WHERE = "lightning.callbacks.image_logger.params.panel"

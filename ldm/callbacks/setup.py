@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
-from ldm.checkpoint import write_atomically
+from ldm.files import write_atomically
 from ldm.training.run import Run
 
 

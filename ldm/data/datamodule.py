@@ -287,7 +287,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 f"{self._reg_params['data_root']}: {missing} of {self.num_class_images} class images are missing, and "
                 "only a new run makes them: put them back, or lower data.params.num_class_images"
             )
-        from ldm.training.class_images import make_class_images
+        from ldm.sampling.class_images import make_class_images
 
         folder = Path(self._reg_params["data_root"]).expanduser()
         folder.mkdir(parents=True, exist_ok=True)

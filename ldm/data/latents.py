@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.checkpoint import write_atomically
 from ldm.errors import UserError
+from ldm.files import write_atomically
 from ldm.util import instantiate_from_config
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.lr_scheduler import with_schedule
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.optim import make_optimizer
+from ldm.optim.registry import make_optimizer
+from ldm.optim.schedules import with_schedule
 from ldm.rng import SampleRandom
 from ldm.util import check_params, instantiate_from_config
 
@@ -92,7 +92,7 @@ class AutoencoderKL(pl.LightningModule):
         # Lightning steps several optimizers only by hand.
         self.automatic_optimization = False
         if ckpt_path is not None:
-            from ldm.checkpoint import load_into
+            from ldm.checkpoints.loading import load_into
 
             load_into(self, ckpt_path, ignore_keys)
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import read_checkpoint
+from ldm.checkpoints.reading import read_checkpoint
+from ldm.checkpoints.unpickle import Stub
 from ldm.errors import UserError
 from ldm.modules.encoders import tokenizer
-from ldm.unpickle import Stub
 
 
 def token_of(word: str) -> int:

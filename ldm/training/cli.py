@@ -174,13 +174,13 @@ def apply_flags(config: dict[str, Any], args: argparse.Namespace) -> None:
     trainer = _section(lightning, "trainer")
     trainer.update(args.trainer)
     if args.gpus is not None:
-        from ldm.training.devices import parse_gpus
+        from ldm.host import parse_gpus
 
         trainer.update(parse_gpus(args.gpus))
     elif "accelerator" not in trainer and "devices" not in trainer:
         trainer.update({"accelerator": "cpu", "devices": 1})
     if "precision" not in trainer and not trainer.get("barebones"):
-        from ldm.training.devices import default_precision
+        from ldm.host import default_precision
 
         trainer["precision"] = default_precision(trainer.get("accelerator", "auto"))
     data = _section(_section(config, "data"), "params")

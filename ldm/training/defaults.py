@@ -53,7 +53,7 @@ TRAINER_KEYS: tuple[str, ...] = (
     "model_registry",
 )
 
-# Of the flags --weights and --export, for the same reason: `ldm.checkpoint` and `ldm.export` import torch.
+# Of the flags --weights and --export, for the same reason: what defines them imports torch.
 WEIGHTS = ("trained", "ema")
 EXPORTS = ("fp32", "fp16", "bf16")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from ldm.backward_optimizer import SUFFIX
-from ldm.optim import check_name
-from ldm.training.devices import default_precision
+from ldm.host import default_precision
+from ldm.optim.in_backward import SUFFIX
+from ldm.optim.registry import check_name
 from ldm.training.sharding import is_sharded
 from ldm.training.trainer import needs_gradients
 
@@ -70,7 +70,7 @@ def estimate(
     """What a `LatentDiffusion` needs to train, without what torch and the GPU's driver take themselves (about 1 GB).
 
     Args:
-        optimizer: its name in `ldm.optim.OPTIMIZERS`.
+        optimizer: its name in `ldm.optim.registry.OPTIMIZERS`.
         samples: in one pass of the UNet: subject and class images of a batch.
         side: of the images, pixels.
         autocast: the lower precision of a mixed one.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.distributed import agreed
 from ldm.errors import UserError
-from ldm.training.cluster import agreed
 
 # Lightning starts the other ranks of a run as copies of this process: they inherit the time from it. Those that
 # torchrun or SLURM starts ask the first one.

@@ -15,18 +15,13 @@ from torch import Tensor
 
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
-from ldm.checkpoint import (
-    describe,
-    instantiate_filled,
-    read_checkpoint,
-    weights_to_sample_from,
-    weights_to_train,
-    without_initial_weights,
-)
+from ldm.checkpoints.checkpoint import plain_weights
+from ldm.checkpoints.ema import weights_to_sample_from, weights_to_train
+from ldm.checkpoints.export import DTYPES, in_dtype, sha256, shared_config, target_of, training_facts, write_weights
+from ldm.checkpoints.loading import describe, instantiate_filled, without_initial_weights
+from ldm.checkpoints.lora import adapters_alone
+from ldm.checkpoints.reading import read_checkpoint
 from ldm.errors import UserError
-from ldm.export import DTYPES, in_dtype, sha256, shared_config, target_of, training_facts, write_weights
-from ldm.inference import plain_weights
-from ldm.lora import adapters_alone
 from ldm.training import defaults, memory, summary
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, is_sharded, whole_state

@@ -10,11 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from ldm.backward_optimizer import SUFFIX
 from ldm.callbacks.checkpoints import AtomicCheckpointIO, InterruptHandler
 from ldm.callbacks.csv_log import CsvLog, RowsFirst
 from ldm.callbacks.setup import SetupCallback
 from ldm.errors import UserError
+from ldm.optim.in_backward import SUFFIX
 from ldm.training import defaults
 from ldm.training.run import Run
 from ldm.training.sharding import make_strategy

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from ldm.callbacks.checkpoints import at_step_boundary
 from ldm.errors import UserError
-from ldm.lr_scheduler import with_schedule
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
@@ -34,7 +33,8 @@ from ldm.modules.adapters import (
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, place_weights, split_like, with_offset
-from ldm.optim import Part, make_optimizer
+from ldm.optim.registry import Part, make_optimizer
+from ldm.optim.schedules import with_schedule
 from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
 
@@ -75,7 +75,7 @@ class LatentDiffusion(pl.LightningModule):
         ema_decay: of the average that `use_ema` keeps.
         optimizer: adamw; adamw8bit, whose state is a quarter; either with _in_backward, which keeps no gradients (see
             `InBackward`); adam; muon.
-        scheduler_config: a function from step to a factor for the learning rate, see `ldm.lr_scheduler`.
+        scheduler_config: a function from step to a factor for the learning rate, see `ldm.optim.schedules`.
         lora: `rank` and `alpha` of adapters on the UNet's attention and, with `cond_stage_trainable`, the text
             encoder's, which are trained instead of the model's own weights.
         personalization_config: without effect: the identifier is a token that exists (`--init_word`
@@ -386,7 +386,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise a `UserError` if a run goes on with another model than its checkpoint's."""
-        from ldm.checkpoint import compare
+        from ldm.checkpoints.loading import compare
 
         compare(self, checkpoint["state_dict"], "the checkpoint to go on from")
         trained = sum(parameter.requires_grad for parameter in self.parameters())

@@ -44,7 +44,7 @@ class FrozenCLIPEmbedder(nn.Module):
         text_config: fields of transformers' `CLIPTextConfig` that replace ViT-L/14's.
         max_length: tokens a text is padded or cut to.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
-        ckpt_path: initial weights, from a training of `ldm.models.clip.CLIP`.
+        ckpt_path: initial weights, from a training of `ldm.tiny.clip.CLIP`.
         device: accepted for older configs, without effect: the module follows its parent.
     """
 
@@ -72,8 +72,9 @@ class FrozenCLIPEmbedder(nn.Module):
         self.transformer = nn.Module()
         self.transformer.text_model = text_model
         if ckpt_path is not None:
-            from ldm.checkpoint import load_state, read_checkpoint, state_dict_of
-            from ldm.models.clip import text_tower
+            from ldm.checkpoints.loading import load_state
+            from ldm.checkpoints.reading import read_checkpoint, state_dict_of
+            from ldm.tiny.clip import text_tower
 
             state = state_dict_of(read_checkpoint(ckpt_path), ckpt_path)
             load_state(self, text_tower(state, ckpt_path), ckpt_path)

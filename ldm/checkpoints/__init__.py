@@ -1,0 +1,1 @@
+"""Files and weights: read, recognise, fill a model, choose EMA weights, export."""

@@ -1,0 +1,432 @@
+"""Our weights and configs under the names of a diffusers pipeline folder, and back.
+
+A folder has a part for each network (`unet/`, `vae/`, `text_encoder/`), the tokenizer's files, the schedule and
+`model_index.json`. The weights are the same tensors under other names; a 1x1 convolution of the autoencoder's
+attention is a linear layer there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.checkpoints.families import FAMILIES
+from ldm.checkpoints.reading import SHARD_INDEX, read_checkpoint, state_dict_of
+from ldm.errors import UserError
+from ldm.files import give_usual_permissions, tensor_bytes
+from ldm.modules.encoders import tokenizer
+from ldm.modules.encoders.names import count, open_clip_to_transformers, transformers_to_open_clip
+
+State = dict[str, Tensor]
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
+
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# What diffusers called these before 0.17, in folders that are still around.
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# ---- the UNet -------------------------------------------------------------------------------------------------
+
+
+def unet_modules(keys: Iterable[str]) -> dict[str, str]:
+    """Our name of every module that has a name of its own in diffusers -> that name; from a UNet's keys alone."""
+    keys = set(keys)
+    modules = {**UNET_ENDS}
+    modules |= {
+        f"middle_block.{n}": f"mid_block.{name}" for n, name in enumerate(("resnets.0", "attentions.0", "resnets.1"))
+    }
+
+    level = block = 0
+    for n in range(1, count(keys, "input_blocks")):
+        if f"input_blocks.{n}.0.op.weight" in keys:
+            modules[f"input_blocks.{n}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            level, block = level + 1, 0
+            continue
+        modules[f"input_blocks.{n}.0"] = f"down_blocks.{level}.resnets.{block}"
+        modules[f"input_blocks.{n}.1"] = f"down_blocks.{level}.attentions.{block}"
+        block += 1
+
+    level = block = 0
+    for n in range(count(keys, "output_blocks")):
+        modules[f"output_blocks.{n}.0"] = f"up_blocks.{level}.resnets.{block}"
+        modules[f"output_blocks.{n}.1"] = f"up_blocks.{level}.attentions.{block}"
+        block += 1
+        for place in (1, 2):  # after the attention, where there is one
+            if f"output_blocks.{n}.{place}.conv.weight" in keys:
+                modules[f"output_blocks.{n}.{place}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+                level, block = level + 1, 0
+    return modules
+
+
+def unet_names(keys: Iterable[str]) -> dict[str, str]:
+    """Our key of every tensor of a UNet -> diffusers' key."""
+    keys = list(keys)
+    modules = unet_modules(keys)
+    return {key: _renamed(key, modules, RESNET) for key in keys}
+
+
+def _renamed(key: str, modules: Mapping[str, str], inside: Mapping[str, str]) -> str:
+    """The key with its longest known beginning replaced, and what is inside a residual block."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        if (head := modules.get(".".join(parts[:n]))) is not None:
+            rest = ".".join(parts[n:])
+            if ".resnets." in head:
+                module, _, kind = rest.rpartition(".")
+                rest = f"{inside.get(module, module)}.{kind}"
+            return f"{head}.{rest}"
+    raise UserError(f"'{key}': not a tensor of a Stable Diffusion UNet or autoencoder")
+
+
+# ---- the autoencoder --------------------------------------------------------------------------------------------
+
+
+def vae_names(keys: Iterable[str]) -> dict[str, str]:
+    """Our key of every tensor of an autoencoder -> diffusers' key."""
+    keys = list(keys)
+    levels = count((key.removeprefix("decoder.") for key in keys), "up")
+    return {key: _vae_name(key, levels) for key in keys}
+
+
+def _vae_name(key: str, levels: int) -> str:
+    key = re.sub(r"^encoder\.down\.(\d+)\.block\.(\d+)", r"encoder.down_blocks.\1.resnets.\2", key)
+    key = re.sub(r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", key)
+
+    def up(part: str) -> Any:  # levels are counted from the latents there, from the pixels here
+        return lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}.{part}"
+
+    key = re.sub(r"^decoder\.up\.(\d+)\.block\.", up("resnets."), key)
+    key = re.sub(r"^decoder\.up\.(\d+)\.upsample\.", up("upsamplers.0."), key)
+    key = re.sub(r"\.mid\.block_(\d)", lambda found: f".mid_block.resnets.{int(found[1]) - 1}", key)
+    key = re.sub(r"\.mid\.attn_1\.(\w+)", lambda found: f".mid_block.attentions.0.{VAE_ATTENTION[found[1]]}", key)
+    key = key.replace(".nin_shortcut.", ".conv_shortcut.")
+    return re.sub(r"^(encoder|decoder)\.norm_out", r"\1.conv_norm_out", key)
+
+
+def _is_matrix(key: str, value: Tensor) -> bool:
+    """Whether a tensor of diffusers' autoencoder is a matrix of its attention, a 1x1 convolution here."""
+    return ".mid_block.attentions.0." in key and key.endswith("weight") and "group_norm" not in key and value.ndim == 2
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------
+
+
+def to_diffusers(state: Mapping[str, Tensor], layer_left_out: int = 1) -> dict[str, State]:
+    """A CompVis state dict as the parts `unet`, `vae` and `text_encoder` of a pipeline.
+
+    Args:
+        layer_left_out: blocks at the end of an open_clip text tower that are not read (1 for "penultimate").
+
+    Raises:
+        UserError: a tensor that a Stable Diffusion model does not have.
+    """
+    unet, vae = part(state, UNET), part(state, VAE)
+    names = unet_names(unet)
+    parts = {"unet": {names[key]: value for key, value in unet.items()}}
+    names, parts["vae"] = vae_names(vae), {}
+    for key, value in vae.items():
+        value = value[:, :, 0, 0] if ".attn_1." in key and value.ndim == 4 else value
+        parts["vae"][names[key]] = value
+    if text := part(state, CLIP_TEXT):
+        parts["text_encoder"] = {key: value for key, value in text.items() if not key.endswith("position_ids")}
+    else:
+        parts["text_encoder"] = open_clip_to_transformers(part(state, OPEN_CLIP_TEXT), layer_left_out)
+    return parts
+
+
+def from_diffusers(parts: Mapping[str, State], ours: Iterable[str]) -> State:
+    """The parts of a pipeline under our keys.
+
+    Args:
+        ours: the keys of our model, which say what the names stand for.
+
+    Raises:
+        UserError: a tensor that our model does not have.
+    """
+    ours = list(ours)
+    unet, vae = ([key.removeprefix(p) for key in ours if key.startswith(p)] for p in (UNET, VAE))
+    out = _back(parts["unet"], unet_names(unet), UNET)
+    modern = {_modern(key): value for key, value in parts["vae"].items()}
+    convolutions = {key: value[..., None, None] if _is_matrix(key, value) else value for key, value in modern.items()}
+    out |= _back(convolutions, vae_names(vae), VAE)
+    text = {key: value for key, value in parts["text_encoder"].items() if not key.endswith("position_ids")}
+    if any(key.startswith(CLIP_TEXT) for key in ours):
+        text = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in text.items()}
+        return out | {CLIP_TEXT + key: value for key, value in text.items()}
+    return out | {OPEN_CLIP_TEXT + key: value for key, value in transformers_to_open_clip(text).items()}
+
+
+def _back(theirs: State, names: Mapping[str, str], prefix: str) -> State:
+    ours = {new: key for key, new in names.items()}
+    for key in theirs:
+        if key not in ours:
+            raise UserError(f"'{key}' of the pipeline has no place in this config's model")
+    return {prefix + ours[key]: value for key, value in theirs.items()}
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The tensors whose keys start with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _modern(key: str) -> str:
+    if "mid_block.attentions.0." not in key:
+        return key
+    head, name, kind = key.rsplit(".", 2)
+    return f"{head}.{OLD_VAE_ATTENTION[name]}.{kind}" if name in OLD_VAE_ATTENTION else key
+
+
+# ---- configs ------------------------------------------------------------------------------------------------------
+
+
+def unet_config(params: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """`unet/config.json` of a `UNetModel`'s params."""
+    widths = [mult * params["model_channels"] for mult in params["channel_mult"]]
+    attends = [2**level in params["attention_resolutions"] for level in range(len(widths))]
+    head = params.get("num_head_channels", -1)
+    heads = params["num_heads"] if head == -1 else [width // head for width in widths]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": image_size,
+        "in_channels": params["in_channels"],
+        "out_channels": params["out_channels"],
+        "block_out_channels": widths,
+        "layers_per_block": params["num_res_blocks"],
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "transformer_layers_per_block": params.get("transformer_depth", 1),
+        "cross_attention_dim": params["context_dim"],
+        "attention_head_dim": heads,  # diffusers' name for the number of heads
+        "use_linear_projection": params.get("use_linear_in_transformer", False),
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "center_input_sample": False,
+    }
+
+
+def vae_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+    """`vae/config.json` of an `AutoencoderKL`'s params."""
+    dd = params["ddconfig"]
+    if dd.get("attn_resolutions"):
+        raise UserError(
+            "first_stage_config: diffusers' AutoencoderKL attends in the middle only (attn_resolutions: [])"
+        )
+    widths = [mult * dd["ch"] for mult in dd["ch_mult"]]
+    return {
+        "_class_name": "AutoencoderKL",
+        "sample_size": dd["resolution"],
+        "in_channels": dd["in_channels"],
+        "out_channels": dd["out_ch"],
+        "latent_channels": params["embed_dim"],
+        "block_out_channels": widths,
+        "layers_per_block": dd["num_res_blocks"],
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "scaling_factor": scale_factor,
+    }
+
+
+def text_config(embedder: Any) -> dict[str, Any]:
+    """`text_encoder/config.json` of one of our text encoders."""
+    if hasattr(embedder, "transformer"):
+        return {**embedder.transformer.text_model.config.to_dict(), "architectures": ["CLIPTextModel"]}
+    model, left_out = embedder.model, embedder.blocks_left_out
+    block = model.transformer.resblocks[0]
+    width = model.ln_final.normalized_shape[0]
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": model.token_embedding.num_embeddings,
+        "hidden_size": width,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "projection_dim": model.text_projection.shape[1],
+        "num_hidden_layers": len(model.transformer.resblocks) - left_out,
+        "num_attention_heads": block.attn.num_heads,
+        "max_position_embeddings": model.context_length,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "bos_token_id": tokenizer.START,
+        "eos_token_id": tokenizer.END,
+        "pad_token_id": 1,
+    }
+
+
+def scheduler_config(params: Mapping[str, Any]) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`: DDIM at our steps, with our ends."""
+    schedules = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # our linear is linear in sqrt(beta)
+    prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+    name = params.get("beta_schedule", "linear")
+    if name not in schedules:
+        raise UserError(f"beta_schedule: diffusers has no counterpart of '{name}'")
+    terminal = bool(params.get("zero_terminal_snr"))
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": params.get("timesteps", 1000),
+        "beta_start": params["linear_start"],
+        "beta_end": params["linear_end"],
+        "beta_schedule": schedules[name],
+        "prediction_type": prediction[params.get("parameterization", "eps")],
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+        "timestep_spacing": "trailing" if terminal else "leading",
+        **({"rescale_betas_zero_snr": True} if terminal else {}),
+    }
+
+
+# ---- folders ------------------------------------------------------------------------------------------------------
+
+WEIGHTS_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+VERSION = {"_diffusers_version": "0.30.0"}  # of the format; pipelines ask how old a folder is
+LIBRARIES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "safety_checker": (None, None),
+    "feature_extractor": (None, None),
+    "image_encoder": (None, None),
+}
+
+
+def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> None:
+    """Write a `LatentDiffusion` as a folder that `StableDiffusionPipeline.from_pretrained` opens.
+
+    Args:
+        params: its `model.params`.
+        folder: does not exist yet; it appears when it is whole.
+
+    Raises:
+        UserError: the folder is there, or diffusers has no such model.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder}: is there already, and is not overwritten")
+    embedder = model.cond_stage_model
+    parts = to_diffusers(model.state_dict(), getattr(embedder, "blocks_left_out", 0))
+    unet = params["unet_config"]["params"]
+    inpainting = unet["in_channels"] > unet["out_channels"]
+    configs = {
+        "unet": unet_config(unet, model.image_size),
+        "vae": vae_config(params["first_stage_config"]["params"], model.scale_factor),
+        "text_encoder": text_config(embedder),
+        "scheduler": scheduler_config(params),
+    }
+    free = shutil.disk_usage(folder.resolve().parent).free
+    if (needed := tensor_bytes(parts)) > free:
+        raise UserError(f"{folder}: not written: it needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
+    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=f".{folder.name}.") as temporary:
+        root = Path(temporary) / folder.name
+        for name, config in configs.items():
+            (root / name).mkdir(parents=True)
+            json_name = "scheduler_config.json" if name == "scheduler" else "config.json"
+            config |= VERSION if "_class_name" in config else {}
+            (root / name / json_name).write_text(json.dumps(config, indent=2))
+        for name, state in parts.items():
+            weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(weights, file := root / name / f"{WEIGHTS_FILES[name]}.safetensors", metadata={"format": "pt"})
+            give_usual_permissions(file)
+        pad = tokenizer.END if hasattr(embedder, "transformer") else 0
+        save_tokenizer(root / "tokenizer", embedder.max_length, pad)
+        pipeline = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
+        index = {"_class_name": pipeline, **VERSION, "requires_safety_checker": False, **LIBRARIES}
+        (root / "model_index.json").write_text(json.dumps(index, indent=2))
+        os.replace(root, folder)
+
+
+def save_tokenizer(folder: Path, max_length: int, pad: int) -> None:
+    """The files of transformers' `CLIPTokenizer`, from the vocabulary that open_clip ships."""
+    vocabulary, merges = tokenizer.vocabulary()
+    words = {number: word for word, number in vocabulary.items()}
+    special = {
+        "bos_token": words[tokenizer.START],
+        "eos_token": words[tokenizer.END],
+        "unk_token": words[tokenizer.END],
+    }
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "pad_token": words[pad], **special}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def config_of_pipeline(folder: str | Path) -> Path:
+    """Our config that a pipeline folder fits, from its UNet's and scheduler's configs.
+
+    Raises:
+        UserError: it is no pipeline, or of none of the families that we have a config of; or its schedule is rescaled,
+            which none of those configs says.
+    """
+    folder = Path(folder)
+    unet, scheduler = (_read_json(folder / name) for name in ("unet/config.json", "scheduler/scheduler_config.json"))
+    widths = unet.get("block_out_channels") or [0]
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(f"{folder}: has zero terminal SNR: give a --config with model.params.zero_terminal_snr: true")
+    velocity = scheduler.get("prediction_type") == "v_prediction"
+    for family in FAMILIES:
+        same = (family.width, family.in_channels, family.context_dim)
+        if same == (widths[0], unet.get("in_channels"), unet.get("cross_attention_dim")):
+            for name, path in zip(family.configs, family.paths):
+                if name.endswith("-v.yaml") == velocity:
+                    return path
+    raise UserError(f"{folder}: a pipeline of none of the kinds that come with a config: give --config")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.parent.parent}: not a diffusers pipeline: no {path.parent.name}/{path.name}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def read_pipeline(folder: str | Path, ours: Iterable[str]) -> State:
+    """A pipeline folder's weights under our keys; `ours` are the keys of the config's model.
+
+    Raises:
+        UserError: a part or its weights are missing, or do not fit.
+    """
+    folder = Path(folder)
+    parts = {}
+    for name, stem in WEIGHTS_FILES.items():
+        found = [folder / name / f"{stem}{suffix}" for suffix in (".safetensors", SHARD_INDEX, ".bin")]
+        found += [folder / name / "pytorch_model.bin"]
+        file = next((path for path in found if path.is_file()), None)
+        if file is None:
+            raise UserError(f"{folder}: not a diffusers pipeline: {name}/ has no weights ({found[0].name})")
+        parts[name] = state_dict_of(read_checkpoint(file), file)
+    return from_diffusers(parts, ours)

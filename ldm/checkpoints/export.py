@@ -1,0 +1,107 @@
+"""Weights alone, for other programs: which ones, in what precision, with a header that says where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm import __version__
+from ldm.checkpoints.loading import without_initial_weights
+from ldm.data.prompts import captions_from_templates
+from ldm.errors import UserError
+from ldm.files import save_checkpoint, tensor_bytes, write_atomically
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SUFFIXES = (".safetensors", ".ckpt")
+
+# Keys of a model's params that a model to sample from does without.
+TRAINING_ONLY = ("lora", "freeze", "text_encoder_lr", "text_encoder_stop")
+
+State = dict[str, Tensor]
+
+
+def sha256(path: Path) -> str:
+    """A file's digest, the one that web UIs name models by."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
+    """Matrices and convolutions in a precision; vectors stay: the ends of the schedule need the digits."""
+    return {
+        key: value.to(dtype) if dtype and value.is_floating_point() and value.ndim > 1 else value
+        for key, value in state.items()
+    }
+
+
+def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The model's config without what only its training needs; empty if there is none."""
+    model = without_initial_weights((config or {}).get("model") or {})
+    params = {key: value for key, value in model.get("params", {}).items() if key not in TRAINING_ONLY}
+    if "use_ema" in params:
+        params["use_ema"] = False
+    return {"model": {**model, "params": params}} if model else {}
+
+
+def target_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's model, for `instantiate_from_config`."""
+    return {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
+
+
+def training_facts(config: Mapping[str, Any] | None, steps: int | None) -> dict[str, Any]:
+    """How weights were trained, from the config of the run; empty if they were not trained here."""
+    if not config or "data" not in config or not steps:
+        return {}
+    data, model = config["data"].get("params") or {}, config["model"]
+    subject, params = ((part or {}).get("params") or {} for part in (data.get("train"), model))
+    run = config.get("run") or {}
+    fields = signature(captions_from_templates).parameters
+    captions = {key: value for key, value in subject.items() if key in fields}
+    is_dreambooth = "placeholder_token" in captions
+    facts = {
+        "identifier": captions.get("identifier", fields["identifier"].default) if is_dreambooth else None,
+        "class_word": captions.get("placeholder_token"),
+        "prompts": captions_from_templates(**captions) if is_dreambooth else None,
+        "steps": steps,
+        "learning_rate": model.get("base_learning_rate"),
+        "batch_size": data.get("batch_size"),
+        "reg_weight": params.get("reg_weight"),
+        "text_encoder_trained": params.get("cond_stage_trainable"),
+        "lora": params.get("lora"),
+        "seed": run.get("seed"),
+        "base_model": run.get("base_model"),
+        "software": f"dreambooth-ldm {__version__}",
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write named tensors as `.safetensors`, or as a `.ckpt` with a `state_dict`, atomically.
+
+    Args:
+        config: of the model, goes along so that nobody has to say it again.
+        facts: about its training, go along, too.
+
+    Raises:
+        UserError: another suffix, or a disk that is too small.
+    """
+    state = {key: value.contiguous() for key, value in state.items()}
+    if path.suffix == ".ckpt":
+        extra = {"config": dict(config)} if config else {}
+        save_checkpoint({"state_dict": state, **extra, **({"training": dict(facts)} if facts else {})}, path)
+        return
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    metadata = {"format": "pt", **{k: json.dumps(v) for k, v in (("config", config), ("training", facts)) if v}}
+    write_atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata), tensor_bytes(state))

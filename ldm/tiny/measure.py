@@ -1,0 +1,164 @@
+"""The measurements of `docs/results.md`: the base miniature, and DreamBooth on a subject with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.evaluation.metrics import (
+    Encoder,
+    Recognizer,
+    accuracy,
+    centred_similarity,
+    diversity,
+    features_of,
+    gap_closed,
+    middle,
+    nearest_psnr,
+    similarity,
+    similarity_within,
+    to_tensor,
+)
+from ldm.rng import generator
+from ldm.tiny.scenes import PLAIN, SCENES
+from ldm.tiny.world import World, with_article
+
+Draw = Callable[[Sequence[str]], list[Image.Image]]
+
+SIZE = 64
+CLASS_IMAGES = 64  # pictures of a class that similarity and diversity are measured on
+SUBJECT_IMAGES = 16
+PER_PROMPT = 4
+PLACES = [scene for scene in SCENES if scene not in PLAIN]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What looks at pictures: encoders by name, and a recognizer of classes and scenes."""
+
+    encoders: Mapping[str, Encoder]
+    recognizer: Recognizer
+
+    def recognise(self, images: Tensor, name: str) -> list[str]:
+        """The most likely label of each image."""
+        return self.recognizer.recognise(self.recognizer.features(images), name)
+
+
+def renderings(world: World, count: int, key: str) -> tuple[Tensor, dict[str, list[str]]]:
+    """`count` pictures of the world, which has labels, and their labels; another `key` gives others."""
+    examples = [world.example(0, generator(key, number)) for number in range(count)]
+    images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).permute(0, 3, 1, 2)
+    return images.contiguous(), {name: [e[name] for e in examples] for name in ("class_word", "scene")}
+
+
+def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> Recognizer:
+    """A recognizer of the world's classes and scenes that has not been fitted."""
+    return Recognizer(list(encoders.values()), {"class_word": classes, "scene": list(SCENES)})
+
+
+def fit_recognizer(
+    recognizer: Recognizer, train: World, reconstruct: Callable[[Tensor], Tensor], count: int = 6000
+) -> None:
+    """Fit a recognizer to `count` renderings, half of them as the model's first stage gives them back.
+
+    Samples come out of the same decoder: what it does to a picture should not tell for or against a class.
+    """
+    images, found = renderings(train, count, "recognizer")
+    images[::2] = features_of(reconstruct, images[::2]).clamp(-1, 1)
+    labels = recognizer.labels
+    targets = {name: torch.tensor([labels[name].index(value) for value in found[name]]) for name in labels}
+    recognizer.fit(recognizer.features(images), targets)
+
+
+def class_prompts(classes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`PER_PROMPT` prompts for each class, and the class each asks for."""
+    wanted = [class_word for class_word in classes for _ in range(PER_PROMPT)]
+    return [f"a photo of {with_article(class_word)}" for class_word in wanted], wanted
+
+
+def scene_prompts(classes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`PER_PROMPT` prompts for each scene, with classes in turn, and the scene each asks for."""
+    wanted = [scene for scene in SCENES for _ in range(PER_PROMPT)]
+    nouns = [with_article(classes[number % len(classes)]) for number in range(len(wanted))]
+    return [f"a photo of {noun} {scene}" for noun, scene in zip(nouns, wanted)], wanted
+
+
+def measure_base(draw: Draw, judges: Judges, train: World, test: World, class_word: str = "dog") -> dict[str, Any]:
+    """How often the base model shows what is asked for, and how varied it is, beside real renderings."""
+    prompts, wanted = class_prompts(train.classes)
+    found = judges.recognise(to_tensor(draw(prompts), SIZE), "class_word")
+    by_class = {c: accuracy([f for f, w in zip(found, wanted) if w == c], [c] * PER_PROMPT) for c in train.classes}
+    scene_texts, scenes = scene_prompts(train.classes)
+    found_scenes = judges.recognise(to_tensor(draw(scene_texts), SIZE), "scene")
+    measured: dict[str, Any] = {
+        "class": accuracy(found, wanted),
+        "scene": accuracy(found_scenes, scenes),
+        "by_class": by_class,
+    }
+    for name, world in (("seen designs", train), ("unseen designs", test)):
+        images, labels = renderings(world, 600, "ceiling")
+        measured[f"class, {name}"] = accuracy(judges.recognise(images, "class_word"), labels["class_word"])
+        measured[f"scene, {name}"] = accuracy(judges.recognise(images, "scene"), labels["scene"])
+    made = to_tensor(draw([f"a photo of a {class_word}"] * CLASS_IMAGES), SIZE)
+    only = World(train.root, SIZE, [class_word], labels=True)
+    real, _ = renderings(only, CLASS_IMAGES, "diversity")
+    for name, encoder in judges.encoders.items():
+        measured[f"diversity, {name}"] = diversity(features_of(encoder, made))
+        measured[f"diversity of renderings, {name}"] = diversity(features_of(encoder, real))
+    return measured
+
+
+def subject_prompts(noun: str) -> tuple[list[str], list[str]]:
+    """A noun in every place of the paper's prompts, and the scene each asks for."""
+    return [f"photo of a {noun} {scene}" for scene in PLACES], PLACES
+
+
+def measure_subject(
+    base: Draw, tuned: Draw, photos: Sequence[Image.Image], class_word: str, judges: Judges
+) -> dict[str, Any]:
+    """What DreamBooth did: subject fidelity, scenes, copies, and what is left of the class.
+
+    Likeness is that of the pictures' middles: the photos were taken in five places, and features tell places apart
+    at least as well as things. Diversity is that of whole pictures, as of the base model.
+
+    Args:
+        base: draws with the model before.
+        tuned: draws with the model after.
+        photos: the training images.
+    """
+    real = to_tensor(photos, SIZE)
+    subject_prompt, class_prompt = f"photo of a sks {class_word}", f"photo of a {class_word}"
+    subject = to_tensor(tuned([subject_prompt] * SUBJECT_IMAGES), SIZE)
+    before, after = (to_tensor(draw([class_prompt] * CLASS_IMAGES), SIZE) for draw in (base, tuned))
+    scenes: dict[str, float] = {}
+    for name, draw, noun in (("base", base, class_word), ("tuned", tuned, f"sks {class_word}")):
+        prompts, wanted = subject_prompts(noun)
+        scenes[name] = accuracy(judges.recognise(to_tensor(draw(prompts), SIZE), "scene"), wanted)
+    measured: dict[str, Any] = {
+        "scenes, base": scenes["base"],
+        "scenes": scenes["tuned"],
+        "nearest training image, dB": float(nearest_psnr(subject, real).max()),
+        "class kept": accuracy(judges.recognise(after, "class_word"), [class_word] * CLASS_IMAGES),
+        "class, base": accuracy(judges.recognise(before, "class_word"), [class_word] * CLASS_IMAGES),
+    }
+    for name, encoder in judges.encoders.items():
+        of_real, of_subject, of_before, of_after = (
+            features_of(encoder, middle(x)) for x in (real, subject, before, after)
+        )
+        reached, start = similarity(of_subject, of_real), similarity(of_before, of_real)
+        ceiling = similarity_within(of_real)
+        measured |= {
+            f"{name}, subject": reached,
+            f"{name}, base": start,
+            f"{name}, ceiling": ceiling,
+            f"{name}, gap closed": gap_closed(reached, start, ceiling),
+            f"{name}, class drift": centred_similarity(of_after, of_real, of_before),
+            f"{name}, centred subject": centred_similarity(of_subject, of_real, of_before),
+            f"{name}, diversity kept": diversity(features_of(encoder, after)) / diversity(features_of(encoder, before)),
+        }
+    return measured

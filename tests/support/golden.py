@@ -1,0 +1,67 @@
+"""The reference implementation's numbers (tests/data) and the rule that gives its weights."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+DATA = Path(__file__).parents[1] / "data"
+META: dict[str, Any] = json.loads((DATA / "tiny_meta.json").read_text())
+_SETUP: dict[str, Any] = json.loads((DATA / "tiny_config.json").read_text())
+CONFIG: dict[str, Any] = _SETUP["config"]
+TEXT_CONFIG: dict[str, Any] = _SETUP["clip_text"]
+
+
+@cache
+def io() -> dict[str, np.ndarray]:
+    """All recorded arrays by name."""
+    with np.load(DATA / "tiny_io.npz") as arrays:
+        return dict(arrays)
+
+
+def tensor(name: str) -> Tensor:
+    """A recorded array, as a new tensor."""
+    return torch.tensor(io()[name])
+
+
+def init_array(key: str, shape: Sequence[int]) -> np.ndarray:
+    """The weights of the parameter `key`, float32: a function of its name and shape."""
+    x = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape))
+    if key.endswith("embedding.weight"):
+        x = 0.3 * x
+    elif len(shape) >= 2:
+        x = x / np.sqrt(np.prod(shape[1:]))
+    elif key.endswith(".weight"):
+        x = 1 + 0.2 * x
+    else:
+        x = 0.1 * x
+    return np.asarray(x, np.float32)
+
+
+@torch.no_grad()
+def load_golden_weights(module: nn.Module, prefix: str = "") -> None:
+    """Fill every parameter of `module`; `prefix` goes before its name."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(torch.from_numpy(init_array(prefix + name, parameter.shape)))
+
+
+def rel(actual: Tensor, expected: Tensor) -> float:
+    """max|actual - expected| / max|expected|."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def latent_diffusion() -> nn.Module:
+    """The `LatentDiffusion` that was recorded, with its weights, in training mode."""
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    text = {"target": CONFIG["cond_stage_config"]["target"], "params": {"text_config": TEXT_CONFIG}}
+    model = LatentDiffusion(**{**CONFIG, "cond_stage_config": text})
+    load_golden_weights(model)
+    return model.train()

@@ -1,0 +1,141 @@
+"""A run small enough for a test: the golden files' model on pictures of noise."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import main
+from ldm.checkpoints.reading import read_checkpoint
+from tests.support import golden
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = 32
+
+
+def pictures(folder: Path, count: int, seed: int = 0) -> Path:
+    """A folder of different pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = random.integers(0, 255, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((50, 40)).save(folder / f"{number}.png")
+    return folder
+
+
+def config(tmp_path: Path, **overrides: Any) -> Path:
+    """A complete YAML in the reference's shape; `overrides` are `section__key=value`, levels split by `__`."""
+    model = dict(golden.CONFIG)
+    model["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"text_config": golden.TEXT_CONFIG},
+    }
+    dataset = {"target": "ldm.data.personalized.PersonalizedBase"}
+    plain = {
+        "model": {
+            "base_learning_rate": 1e-3,
+            "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+            "params": model,
+        },
+        "data": {
+            "target": "main.DataModuleFromConfig",
+            "params": {
+                "batch_size": 1,
+                "num_workers": 0,
+                "train": {**dataset, "params": {"size": SIZE, "set": "train", "repeats": 2}},
+                "reg": {**dataset, "params": {"size": SIZE, "set": "train", "reg": True, "repeats": 10}},
+            },
+        },
+        "lightning": {
+            "modelcheckpoint": {"params": {"every_n_train_steps": 2}},
+            "trainer": {"max_steps": 4, "precision": "32-true", "enable_progress_bar": False},
+        },
+    }
+    merged = OmegaConf.merge(
+        plain, OmegaConf.from_dotlist([f"{k.replace('__', '.')}={v}" for k, v in overrides.items()])
+    )
+    path = tmp_path / "micro.yaml"
+    OmegaConf.save(merged, path)
+    return path
+
+
+class Workspace:
+    """A folder with subject photos, class images and a config, in which the training command can be called."""
+
+    def __init__(self, path: Path, subject: int = 3, prior: int = 4):
+        self.path = path
+        self.photos = pictures(path / "photos", subject, seed=1)
+        self.class_images = pictures(path / "class_images", prior, seed=2)
+        self.logs = path / "logs"
+
+    def arguments(self, name: str, *more: str, base: Path | None = None) -> list[str]:
+        """The command line of a new run."""
+        return [
+            *["--base", str(base or config(self.path)), "-t", "-n", name, "-l", str(self.logs)],
+            *["--data_root", str(self.photos), "--reg_data_root", str(self.class_images), "--class_word", "dog", *more],
+        ]
+
+    def train(self, name: str, *more: str, base: Path | None = None) -> Path:
+        """Train in this process; the run folder."""
+        assert main.main(self.arguments(name, *more, base=base)) == 0
+        return self.run(name)
+
+    def resume(self, run: Path, *more: str) -> None:
+        """Go on with a run in this process."""
+        assert main.main(["-r", str(run), *more]) == 0
+
+    def run(self, name: str) -> Path:
+        """The folder of the run with this name."""
+        (folder,) = self.logs.glob(f"photos*_{name}")
+        return folder
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The training command as a process of its own."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), *arguments],
+            env=environment,
+            cwd=self.path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def checkpoint(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    """What a checkpoint of a run holds."""
+    return read_checkpoint(run / "checkpoints" / name)
+
+
+def csv_rows(run: Path) -> list[dict[str, str]]:
+    """The logged rows of all starts of a run, in order."""
+    rows: list[dict[str, str]] = []
+    for path in sorted(run.glob("csv/*/metrics.csv")):
+        with open(path, newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of training steps."""
+    return [row for row in csv_rows(run) if row.get("train/loss_total")]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether nested containers hold the same values, tensors bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second

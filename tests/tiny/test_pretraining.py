@@ -1,0 +1,435 @@
+"""What the miniature is pretrained with: Muon, schedules, CLIP, cached latents, whitening, conversion."""
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import main
+from ldm.checkpoints.reading import read_checkpoint
+from ldm.data.latents import CachedLatents
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
+from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import tokenize
+from ldm.optim.muon import Muon, muon_groups, orthogonalized
+from ldm.optim.registry import make_optimizer
+from ldm.optim.schedules import WarmupLinearDecay, with_schedule
+from ldm.tiny.clip import CLIP, text_tower
+from scripts import convert
+from scripts.tiny import whiten_latents
+from tests.models.test_diffusion import build
+from tests.support import golden, runs
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+CLIP_PARAMS = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+    "text_cfg": TEXT,
+}
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    """Two discs of each of two classes, so that a world can be trained on."""
+    root = tmp_path_factory.mktemp("sprites")
+    for class_word, colour in (("dog", "brown"), ("owl", "gray")):
+        (root / class_word).mkdir()
+        for family in ("noto", "twemoji"):
+            image = Image.new("RGBA", (64, 64))
+            ImageDraw.Draw(image).ellipse((4, 4, 60, 60), fill=colour)
+            image.save(root / class_word / f"{family}-{class_word}.png")
+    return root
+
+
+def world(sprites, length=6, **params):
+    return {
+        "target": "ldm.tiny.world.World",
+        "params": {"sprites": str(sprites), "size": 16, "length": length, "labels": True, **params},
+    }
+
+
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
+def test_orthogonalized_has_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = torch.linalg.svdvals(orthogonalized(matrix))
+    assert found.min() > 0.6 and found.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(orthogonalized(matrix).flatten(), (u @ v).flatten(), dim=0) > 0.96
+
+
+def test_muon_steps_matrices_by_their_polar_factor_and_the_rest_like_adamw():
+    linear = nn.Linear(32, 16)
+    twin = nn.Linear(32, 16)
+    twin.load_state_dict(linear.state_dict())
+    optimizer = Muon(muon_groups(linear), lr=0.01, betas=(0.9, 0.99))
+    adamw = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0)
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+    before = linear.weight.detach().clone()
+    for _ in range(3):
+        for module, update in ((linear, optimizer), (twin, adamw)):
+            update.zero_grad()
+            # The bias's gradient does not depend on the weights, which the two move differently.
+            (module(x).sum(1) * torch.arange(8)).sum().backward()
+            update.step()
+    torch.testing.assert_close(linear.bias, twin.bias)
+    step = (before - linear.weight) / 3 / (0.01 * 0.2 * 32**0.5)
+    assert 0.6 < torch.linalg.svdvals(step.detach())[0] < 1.3
+
+
+def test_muon_takes_hidden_matrices_and_convolutions_alone():
+    module = nn.Sequential(
+        nn.Embedding(50, 32), nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.GroupNorm(32, 64), nn.Linear(64, 3)
+    )
+    module[3].requires_grad_(False)
+    groups = {group["muon"]: [tuple(p.shape) for p in group["params"]] for group in muon_groups(module)}
+    assert groups[True] == [(64, 32, 3, 3)]
+    assert groups[False] == [(50, 32), (32, 3, 3, 3), (32,), (64,), (3, 64), (3,)]
+
+
+def test_an_unknown_optimizer():
+    with pytest.raises(UserError, match=r"optimizer: unknown 'muoon' .*did you mean 'muon'"):
+        make_optimizer("muoon", [nn.Linear(2, 2)], 0.1)
+
+
+# Learning rate
+
+
+def test_warmup_linear_decay():
+    factor = WarmupLinearDecay(steps=100, warmup_steps=4, decay=0.5, final=0.1)
+    assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor(50) == 1
+    assert factor(75) == pytest.approx(0.55)
+    assert factor(100) == factor(1000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"steps": 5, "warmup_steps": 5}, {"steps": 5, "decay": -0.1}, {"steps": 5, "decay": 1.1}]
+)
+def test_schedules_that_make_no_sense(wrong):
+    with pytest.raises(UserError, match="scheduler_config"):
+        WarmupLinearDecay(**wrong)
+
+
+def test_a_schedule_moves_the_rate_of_every_step():
+    parameter = nn.Parameter(torch.zeros(1))
+    config = {"target": "ldm.optim.schedules.WarmupLinearDecay", "params": {"steps": 2}}
+    found = with_schedule(torch.optim.SGD([parameter], lr=1.0), config)
+    rates = []
+    for _ in range(3):
+        rates.append(found["optimizer"].param_groups[0]["lr"])
+        found["optimizer"].step()
+        found["lr_scheduler"]["scheduler"].step()
+    assert rates == [1.0, 0.5, 0.0]
+
+
+# The objective's options
+
+
+@pytest.mark.parametrize("name, divisor", [("eps", lambda snr: snr), ("x0", lambda snr: 1), ("v", lambda snr: snr + 1)])
+def test_min_snr_weights_are_those_of_the_clean_latent(name, divisor):
+    schedule = NoiseSchedule.create(1000, "linear", 0.00085, 0.012)
+    t = torch.tensor([0, 200, 500, 999])
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    found = PARAMETERIZATIONS[name].min_snr_weight(schedule, t, 5.0)
+    torch.testing.assert_close(found * divisor(snr), snr.clamp(max=5.0))
+
+
+def batch(captions, seeds=None):
+    images = torch.randn(len(captions), 16, 16, 3, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    return {"image": images, "caption": captions, "noise_seed": torch.tensor(seeds or list(range(len(captions))))}
+
+
+def test_min_snr_weights_the_loss_and_not_the_simple_loss():
+    plain, weighted = build(), build(min_snr_gamma=5.0)
+    examples = batch(["a dog"] * 12)
+    (_, logged), (loss, logged_weighted) = (m.shared_step(examples, "val") for m in (plain, weighted))
+    assert logged["val/loss_simple"] == logged["val/loss"] == logged_weighted["val/loss_simple"]
+    assert loss == logged_weighted["val/loss"] < logged["val/loss"]
+
+
+def captions_read(model, examples, prefix, among):
+    """The caption of each sample, of those `among`, whose embedding the UNet read."""
+    with torch.no_grad():
+        known = model.get_learned_conditioning(among)
+    read = []
+    apply_model = model.apply_model
+    model.apply_model = lambda x, t, cond: read.append(cond.detach()) or apply_model(x, t, cond)
+    model.shared_step(examples, prefix)
+    model.apply_model = apply_model
+    distances = (read[0][:, None] - known[None]).flatten(2).norm(dim=2)
+    assert distances.amin(1).max() < 1e-4 < distances.sort(1).values[:, 1].min()
+    return [among[index] for index in distances.argmin(1)]
+
+
+def test_the_text_encoder_reads_each_distinct_caption_once():
+    model, seen = build(), []
+    model.get_learned_conditioning = lambda texts: seen.append(list(texts)) or model.cond_stage_model(list(texts))
+    model.shared_step((batch(["a sks dog"] * 3), batch(["a dog", "a cat", "a dog"])), "train")
+    assert seen == [["a sks dog", "a dog", "a cat"]]
+    del model.get_learned_conditioning
+    examples = batch(["a dog", "a cat", "a dog"])
+    assert captions_read(model, examples, "train", ["a cat", "a dog"]) == ["a dog", "a cat", "a dog"]
+
+
+def test_caption_dropout_empties_the_same_captions_whatever_the_batch():
+    model = build(caption_dropout=0.5)
+    captions = [f"a dog {n}" for n in range(16)]
+    among = ["", *captions]
+    together = captions_read(model, batch(captions), "train", among)
+    second_half = captions_read(model, batch(captions[8:], seeds=list(range(8, 16))), "train", among)
+    validation = captions_read(model, batch(captions), "val", among)
+    assert 2 <= together.count("") <= 14
+    assert together[8:] == second_half
+    assert all(text in ("", caption) for text, caption in zip(together, captions))
+    assert validation == captions
+
+
+def test_with_a_prior_only_its_captions_are_dropped():
+    model = build(caption_dropout=1.0)
+    pair = (batch(["a sks dog"] * 2), batch(["a dog"] * 2))
+    assert captions_read(model, pair, "train", ["a sks dog", "a dog", ""]) == ["a sks dog", "a sks dog", "", ""]
+
+
+def test_caption_dropout_leaves_the_other_draws_as_they_are():
+    with_dropout, without = build(caption_dropout=1.0), build()
+    examples, empty = batch(["a dog", "a cat"]), batch(["", ""])
+    assert with_dropout.shared_step(examples, "train")[0] == without.shared_step(empty, "train")[0]
+
+
+@pytest.mark.parametrize("wrong", [{"caption_dropout": 1.5}, {"ema_decay": -1.0}, {"min_snr_gamma": 0.0}])
+def test_options_out_of_their_range(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        build(**wrong)
+
+
+# CLIP
+
+
+def test_clip_reads_only_what_its_captions_hold():
+    torch.manual_seed(0)
+    model = CLIP(**CLIP_PARAMS).eval()
+    captions = ["a photo of a dog", "", "a red car with a mountain in the background"]
+    expected = model.clip.encode_text(tokenize(captions), normalize=True)
+    torch.testing.assert_close(model.encode_text(captions), expected)
+
+
+def test_the_text_tower_is_the_text_encoder():
+    torch.manual_seed(0)
+    model = CLIP(**CLIP_PARAMS).eval()
+    fields = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    embedder = FrozenCLIPEmbedder(text_config=fields)
+    missing, unexpected = embedder.load_state_dict(text_tower(model.state_dict(), "clip.ckpt"), strict=False)
+    assert (missing, unexpected) == (["transformer.text_model.embeddings.position_ids"], [])
+    captions = ["a photo of a sks dog", ""]
+    clip, tokens = model.clip, tokenize(captions)
+    hidden = clip.transformer(clip.token_embedding(tokens) + clip.positional_embedding, attn_mask=clip.attn_mask)
+    torch.testing.assert_close(embedder(captions), clip.ln_final(hidden))
+
+
+def test_a_checkpoint_without_a_text_tower(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors: no text tower"):
+        FrozenCLIPEmbedder(ckpt_path=str(tmp_path / "other.safetensors"))
+
+
+def test_clip_trains_through_the_command(sprites, tmp_path):
+    yaml = {
+        "model": {"base_learning_rate": 1e-3, "target": "ldm.tiny.clip.CLIP", "params": CLIP_PARAMS},
+        "data": {
+            "target": "main.DataModuleFromConfig",
+            "params": {"batch_size": 4, "num_workers": 0, "train": world(sprites, size=32)},
+        },
+        "lightning": {"trainer": {"max_steps": 2, "enable_progress_bar": False}},
+    }
+    OmegaConf.save(yaml, tmp_path / "clip.yaml")
+    command = ["--base", str(tmp_path / "clip.yaml"), "-t", "-n", "clip", "-l", str(tmp_path / "logs")]
+    assert main.main(command) == 0
+    (checkpoint,) = tmp_path.glob("logs/*clip/checkpoints/last.ckpt")
+
+    tower = tmp_path / "tower.safetensors"
+    assert convert.main(["--ckpt", str(checkpoint), "--output", str(tower), "--only", "clip.visual."]) == 0
+    assert all(key.startswith("clip.visual.") for key in load_file(tower))
+    fields = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    embedder = FrozenCLIPEmbedder(text_config=fields, ckpt_path=str(checkpoint))
+    trained = read_checkpoint(checkpoint)["state_dict"]["clip.token_embedding.weight"]
+    assert torch.equal(embedder.transformer.text_model.embeddings.token_embedding.weight, trained)
+
+
+# Cached latents
+
+
+def cached_config(tmp_path, sprites, **params):
+    """The micro run's config with the world's latents for data."""
+    path = runs.config(tmp_path, data__params__batch_size=2, lightning__trainer__max_steps=3)
+    config = OmegaConf.load(path)
+    del config.data.params.reg
+    config.model.params.reg_weight = 0
+    config.data.params.train = {
+        "target": "ldm.data.latents.CachedLatents",
+        "params": {"path": str(tmp_path / "cache" / "latents.safetensors"), "dataset": world(sprites), **params},
+    }
+    OmegaConf.save(config, path)
+    return path
+
+
+def test_training_on_cached_latents(sprites, tmp_path):
+    base = cached_config(tmp_path, sprites)
+    command = ["--base", str(base), "-t", "-l", str(tmp_path / "logs")]
+    assert main.main([*command, "-n", "one"]) == 0
+    cache = tmp_path / "cache" / "latents.safetensors"
+    written = cache.stat().st_mtime_ns
+    (first,) = tmp_path.glob("logs/*_one")
+
+    # The same first stage reads the cache again.
+    config = OmegaConf.load(base)
+    weights = first / "checkpoints" / "last.ckpt"
+    assert main.main([*command, "-n", "two", "--actual_resume", str(weights)]) == 0
+    assert cache.stat().st_mtime_ns == written
+
+    # Another data set does not.
+    config.data.params.train.params.dataset.params.length = 4
+    OmegaConf.save(config, base)
+    assert main.main([*command, "-n", "three", "--actual_resume", str(weights)]) == 0
+    assert len(load_file(cache)["moments"]) == 4
+
+
+def test_the_cache_holds_the_posteriors_of_the_images(sprites, tmp_path):
+    model = build()
+    dataset = CachedLatents(tmp_path / "latents.safetensors", world(sprites))
+    dataset.fill(model, torch.device("cpu"))
+    dataset.open()
+    source = dataset.source
+    assert (len(dataset), dataset[3]["caption"]) == (6, source[3]["caption"])
+    image = torch.as_tensor(source[3]["image"]).permute(2, 0, 1)[None]
+    torch.testing.assert_close(
+        dataset[3]["moments"].float(), model.encode_first_stage(image).parameters[0], atol=2e-3, rtol=2e-3
+    )
+    # A step on the cache and one on the images have about the same loss.
+    images = {"image": torch.stack([torch.as_tensor(source[i]["image"]) for i in range(2)])}
+    moments = {"moments": torch.stack([dataset[i]["moments"] for i in range(2)])}
+    shared = {"caption": dataset.captions[:2], "noise_seed": torch.tensor([5, 6])}
+    losses = [model.shared_step({**half, **shared}, "val")[0] for half in (images, moments)]
+    torch.testing.assert_close(*losses, atol=1e-3, rtol=1e-3)
+    assert set(model.log_images({**moments, **shared}, sample=False)) == {"reconstruction"}
+
+
+def test_a_cache_of_some_classes(sprites, tmp_path):
+    path, config = tmp_path / "latents.safetensors", world(sprites, length=20)
+    full = CachedLatents(path, config)
+    full.fill(build(), torch.device("cpu"))
+    dogs = CachedLatents(path, config, classes=["dog"])
+    dogs.open()
+    assert 0 < len(dogs) < 20 and all("dog" in caption for caption in dogs.captions)
+    with pytest.raises(UserError, match="no examples of unicorn"):
+        CachedLatents(path, config, classes=["unicorn"]).open()
+
+
+def test_a_file_that_is_no_cache(sprites, tmp_path):
+    path = tmp_path / "latents.safetensors"
+    with pytest.raises(UserError, match="is gone"):
+        CachedLatents(path, world(sprites)).fill(None, torch.device("cpu"))
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match="not a latent cache"):
+        CachedLatents(path, world(sprites)).open()
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="not a latent cache"):
+        CachedLatents(path, world(sprites)).open()
+
+
+# Whitened latents
+
+
+def test_whitening_keeps_reconstructions():
+    first_stage = golden.latent_diffusion().first_stage_model.eval()
+    twin = golden.latent_diffusion().first_stage_model.eval()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+    def statistics(model):
+        latents = model.encode(x).mean.transpose(0, 1).flatten(1)
+        return latents.mean(1), latents.cov()
+
+    with torch.no_grad():
+        twin.whiten(*statistics(first_stage))
+        mean, covariance = statistics(twin)
+        torch.testing.assert_close(mean, torch.zeros(4), atol=1e-4, rtol=0)
+        torch.testing.assert_close(covariance, torch.eye(4), atol=1e-3, rtol=0)
+        first, second = (model(x, sample_posterior=False)[0] for model in (first_stage, twin))
+        torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-3)
+
+
+def test_whitening_with_independent_channels_scales_their_deviations():
+    first_stage = golden.latent_diffusion().first_stage_model.eval()
+    twin = golden.latent_diffusion().first_stage_model.eval()
+    x = torch.zeros(1, 3, 16, 16)
+    twin.whiten(torch.zeros(4), torch.diag(torch.tensor([1.0, 4.0, 9.0, 16.0])))
+    ratio = first_stage.encode(x).std / twin.encode(x).std
+    torch.testing.assert_close(ratio.mean((0, 2, 3)), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
+    ddconfig = {"z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1]}
+    params = {
+        "embed_dim": 4,
+        "optimizer": "muon",
+        "scheduler_config": {"target": "ldm.optim.schedules.WarmupLinearDecay", "params": {"steps": 3}},
+        "ddconfig": {**ddconfig, "num_res_blocks": 1, "attn_resolutions": [], "double_z": True},
+        "lossconfig": {
+            "target": "ldm.modules.losses.LPIPSWithDiscriminator",
+            "params": {"disc_start": 1, "perceptual_weight": 0.0, "disc_ch": 8, "disc_num_layers": 1},
+        },
+    }
+    yaml = {
+        "model": {
+            "base_learning_rate": 1e-3,
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": params,
+        },
+        "data": {
+            "target": "main.DataModuleFromConfig",
+            "params": {"batch_size": 2, "num_workers": 0, "train": world(sprites)},
+        },
+        "lightning": {"trainer": {"max_steps": 3, "enable_progress_bar": False}},
+    }
+    OmegaConf.save(yaml, tmp_path / "autoencoder.yaml")
+    command = ["--base", str(tmp_path / "autoencoder.yaml"), "-t", "-n", "ae", "-l", str(tmp_path / "logs")]
+    assert main.main(command) == 0
+    (run,) = tmp_path.glob("logs/*_ae")
+    rates = [float(row["lr-Muon/pg1"]) for row in runs.csv_rows(run) if row.get("lr-Muon/pg1")]
+    assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+
+    output = tmp_path / "first_stage.safetensors"
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    assert whiten_latents.main(["--ckpt", str(checkpoint), "--output", str(output), "--images", "8"]) == 0
+    identity = {"target": "torch.nn.Identity"}
+    model = AutoencoderKL(params["ddconfig"], identity, embed_dim=4, ckpt_path=str(output)).eval()
+    mean, covariance = whiten_latents.statistics(model, CachedLatents("unused", world(sprites)).source, 6)
+    np.testing.assert_allclose(mean, 0, atol=1e-3)
+    np.testing.assert_allclose(covariance, np.eye(4), atol=1e-2)
+
+
+def test_a_frozen_encoder_keeps_its_latents():
+    ddconfig = {"z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1]}
+    ddconfig = {**ddconfig, "num_res_blocks": 1, "attn_resolutions": []}
+    loss = {"disc_start": 5, "perceptual_weight": 0.0, "disc_ch": 8, "disc_num_layers": 1}
+    lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}
+    model = AutoencoderKL(ddconfig, lossconfig, embed_dim=4, freeze_encoder=True, optimizer="muon")
+    trained = {id(p) for group in model.configure_optimizers()[0].param_groups for p in group["params"]}
+    decoder = {id(p) for part in (model.decoder, model.post_quant_conv) for p in part.parameters()}
+    assert trained == decoder
+
+
+def test_whitening_something_else(tmp_path, capsys, caplog):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    command = ["--ckpt", str(tmp_path / "other.safetensors"), "--output", str(tmp_path / "out.safetensors")]
+    assert whiten_latents.main(command) == 1
+    assert "does not say what it was trained on" in caplog.text
+    assert not (tmp_path / "out.safetensors").exists()

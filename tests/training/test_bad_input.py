@@ -1,0 +1,169 @@
+"""What a user gets wrong: one line that names it, exit status 1, nothing overwritten, no run folder."""
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from scripts import stable_txt2img
+from tests.support.runs import Workspace, config
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture
+def refused(workspace, caplog):
+    """Call the training command; the one line that it answers with."""
+
+    def call(*more, replace=(), base=None):
+        arguments = workspace.arguments("refused", *more, base=base)
+        for flag, value in replace:
+            arguments[arguments.index(flag) + 1] = str(value)
+        caplog.clear()
+        assert main.main(arguments) == 1
+        assert not list(workspace.logs.glob("*_refused")), "a run folder was made"
+        (message,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("error: ")]
+        assert "\n" not in message
+        return message
+
+    return call
+
+
+@pytest.fixture
+def refused_later(caplog):
+    """The one line that a training ends with that had begun."""
+
+    def call(workspace, *more):
+        assert main.main(workspace.arguments("refused", *more)) == 1
+        (message,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("error: ")]
+        assert "\n" not in message
+        return message
+
+    return call
+
+
+@pytest.mark.parametrize("flag", ["--data_root", "--reg_data_root"])
+def test_missing_and_empty_folders(refused, tmp_path, flag):
+    assert str(tmp_path / "none") in refused(replace=[(flag, tmp_path / "none")])
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refused(replace=[(flag, tmp_path / "empty")])
+
+
+@pytest.mark.parametrize(
+    "batch, cache, what", [(3, "false", "images"), (3, "true", "cached latents"), (1, "false", "images")]
+)
+def test_images_of_different_sizes(tmp_path, refused_later, batch, cache, what):
+    """Of the subject, or in batches of one of the subject and its class, whose images are 50 x 40."""
+    workspace = Workspace(tmp_path)
+    for number, side in enumerate((32, 32, 48)):
+        Image.new("RGB", (side, side)).save(workspace.photos / f"{number}.png")
+    sizes = [f"data.params.{name}.params.size=null" for name in ("train", "reg")]
+    more = [f"data.params.batch_size={batch}", f"data.params.latent_cache={cache}", "--max_steps", "3", *sizes]
+    assert refused_later(workspace, *more).startswith(f"error: {what} of different sizes [(")
+
+
+def test_no_folder_at_all(workspace, caplog):
+    assert main.main(["--base", str(config(workspace.path)), "-t", "-l", str(workspace.logs)]) == 1
+    assert "--data_root" in caplog.text
+
+
+def test_text_with_the_name_of_an_image(refused, tmp_path):
+    (tmp_path / "note.jpg").write_text("not a picture")
+    assert "note.jpg" in refused(replace=[("--data_root", tmp_path)])
+
+
+def test_a_truncated_checkpoint(refused, tmp_path):
+    torch.save({"state_dict": {"a": torch.randn(1000)}}, path := tmp_path / "whole.ckpt")
+    (cut := tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:2000])
+    assert f"{cut}: truncated or not a checkpoint" in refused("--actual_resume", str(cut))
+    assert len(cut.read_bytes()) == 2000
+
+
+def test_a_checkpoint_of_another_shape(refused, tmp_path):
+    torch.save({"state_dict": {"betas": torch.randn(10)}}, path := tmp_path / "other.ckpt")
+    message = refused("--actual_resume", str(path))
+    assert "'betas' has shape [10], the config's model has [1000]" in message
+
+
+def test_a_checkpoint_of_something_else(refused, tmp_path):
+    torch.save({"weight": torch.randn(10)}, path := tmp_path / "foreign.ckpt")
+    assert "tensors are missing" in refused("--actual_resume", str(path))
+
+
+def test_mistyped_flag(refused):
+    assert "unknown flag --data_rooot (did you mean '--data_root'?)" in refused("--data_rooot=x")
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("model.params.reg_wieght=1", "reg_wieght: unknown key for LatentDiffusion (did you mean 'reg_weight'?)"),
+        ("model.params.unet_config.params.num_head=1", "model.params.unet_config.params.num_head: unknown key"),
+        ("data.params.batchsize=1", "data.params.batchsize: unknown key"),
+        ("data.params.train.params.sizes=1", "data.params.train.params.sizes: unknown key"),
+        ("lightning.trainer.max_step=1", "lightning.trainer.max_step: unknown key (did you mean 'max_steps'?)"),
+        ("lighting.trainer.max_steps=1", "lighting: unknown key (did you mean 'lightning'?)"),
+        ("model.target=ldm.models.diffusion.ddpm.LatentDifusion", "model.target: unknown target"),
+        ("model.target=ldm.models.nowhere.LatentDiffusion", "there is no module 'ldm.models.nowhere'"),
+        ("model.base_learning_rate=fast", "model.base_learning_rate: expected a positive number"),
+        ("lightning.trainer.precision=17", "lightning.trainer: "),
+        ("model.params.parameterization=epsilon", "accepted: eps, x0, v"),
+        ("lightning.trainer.precision=bf16-true", "use 16-mixed or bf16-mixed"),
+        ("data.params.train.params.size=64", "need one size"),
+        ("data.params.batch_size=two", "data.params.batch_size: expected int, got 'two'"),
+        ("model.params.use_ema=maybe", "model.params.use_ema: expected bool, got 'maybe'"),
+    ],
+)  # fmt: skip
+def test_mistyped_keys_and_values(refused, override, named):
+    assert named in refused(override)
+
+
+def test_yaml_that_does_not_parse(refused, tmp_path):
+    (path := tmp_path / "broken.yaml").write_text("model: [1, 2\nlightning: {")
+    assert f"{path}: not valid YAML" in refused(base=path)
+
+
+def test_gpus_that_are_not_there(refused):
+    assert "--gpus 7,: there is no GPU 7" in refused("--gpus", "7,")
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(workspace, monkeypatch, caplog):
+    run = workspace.train("full-disk", "--max_steps", "2")
+    before = (run / "checkpoints/last.ckpt").read_bytes()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert main.main(["-r", str(run), "--max_steps", "4"]) == 1
+    assert "GB free" in caplog.text
+    assert (run / "checkpoints/last.ckpt").read_bytes() == before
+
+
+# Sampling
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ckpt", "no.ckpt"], "no.ckpt: no such checkpoint"),
+        (["--from-file", "no.txt", "--ckpt", "{ckpt}"], "--from-file no.txt: no such file"),
+        (["--ckpt", "{ckpt}", "--H", "33"], "must be multiples of"),
+        (["--ckpt", "{ckpt}", "--ddim_steps", "1001"], "between 1 and 1000"),
+        (["--ckpt", "{ckpt}", "--plms", "--ddim_eta", "1"], "eta must be 0"),
+        (["--ckpt", "{ckpt}", "--f", "8"], "--f 8: this model has 2"),
+        (["--ckpt", "{ckpt}", "--n_samples", "0"], "at least 1"),
+        (["--ckpt", "{ckpt}", "--device", "cuda"], "--device cuda"),
+        (["--ckpt", "{ckpt}", "--scale", "nan"], "must be numbers"),
+        (["--ckpt", "{ckpt}", "--n_rows", "-1"], "--n_rows at least 0"),
+        (["--ckpt", "{ckpt}", "--outdir", "{ckpt}/out"], "a file stands where a folder is needed"),
+        (["--laion400m"], "not supported"),
+    ],
+)
+def test_sampling_what_cannot_be_sampled(workspace, arguments, message, caplog, tmp_path):
+    if not (ckpt := workspace.path / "sampled.ckpt").exists():
+        run = workspace.train("sampled", "--max_steps", "1")
+        (run / "checkpoints/last.ckpt").rename(ckpt)
+    arguments = [a.replace("{ckpt}", str(workspace.path / "sampled.ckpt")) for a in arguments]
+    assert stable_txt2img.main(["--outdir", str(tmp_path / "out"), *arguments]) == 1
+    error = caplog.records[-1].getMessage()
+    assert error.startswith("error: ") and message in error and "\n" not in error
