@@ -18,6 +18,7 @@ from ldm.errors import UserError
 log = logging.getLogger(__name__)
 
 CPU_INFO = Path("/proc/cpuinfo")
+CUDA = "cuda"  # the one place where the library spells a device that may not be there
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -41,7 +42,7 @@ def default_precision(accelerator: str) -> str:
     import torch  # takes seconds, which `--help` need not wait for
 
     kind = accelerators()[0] if accelerator == "auto" else accelerator
-    if kind in ("gpu", "cuda") and torch.cuda.is_available():
+    if kind in ("gpu", CUDA) and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if kind == "cpu" and BF16_FLAGS & _cpu_flags() else "32-true"
 

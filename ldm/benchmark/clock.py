@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.benchmark.machine import CLOCKS, synchronize
 from ldm.callbacks.timing import peak_memory_bytes
+from ldm.host import CUDA
 
 
 class StepClock:
@@ -43,7 +44,7 @@ class StepClock:
     def begin(self, device: torch.device) -> None:
         """The model is ready; the first step follows."""
         self._device = device
-        if device.type == "cuda":
+        if device.type == CUDA:
             torch.cuda.reset_peak_memory_stats(device)
         self._now()
 

@@ -15,12 +15,13 @@ import torch
 
 from ldm.checkpoints.export import DTYPES
 from ldm.errors import UserError
+from ldm.host import CUDA
 
 # The wall, or what this process computed: of use where other programs compete for the processor.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "diffusers")
-MATMUL_SIDES = {"cuda": 8192, "cpu": 1024}
+MATMUL_SIDES = {CUDA: 8192, "cpu": 1024}
 ENOUGH = 1.0  # second of a product: many processors compute half precision slowly
 
 
@@ -32,7 +33,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    if device == "cuda":
+    if device == CUDA:
         found["gpu"] = torch.cuda.get_device_name()
     return found | {name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))}
 
@@ -49,7 +50,7 @@ def cpu_model() -> str:
 
 def synchronize(device: torch.device) -> None:
     """Wait for what the device still computes."""
-    if device.type == "cuda":
+    if device.type == CUDA:
         torch.cuda.synchronize(device)
 
 

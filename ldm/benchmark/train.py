@@ -19,6 +19,7 @@ from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoints.export import target_of
 from ldm.checkpoints.loading import without_initial_weights
 from ldm.errors import UserError
+from ldm.host import CUDA
 from ldm.training.memory import is_out_of_memory
 from ldm.training.run import Run
 from ldm.training.train import Start, train
@@ -105,7 +106,7 @@ def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) 
     lightning["callbacks"] = {**callbacks, **dict.fromkeys(pictures), CLOCK: clock}
     lightning["trainer"] = {
         **(lightning.get("trainer") or {}),
-        "accelerator": "gpu" if settings.device == "cuda" else "cpu",
+        "accelerator": "gpu" if settings.device == CUDA else "cpu",
         "devices": 1,
         "max_steps": total,
         "logger": False,

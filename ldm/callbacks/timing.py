@@ -10,10 +10,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from ldm.host import CUDA
+
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory in use so far: the GPU's for CUDA, else this process's resident memory."""
-    if device.type == "cuda":
+    if device.type == CUDA:
         return torch.cuda.max_memory_allocated(device)
     return resident_bytes()[1]
 
@@ -43,7 +45,7 @@ class TimingCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step, self._since = trainer.global_step, None
-        if pl_module.device.type == "cuda":
+        if pl_module.device.type == CUDA:
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_end(

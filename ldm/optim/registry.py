@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ldm.errors import UserError, nearest
+from ldm.host import CUDA
 from ldm.optim.in_backward import AdamWInBackward, InBackward
 from ldm.optim.muon import Muon, muon_groups
 
@@ -57,7 +58,7 @@ def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -
     return OPTIMIZERS[name](modules, lr, **adam)
 
 
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices that torch has fused kernels for
+FUSED = ("cpu", CUDA, "mps", "xpu")  # devices that torch has fused kernels for
 
 
 def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Optimizer:

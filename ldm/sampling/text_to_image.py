@@ -21,6 +21,7 @@ from ldm.checkpoints.loading import describe, instantiate_filled
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
+from ldm.host import CUDA
 from ldm.rng import SampleRandom, derive_seed
 from ldm.sampling.pictures import to_pil
 
@@ -37,7 +38,7 @@ def pick_device(name: str | None = None) -> torch.device:
         UserError: the named one is not there.
     """
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = CUDA if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

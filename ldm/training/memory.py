@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from ldm.host import default_precision
+from ldm.host import CUDA, default_precision
 from ldm.optim.in_backward import SUFFIX
 from ldm.optim.registry import check_name
 from ldm.training.sharding import is_sharded
@@ -197,7 +197,7 @@ def _total(kept: dict[int, Tensor], without: set[int]) -> int:
 
 def available_bytes(device: torch.device) -> int | None:
     """Memory of the device that nothing uses yet; None where the system does not say."""
-    if device.type == "cuda":
+    if device.type == CUDA:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     info = Path("/proc/meminfo")
