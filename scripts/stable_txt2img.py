@@ -21,10 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.checkpoints.ema import WEIGHTS
+from ldm.checkpoints.export import sha256
 from ldm.commands import exit_status
 from ldm.errors import UserError
+from ldm.sampling.metadata import picture_texts
 from ldm.sampling.pictures import grid, next_number, save_png
-from ldm.sampling.text_to_image import Recipe, image_seed, load_model, pick_device, recipe_text, text_to_image
+from ldm.sampling.text_to_image import Recipe, image_seed, load_model, pick_device, text_to_image
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,6 +92,13 @@ def numbered_batches(batches: list[list[str]], n_iter: int, fixed_code: bool) ->
             number += len(batch)
 
 
+def weights_names(checkpoint: Path) -> dict[str, str]:
+    """Return the name and, of a single file, the digest by which other programs know a checkpoint."""
+    is_one_file = checkpoint.is_file() and checkpoint.suffix != ".json"
+    digest = {"model_sha256": sha256(checkpoint)} if is_one_file else {}
+    return {"model": checkpoint.stem if is_one_file else checkpoint.name, **digest}
+
+
 def sample(args: argparse.Namespace) -> None:
     """Load, sample, save."""
     if args.laion400m:
@@ -113,6 +122,7 @@ def sample(args: argparse.Namespace) -> None:
     sampler = "plms" if args.plms else "ddim"
     recipe = Recipe(args.ddim_steps, args.scale, args.ddim_eta, sampler, args.H or side, args.W or side, args.seed)
 
+    weights = {} if args.skip_save else weights_names(Path(args.ckpt))
     file_number = next_number(folder)
     made: list[Image.Image] = []
     work = list(numbered_batches(batches, args.n_iter, args.fixed_code))
@@ -122,10 +132,10 @@ def sample(args: argparse.Namespace) -> None:
         made += images
         for prompt, number, image in zip(prompts, numbers, images):
             if not args.skip_save:
-                text = recipe_text(
-                    prompt, recipe, index=number, negative_prompt=args.negative_prompt, ckpt=str(args.ckpt)
+                texts = picture_texts(
+                    prompt, recipe, args.negative_prompt, **weights, index=number, ckpt=str(args.ckpt)
                 )
-                save_png(image, folder / f"{file_number:05}.png", text)
+                save_png(image, folder / f"{file_number:05}.png", texts)
                 file_number += 1
     if not args.skip_grid:
         path = outdir / f"grid-{next_number(outdir, 'grid-*.png'):04}.png"

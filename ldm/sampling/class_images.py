@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from ldm.sampling.metadata import picture_texts
 from ldm.sampling.pictures import next_number, save_png
-from ldm.sampling.text_to_image import Recipe, image_seed, recipe_text, text_to_image
+from ldm.sampling.text_to_image import Recipe, image_seed, text_to_image
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -62,6 +63,6 @@ def make_class_images(
             for number, image in zip(batch, images):
                 if not texts[number]:
                     (folder / f"{number:05}.txt").touch()
-                save_png(image, folder / f"{number:05}.png", recipe_text(texts[number], how, index=number))
+                save_png(image, folder / f"{number:05}.png", picture_texts(texts[number], how, index=number))
     finally:
         model.to(home).train(was_training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,11 +22,11 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     return [Image.fromarray(array) for array in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
 
 
-def save_png(image: Image.Image, path: Path, parameters: str = "") -> None:
-    """Write a PNG with `parameters` as its metadata, never over another file."""
+def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with texts as its metadata, by key; never over another file."""
     info = PngInfo()
-    if parameters:
-        info.add_itxt("parameters", parameters)
+    for key, text in (texts or {}).items():
+        info.add_text(key, text)  # iTXt, unless Latin-1 has all its letters
     if path.exists():
         raise UserError(f"{path}: is there already, and is not overwritten")
     write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,8 +152,3 @@ def text_to_image(
         )
         images = model.decode_first_stage(latents)
     return to_pil(images)
-
-
-def recipe_text(prompt: str, recipe: Recipe, **more: Any) -> str:
-    """The recipe as JSON, for a picture's metadata."""
-    return json.dumps({"prompt": prompt, **asdict(recipe), **more}, ensure_ascii=False)

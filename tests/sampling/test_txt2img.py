@@ -1,11 +1,10 @@
 """stable_txt2img.py: from a checkpoint to pictures that carry their recipe."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.sampling.metadata import read_recipe
 from scripts import stable_txt2img
 from tests.support.runs import SIZE, Workspace
 
@@ -53,7 +52,7 @@ def test_pictures_and_grid(sample, tmp_path):
 
 def test_pictures_carry_their_recipe(sample):
     (picture,) = sample("--n_samples", "1", "--seed", "7", "--scale", "3", "--ddim_eta", "0.5")
-    recipe = json.loads(picture.text["parameters"])
+    recipe = read_recipe(picture)
     assert recipe["prompt"] == "photo of a sks dog"
     assert (recipe["seed"], recipe["scale"], recipe["eta"], recipe["steps"]) == (7, 3.0, 0.5, 2)
     assert (recipe["sampler"], recipe["width"], recipe["index"]) == ("ddim", SIZE, 0)
@@ -86,13 +85,13 @@ def test_fixed_code_repeats_the_noise(sample):
 def test_prompts_from_a_file(sample, tmp_path):
     (path := tmp_path / "prompts.txt").write_text("a red dog\n\na blue dog\nan old dog\n")
     pictures = sample("--from-file", str(path), "--n_samples", "2")
-    assert [json.loads(p.text["parameters"])["prompt"] for p in pictures] == ["a red dog", "a blue dog", "an old dog"]
+    assert [read_recipe(p)["prompt"] for p in pictures] == ["a red dog", "a blue dog", "an old dog"]
 
 
 def test_plms_sizes_and_skipping(sample, tmp_path):
     (picture,) = sample("--plms", "--n_samples", "1", "--H", "16", "--W", "48", "--skip_grid")
     assert picture.size == (48, 16)
-    assert json.loads(picture.text["parameters"])["sampler"] == "plms"
+    assert read_recipe(picture)["sampler"] == "plms"
     assert not list((tmp_path / "out").glob("grid*"))
     assert sample("--n_samples", "1", "--skip_save", outdir="other") == []
     assert (tmp_path / "other" / "grid-0000.png").exists()
