@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import torch
 from jaxtyping import install_import_hook
 
 import tests.support.typechecker  # noqa: F401 - the hook looks it up by name
@@ -14,10 +13,17 @@ install_import_hook(["ldm.modules", "ldm.models"], "tests.support.typechecker.ty
 
 import pytest
 
-from tests.support import golden
+from tests.support import golden, processors
 
-# The models are so small that a second thread costs more than it brings, most of all on a busy machine.
-torch.set_num_threads(1)
+# One thread, too: the models are so small that a second one costs more than it brings, most of all on a busy machine.
+processors.pretend()
+
+
+@pytest.fixture(autouse=True)
+def other_rounding():
+    """The rounding of another processor, where the environment asks for one."""
+    with processors.rounding():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,15 +25,6 @@ SMALLEST = {**TINY["ddconfig"], "ch_mult": [1, 1], "resolution": 32}
 LOSS = {"disc_start": 0, "perceptual_weight": 0.0, "kl_weight": 1e-6, "disc_ch": 8, "disc_num_layers": 2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Convolutions this small are slower on two threads, by far where other programs run beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def trainable(ddconfig=SMALLEST, seed=0, use_checkpoint=False, **loss) -> AutoencoderKL:
     """A small autoencoder with an objective."""
     torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from PIL import Image
 import main
 from ldm.checkpoints.reading import read_checkpoint
 from tests.support import golden
+from tests.support.processors import THREADS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
@@ -100,7 +101,7 @@ class Workspace:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """The training command as a process of its own."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
         return subprocess.Popen(
             [sys.executable, str(ROOT / "main.py"), *arguments],
             env=environment,

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 import main
+from tests.support.processors import THREADS
 
 # What a start imports, imported once for all that are forked.
 IMPORTS = """
@@ -45,7 +46,7 @@ def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> None
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", **environment})
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))
     sys.exit(main.main(arguments))
 
 
@@ -54,7 +55,7 @@ class Anew:
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None):
         command = [sys.executable, str(Path(main.__file__)), *arguments]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(environment or {})}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": THREADS, **(environment or {})}
         with open(log, "a") as output:
             self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         self.kill, self.join = self._process.kill, self._process.wait

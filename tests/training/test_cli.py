@@ -71,7 +71,7 @@ def test_bfloat16_where_the_device_has_it(accelerator, flags, expected, tmp_path
     (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t: {flags}\n\nprocessor : 1\nflags : {flags}\n")
     monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(devices, "accelerators", lambda: ("cpu", 0))
-    monkeypatch.setattr(devices.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert devices.default_precision(accelerator) == expected
     config, _ = cli.prepare(cli.parse_args(REFERENCE_COMMAND))
     assert config["lightning"]["trainer"]["precision"] == devices.default_precision("cpu")
