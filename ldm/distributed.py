@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # of torchrun, of srun, and of Lightning's own launcher
+from ldm.errors import UserError
+
+POLL = 0.1  # seconds between two looks whether another process is ready
+DECIDED, FAILED = "decided: ", "failed"  # how the first process's answers begin
+
+# Of torchrun, of srun, and of Lightning's own launcher.
+RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 _questions = itertools.count()  # that the processes of a run answer in the same order
 
 
@@ -38,13 +45,62 @@ def _store(address: str, port: int, rank: int, size: int) -> Any:
 
 
 def agreed(decide: Callable[[], str]) -> str:
-    """What the first process decides, on all of them."""
+    """Return what the first process decides, on all of them.
+
+    Raises:
+        UserError: the first process could not decide.
+    """
     environment = _environment()
     if environment is None or environment.world_size() == 1:
         return decide()
-    rank = environment.global_rank()
-    store = _store(environment.main_address, environment.main_port, rank, environment.world_size())
+    rank, size = environment.global_rank(), environment.world_size()
+    store = _store(environment.main_address, environment.main_port, rank, size)
     question = f"dreambooth/{next(_questions)}"
-    if rank == 0:
-        store.set(question, decide())
-    return store.get(question).decode()
+    if rank > 0:
+        return _answer(store, question)
+    try:
+        decided = decide()
+    except BaseException:
+        store.set(question, FAILED)
+        raise
+    store.set(question, DECIDED + decided)
+    return decided
+
+
+def _answer(store: Any, question: str) -> str:
+    """Wait for the first process, however long it takes, and return what it has decided."""
+    while not store.check([question]):
+        time.sleep(POLL)
+    answer = store.get(question).decode()
+    if answer == FAILED:
+        raise UserError("stopped, for the first process of this run could not go on")
+    return answer.removeprefix(DECIDED)
+
+
+def first_alone(act: Callable[[], object]) -> None:
+    """Have the first process act, and the others wait until it has.
+
+    Processes that Lightning starts have nothing to wait for: it starts them later.
+    """
+
+    def decide() -> str:
+        if is_first():
+            act()
+        return "done"
+
+    agreed(decide)
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Return whether no process has all of the weights."""
+    from pytorch_lightning.strategies import FSDPStrategy
+
+    return isinstance(trainer.strategy, FSDPStrategy)
+
+
+def computes(trainer: Any) -> bool:
+    """Return whether this process runs the networks where one result is wanted, such as a picture.
+
+    The first one does, and where weights are sharded all others with it, for they hold parts of them.
+    """
+    return trainer.is_global_zero or is_sharded(trainer)

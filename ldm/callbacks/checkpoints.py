@@ -16,6 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.files import save_checkpoint, write_atomically
+from ldm.optim.boundary import at_step_boundary
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,3 @@ class InterruptHandler(pl.Callback):
             self._save_requested = False
             trainer.should_stop |= stop
             self.interrupted |= stop
-
-
-def at_step_boundary(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether no accumulated gradient is pending, which a checkpoint would lose."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches

@@ -13,8 +13,8 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ldm.callbacks.checkpoints import at_step_boundary
 from ldm.files import write_atomically
+from ldm.optim.boundary import at_step_boundary
 
 
 class CsvLog(CSVLogger):

@@ -11,9 +11,9 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from ldm.callbacks.checkpoints import at_step_boundary
 from ldm.errors import UserError
 from ldm.modules.ema import LitEma
+from ldm.optim.boundary import at_step_boundary
 
 log = logging.getLogger(__name__)
 

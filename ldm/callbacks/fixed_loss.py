@@ -12,10 +12,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.data.datamodule import Stream
+from ldm.distributed import computes
 from ldm.errors import UserError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.rng import SampleRandom, derive_seed
-from ldm.training.sharding import computes
 
 WHERE = "lightning.callbacks.fixed_loss"
 HALVES = {"subject": "train", "prior": "reg"}  # the datamodule's names of the datasets

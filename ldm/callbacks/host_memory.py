@@ -6,8 +6,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.callbacks.checkpoints import at_step_boundary
 from ldm.host import give_back_free_pages, keep_freed_memory
+from ldm.optim.boundary import at_step_boundary
 
 LARGE_MODEL = 1e9  # bytes of weights beside whose step it takes little time to fill free pages anew
 

@@ -15,8 +15,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from ldm.callbacks.panel import WHERE, can_draw, make_panel
+from ldm.distributed import computes
 from ldm.errors import UserError
-from ldm.training.sharding import computes
 from ldm.util import check_params
 
 

@@ -9,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.callbacks.checkpoints import CheckpointKeeper, at_step_boundary
+from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.data.datamodule import Examples, PositionBatches, Stream
 from ldm.errors import UserError
+from ldm.optim.boundary import at_step_boundary
 from ldm.rng import derive_seed
 
 NAMES = {"train/loss": "subject", "train/loss_prior": "prior"}

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 from omegaconf import OmegaConf
 
 from ldm.files import write_atomically
-from ldm.training.run import Run
+
+
+class RunFolder(Protocol):
+    """Where a run's files go, and the name of this start of it."""
+
+    @property
+    def stamp(self) -> str: ...
+    @property
+    def configs(self) -> Path: ...
+    @property
+    def checkpoints(self) -> Path: ...
+    @property
+    def images(self) -> Path: ...
 
 
 class SetupCallback(pl.Callback):
@@ -18,7 +31,7 @@ class SetupCallback(pl.Callback):
     A checkpoint carries the whole config too, so that it can be sampled from wherever it is moved.
     """
 
-    def __init__(self, run: Run, config: dict[str, Any]):
+    def __init__(self, run: RunFolder, config: dict[str, Any]):
         self.run = run
         self.config = config
 

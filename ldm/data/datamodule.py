@@ -12,22 +12,19 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ldm.data.image_folder import list_images
-from ldm.data.latents import check_encodable, encode_variants
+from ldm.data.latents import check_encodable
 from ldm.data.personalized import warn_no_effect
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError, nearest
 from ldm.rng import derive_seed, generator
 from ldm.util import check_params, get_obj_from_str, instantiate_from_config
-
-if TYPE_CHECKING:
-    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +168,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     A batch is `{"image": (b, h, w, c) in [-1, 1], "caption": list[str], "noise_seed": (b,) int64}`; both
     halves of a pair have `batch_size` examples. With `num_class_images`, class images that `reg`'s folder
-    lacks are made by the model before the training starts; `class_images` says how (`batch_size`, `steps`, `scale`,
+    lacks are to be made before the training starts; `class_images` says how (`batch_size`, `steps`, `scale`,
     `unconditional`, see `make_class_images`).
 
     With `latent_cache` the first stage encodes each image and its mirror once, when the training starts, and a batch
@@ -252,6 +249,16 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return captions_from_templates(**{k: v for k, v in self._reg_params.items() if k in accepted})
 
     @property
+    def class_folder(self) -> Path:
+        """The folder of the class images."""
+        return Path(self._reg_params["data_root"]).expanduser()
+
+    @property
+    def class_size(self) -> int:
+        """The side of a class image, pixels."""
+        return int(self._reg_params["size"])
+
+    @property
     def class_images_to_make(self) -> int:
         """How many images the class folder lacks."""
         if not self.num_class_images:
@@ -271,49 +278,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise UserError("data.params.reg.params.size: needed to make class images")
         self.class_prompts  # noqa: B018 (raises what is wrong with the templates)
 
-    def prepare_data(self) -> None:
-        """Make the class images that are missing, and fill caches; Lightning calls this on the first process."""
-        trainer, missing = self.trainer, self.class_images_to_make
-        if trainer is None or not trainer.training:
-            return
-        for dataset in self.datasets.values():
-            if hasattr(dataset, "fill"):
-                dataset.fill(None if trainer.ckpt_path else trainer.lightning_module, trainer.strategy.root_device)
-        if not missing:
-            return
-        if trainer.ckpt_path:
-            # Lightning restores the weights after this hook, and a tuned model's images are not its prior.
-            raise UserError(
-                f"{self._reg_params['data_root']}: {missing} of {self.num_class_images} class images are missing, and "
-                "only a new run makes them: put them back, or lower data.params.num_class_images"
-            )
-        from ldm.sampling.class_images import make_class_images
-
-        folder = Path(self._reg_params["data_root"]).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        make_class_images(
-            model=trainer.lightning_module,  # type: ignore[arg-type]
-            folder=folder,
-            prompts=self.class_prompts,
-            count=missing,
-            size=int(self._reg_params["size"]),
-            seed=self.seed,
-            device=trainer.strategy.root_device,
-            **self.class_images,
-        )
-        assert not self.class_images_to_make, f"{self.class_images_to_make} class images are still missing in {folder}"
-
-    def encode_latents(self, model: LatentDiffusion) -> None:
-        """Fill the latent cache of the subject and class images, if there is to be one."""
-        if not self.latent_cache:
-            return
-        folder = Path(self.latent_cache).expanduser() if isinstance(self.latent_cache, str) else None
-        for name in ("train", "reg"):
-            if name in self.datasets:
-                self.datasets[name].latents = encode_variants(self.datasets[name], model, self.batch_size, folder)
-
     def setup(self, stage: str | None = None) -> None:
-        """Open the class images, which `prepare_data` may have made, and `check`."""
+        """Open the class images, which may have been made since, and `check`."""
         if self.num_class_images and "reg" not in self.datasets and stage in (None, "fit"):
             assert self.reg is not None
             self.datasets["reg"] = instantiate_from_config(self.reg, where="data.params.reg")

@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,23 @@ from ldm.util import instantiate_from_config
 
 if TYPE_CHECKING:
     from ldm.data.image_folder import ImageFolderDataset
-    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
 
 BATCH = 32  # images that are encoded at once
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What makes latents of images.
+
+    Args:
+        encode: from images, (b, 3, h, w) in [-1, 1], to the moments of their posteriors, (b, 2 z, h', w').
+        name: of what it computes; where latents are kept in files, those of another name are made anew.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    name: str = ""
 
 
 class CachedLatents(Dataset):
@@ -72,34 +85,31 @@ class CachedLatents(Dataset):
         """Item `index`: nothing about it is random."""
         return self[index]
 
-    def fill(self, model: LatentDiffusion | None, device: torch.device) -> None:
-        """Make the file if it is not there or was made from something else; without a `model` it has to be there."""
-        if model is None:
+    def fill(self, encoder: Encoder | None) -> None:
+        """Make the file if it is not there or was made from something else; without an `encoder` it has to be there."""
+        if encoder is None:
             if not self.path.is_file():
                 raise UserError(f"{self.path}: the latent cache of this run is gone, and only a new run makes it")
             return
-        made_from = {"dataset": _plain(self.config), "first_stage": digest(model.first_stage_model)}
+        made_from = {"dataset": _plain(self.config), "first_stage": encoder.name}
         if self.path.is_file() and self._header().get("made_from") == json.dumps(made_from, sort_keys=True):
             return
         log.info("encoding %d examples into %s", len(self.source), self.path)
-        home = model.device
-        model.to(device)
-        moments, texts, classes = self._encode(model, device)
-        model.to(home)
+        moments, texts, classes = self._encode(encoder)
         tensors = {"moments": moments, "captions": _bytes(texts), "classes": _bytes(classes)}
         header = {"made_from": json.dumps(made_from, sort_keys=True)}
         size = moments.numel() * moments.element_size()
         write_atomically(self.path, lambda temporary: save_file(tensors, temporary, metadata=header), size)
 
     @torch.no_grad()
-    def _encode(self, model: LatentDiffusion, device: torch.device) -> tuple[Tensor, list[str], list[str]]:
+    def _encode(self, encoder: Encoder) -> tuple[Tensor, list[str], list[str]]:
         moments, captions, classes = [], [], []
         workers = 1 if len(self.source) > 10 * BATCH else 0  # one draws while the first stage encodes
         loader = DataLoader(self.source, BATCH, num_workers=workers, collate_fn=list)
         for examples in tqdm(loader, desc="latents"):
-            images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).to(device)
-            posterior = model.encode_first_stage(rearrange(images, "b h w c -> b c h w").contiguous())
-            moments.append(posterior.parameters.half().cpu())
+            images = torch.stack([torch.as_tensor(example["image"]) for example in examples])
+            images = rearrange(images, "b h w c -> b c h w").contiguous()
+            moments.append(encoder.encode(images).half().cpu())
             captions += [example["caption"] for example in examples]
             classes += [example.get("class_word", "") for example in examples]
         return torch.cat(moments), captions, classes
@@ -146,7 +156,7 @@ def check_encodable(dataset: Any, where: str) -> None:
 
 @torch.no_grad()
 def encode_variants(
-    dataset: ImageFolderDataset, model: LatentDiffusion, batch_size: int, folder: Path | None = None
+    dataset: ImageFolderDataset, encoder: Encoder, batch_size: int, folder: Path | None = None
 ) -> dict[tuple[Path, bool], dict[str, Any]]:
     """A dataset's variants with the posterior's "moments", (2 z, h, w) float32 on the CPU, in place of the image.
 
@@ -156,16 +166,15 @@ def encode_variants(
         batch_size: images that are encoded at once.
         folder: where moments are kept, in files named after what they were computed from, and found again.
     """
-    made_by = f"{digest(model.first_stage_model)} {model.trainer.precision}" if folder else ""
     found: dict[tuple[Path, bool], dict[str, Any]] = {}
     variants = dataset.variants()
     total = 2 * dataset.n_images
     with tqdm(desc="latents", total=total, disable=total < 2 * BATCH, leave=False) as bar:
         while part := dict(itertools.islice(variants, batch_size)):
             pixels = {key: entries.pop("image") for key, entries in part.items()}
-            files = {key: _latent_file(folder, made_by, image) for key, image in pixels.items()} if folder else {}
+            files = {key: _latent_file(folder, encoder.name, image) for key, image in pixels.items()} if folder else {}
             kept = {key: moments for key, file in files.items() if (moments := _moments_in(file)) is not None}
-            made = _encode({key: image for key, image in pixels.items() if key not in kept}, model)
+            made = _encode({key: image for key, image in pixels.items() if key not in kept}, encoder)
             for key in files.keys() & made.keys():
                 write_atomically(files[key], functools.partial(save_file, {"moments": made[key]}))
             found |= {key: {**part[key], "moments": moments} for key, moments in (kept | made).items()}
@@ -173,17 +182,14 @@ def encode_variants(
     return found
 
 
-def _encode(pixels: Mapping[Any, np.ndarray], model: LatentDiffusion) -> dict[Any, Tensor]:
+def _encode(pixels: Mapping[Any, np.ndarray], encoder: Encoder) -> dict[Any, Tensor]:
     """The moments of images (h, w, c), all at once if they have one size."""
     if len({image.shape for image in pixels.values()}) > 1:
-        return {key: _encode({key: image}, model)[key] for key, image in pixels.items()}
+        return {key: _encode({key: image}, encoder)[key] for key, image in pixels.items()}
     if not pixels:
         return {}
     images = rearrange(torch.from_numpy(np.stack(list(pixels.values()))), "b h w c -> b c h w").contiguous()
-    trainer: Any = model.trainer
-    with trainer.precision_plugin.forward_context():
-        parameters = model.encode_first_stage(images.to(model.device)).parameters
-    return {key: moments.clone() for key, moments in zip(pixels, parameters.float().cpu())}
+    return {key: moments.clone() for key, moments in zip(pixels, encoder.encode(images).float().cpu())}
 
 
 def _latent_file(folder: Path, made_by: str, pixels: np.ndarray) -> Path:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from ldm.distributed import is_sharded
 from ldm.host import CUDA, default_precision
 from ldm.optim.in_backward import SUFFIX
 from ldm.optim.registry import check_name
-from ldm.training.sharding import is_sharded
 from ldm.training.trainer import needs_gradients
 
 GB = 1e9

@@ -181,19 +181,6 @@ class ShardedPrecision(FSDPPrecision):
         model.clip_grad_norm_(clip_val)
 
 
-def is_sharded(trainer: Any) -> bool:
-    """Whether no process has all of the weights."""
-    return isinstance(trainer.strategy, FSDPStrategy)
-
-
-def computes(trainer: Any) -> bool:
-    """Whether this process has to run the networks where one result is wanted, such as a picture to look at.
-
-    The first one does, and where weights are sharded all others do with it, for they hold parts of them.
-    """
-    return trainer.is_global_zero or is_sharded(trainer)
-
-
 def whole_state(trainer: Any) -> dict[str, Tensor]:
     """The model's state dict, on the first process; all have to call this."""
     return trainer.strategy.lightning_module_state_dict()

@@ -12,10 +12,10 @@ from torch import nn
 from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.first_step import PARTS
 from ldm.callbacks.timing import TimingCallback
+from ldm.distributed import is_sharded
 from ldm.modules.encoders import tokenizer
 from ldm.training import memory
 from ldm.training.run import Run
-from ldm.training.sharding import is_sharded
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
 

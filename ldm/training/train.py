@@ -21,10 +21,12 @@ from ldm.checkpoints.export import DTYPES, in_dtype, sha256, shared_config, targ
 from ldm.checkpoints.loading import describe, instantiate_filled, without_initial_weights
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.reading import read_checkpoint
+from ldm.distributed import is_sharded
 from ldm.errors import UserError
 from ldm.training import defaults, memory, summary
+from ldm.training.prepare import prepare
 from ldm.training.run import Run
-from ldm.training.sharding import check_shardable, is_sharded, whole_state
+from ldm.training.sharding import check_shardable, whole_state
 from ldm.training.trainer import build_trainer, check_in_backward, quiet_lightning
 from ldm.util import instantiate_from_config
 
@@ -82,6 +84,7 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
         check_shardable(model)
     set_learning_rates(model, config, trainer, data.batch_size)
 
+    prepare(model, data, trainer, run.resume_from)
     trainer.callbacks.append(_Announcement(run, report))
     if run.resume_from:  # not as an argument of fit, which hides it from the callbacks and the data
         trainer.ckpt_path = str(run.resume_from)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from ldm.data.image_folder import ImageFolderDataset, find_images, load_image, r
 from ldm.data.personalized import PersonalizedBase, warn_no_effect
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError
+from ldm.training.prepare import prepare
 
 DATA = Path(__file__).parents[1] / "data"
 PERSONALIZED = "ldm.data.personalized.PersonalizedBase"
@@ -551,23 +551,23 @@ def test_missing_class_images_are_made_by_the_model(tmp_path, monkeypatch):
 
     def make_class_images(model, folder, prompts, count, size, seed, device):
         calls.append((type(model), prompts, count, size, seed, device))
+        folder.mkdir(parents=True, exist_ok=True)
         start = len(list(folder.iterdir()))
         for i in range(start, start + count):
             Image.new("RGB", (size, size)).save(folder / f"{i}.png")
 
-    maker = ModuleType("ldm.sampling.class_images")
-    maker.make_class_images = make_class_images
-    monkeypatch.setitem(sys.modules, maker.__name__, maker)
+    monkeypatch.setattr("ldm.training.prepare.make_class_images", make_class_images)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
     data = module(subject, prior, num_class_images=3, seed=5)
     assert data.summary()["class_images_to_make"] == 3
     assert data.summary()["class_prompts"] == ["photo of a dog"]
-    assert fit(data, max_steps=1).steps
+    prepare(Recorder(), data, trainer)
     assert calls == [(Recorder, ["photo of a dog"], 3, 4, 5, torch.device("cpu"))]
     assert data.summary()["class_images"] == 3
     (prior / "2.png").unlink()
-    fit(module(subject, prior, num_class_images=2), max_steps=1)  # enough are left
+    prepare(Recorder(), module(subject, prior, num_class_images=2), trainer)  # enough are left
     assert len(calls) == 1
-    fit(module(subject, prior, num_class_images=4), max_steps=1)
+    prepare(Recorder(), module(subject, prior, num_class_images=4), trainer)
     assert calls[1][2] == 2
 
 

@@ -21,6 +21,7 @@ from ldm.optim.muon import Muon, muon_groups, orthogonalized
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import WarmupLinearDecay, with_schedule
 from ldm.tiny.clip import CLIP, text_tower
+from ldm.training.prepare import encoder_of
 from scripts import convert
 from scripts.tiny import whiten_latents
 from tests.models.test_diffusion import build
@@ -305,7 +306,7 @@ def test_training_on_cached_latents(sprites, tmp_path):
 def test_the_cache_holds_the_posteriors_of_the_images(sprites, tmp_path):
     model = build()
     dataset = CachedLatents(tmp_path / "latents.safetensors", world(sprites))
-    dataset.fill(model, torch.device("cpu"))
+    dataset.fill(encoder_of(model, torch.device("cpu")))
     dataset.open()
     source = dataset.source
     assert (len(dataset), dataset[3]["caption"]) == (6, source[3]["caption"])
@@ -325,7 +326,7 @@ def test_the_cache_holds_the_posteriors_of_the_images(sprites, tmp_path):
 def test_a_cache_of_some_classes(sprites, tmp_path):
     path, config = tmp_path / "latents.safetensors", world(sprites, length=20)
     full = CachedLatents(path, config)
-    full.fill(build(), torch.device("cpu"))
+    full.fill(encoder_of(build(), torch.device("cpu")))
     dogs = CachedLatents(path, config, classes=["dog"])
     dogs.open()
     assert 0 < len(dogs) < 20 and all("dog" in caption for caption in dogs.captions)
@@ -336,7 +337,7 @@ def test_a_cache_of_some_classes(sprites, tmp_path):
 def test_a_file_that_is_no_cache(sprites, tmp_path):
     path = tmp_path / "latents.safetensors"
     with pytest.raises(UserError, match="is gone"):
-        CachedLatents(path, world(sprites)).fill(None, torch.device("cpu"))
+        CachedLatents(path, world(sprites)).fill(None)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="not a latent cache"):
         CachedLatents(path, world(sprites)).open()

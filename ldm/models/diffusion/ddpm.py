@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.callbacks.checkpoints import at_step_boundary
 from ldm.errors import UserError
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -33,6 +32,7 @@ from ldm.modules.adapters import (
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.diffusion import PriorPreservation, per_sample_loss, place_weights, split_like, with_offset
+from ldm.optim.boundary import at_step_boundary
 from ldm.optim.registry import Part, make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.rng import SampleRandom, derive_seed
@@ -401,11 +401,6 @@ class LatentDiffusion(pl.LightningModule):
                 "model.params: without effect here: %s (the learning rate is model.base_learning_rate)",
                 ", ".join(self._without_effect),
             )
-
-    def on_train_start(self) -> None:
-        # Here the weights are restored, whatever the strategy.
-        if hasattr(self.trainer.datamodule, "encode_latents"):  # type: ignore[attr-defined]
-            self.trainer.datamodule.encode_latents(self)  # type: ignore[attr-defined]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch, "train")

@@ -1,0 +1,124 @@
+"""What a training needs beside its data: class images that the model draws, and images as latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints.reading import read_checkpoint, state_dict_of
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.latents import Encoder, digest, encode_variants
+from ldm.distributed import first_alone
+from ldm.errors import UserError
+from ldm.sampling.class_images import make_class_images
+
+FIRST_STAGE = "first_stage_model."  # how the keys of an autoencoder's weights begin
+
+
+def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None) -> None:
+    """Make the class images that lack and the latents that are to be cached, and open the data.
+
+    Nothing random of the training depends on it.
+
+    Args:
+        model: with its initial weights; those of a resumed run are in `resume_from`.
+
+    Raises:
+        UserError: a resumed run lacks something that only its untrained model can make.
+    """
+    if not isinstance(data, DataModuleFromConfig):
+        return
+
+    # What is in files is made once for all processes of the run.
+    first_alone(lambda: _make_files(model, data, trainer, resumes=resume_from is not None))
+    data.setup("fit")
+
+    # What is in memory, each process makes for itself.
+    if data.latent_cache:
+        if resume_from is not None:
+            _load_first_stage(model, resume_from)
+        _cache_latents(model, data, trainer)
+
+
+def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: bool) -> None:
+    """Fill latent caches of whole datasets, and draw the class images that the folder lacks."""
+    device = trainer.strategy.root_device
+    for dataset in data.datasets.values():
+        if not hasattr(dataset, "fill"):
+            continue
+        if resumes:
+            dataset.fill(None)
+            continue
+        with _moved(model.first_stage_model, device, model.device):
+            dataset.fill(encoder_of(model, device))
+
+    missing = data.class_images_to_make
+    if not missing:
+        return
+    folder = data.class_folder
+    if resumes:  # a tuned model's images are not its prior
+        raise UserError(
+            f"{folder}: {missing} of {data.num_class_images} class images are missing, and only a new "
+            "run makes them: put them back, or lower data.params.num_class_images"
+        )
+    make_class_images(
+        model=model,
+        folder=folder,
+        prompts=data.class_prompts,
+        count=missing,
+        size=data.class_size,
+        seed=data.seed,
+        device=device,
+        **data.class_images,
+    )
+    left = data.class_images_to_make
+    assert not left, f"{left} class images are still missing in {folder}"
+
+
+def encoder_of(model: Any, device: torch.device) -> Encoder:
+    """Return what encodes images by a model's first stage, which is on `device`, in full precision."""
+
+    def encode(images: Tensor) -> Tensor:
+        return model.encode_first_stage(images.to(device)).parameters
+
+    return Encoder(encode, digest(model.first_stage_model))
+
+
+def _cache_latents(model: Any, data: DataModuleFromConfig, trainer: Any) -> None:
+    """Encode the subject's and the class's images, in the precision that a step would do it in."""
+    device = trainer.strategy.root_device
+    folder = Path(data.latent_cache).expanduser() if isinstance(data.latent_cache, str) else None
+
+    def encode(images: Tensor) -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            return model.encode_first_stage(images.to(device)).parameters
+
+    # Files of the cache are named after what has made them; without files nobody asks.
+    name = f"{digest(model.first_stage_model)} {trainer.precision}" if folder else ""
+    with _moved(model.first_stage_model, device, model.device):
+        for kind in ("train", "reg"):
+            if kind in data.datasets:
+                dataset = data.datasets[kind]
+                dataset.latents = encode_variants(dataset, Encoder(encode, name), data.batch_size, folder)
+
+
+@contextmanager
+def _moved(module: nn.Module, device: torch.device, home: torch.device) -> Iterator[None]:
+    """Have a network on `device` inside, and at home again afterwards."""
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def _load_first_stage(model: Any, checkpoint: Path) -> None:
+    """Give the first stage its weights before Lightning restores the whole model."""
+    state = state_dict_of(read_checkpoint(checkpoint), checkpoint)
+    own = {key.removeprefix(FIRST_STAGE): state[key] for key in state if key.startswith(FIRST_STAGE)}
+    model.first_stage_model.load_state_dict(own, strict=False)
