@@ -33,7 +33,8 @@ from ldm.checkpoints.ema import WEIGHTS, ema_weights, weights_to_sample_from
 from ldm.checkpoints.export import DTYPES, SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
 from ldm.checkpoints.families import config_for
 from ldm.checkpoints.loading import describe, instantiate_filled
-from ldm.checkpoints.lora import adapted_layers, adapters_alone, extract_lora, merge_lora
+from ldm.checkpoints.lora import adapted_layers, adapters_alone, extract_lora, merge_lora, not_in_lora
+from ldm.checkpoints.lora_formats import read_lora
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
@@ -66,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rank", type=int, default=32, help="of that LoRA (default: %(default)s)")
     parser.add_argument("--adapters", action="store_true", help="of a LoRA run's checkpoint, the LoRA file alone")
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="merge this LoRA into the weights")
+    parser.add_argument(
+        "--lora", type=Path, metavar="PATH", help="merge this LoRA (a file, or a folder of peft's) into the weights"
+    )
     parser.add_argument("--strength", type=float, default=1.0, help="of the merged LoRA (default: %(default)s)")
     parser.add_argument(
         "--vae", type=Path, metavar="CKPT", help="put this one's autoencoder in the place of the model's"
@@ -145,12 +148,13 @@ def convert(args: argparse.Namespace) -> None:
     if args.lora_base:
         base = plain_weights(read_checkpoint(args.lora_base), args.lora_base)
         base = weights_to_sample_from(base, args.lora_base, None)
+        report_left_out(not_in_lora(base, model.state))
         model = Model(extract_lora(base, model.state, args.rank), {}, model.facts)
     if args.vae:
         model = Model(with_vae(model.state, args.vae), model.config, model.facts)
     if args.lora:
         state = {key: value.clone() for key, value in model.state.items()}
-        layers = merge_lora(state, state_dict_of(read_checkpoint(args.lora), args.lora), args.strength)
+        layers = merge_lora(state, read_lora(args.lora), args.strength, args.lora)
         print(f"{args.lora}: {layers} layers merged")
         model = Model(state, model.config, model.facts)
     state = in_dtype(model.state, DTYPES.get(args.dtype))
@@ -159,6 +163,13 @@ def convert(args: argparse.Namespace) -> None:
     else:
         write_weights(args.output, state, model.config, model.facts)
         print(f"{args.output}: {len(state)} tensors, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def report_left_out(keys: Sequence[str]) -> None:
+    """Say what differs between two models and has no place in a LoRA file."""
+    if keys:
+        print(f"{len(keys)} tensors differ that a LoRA cannot hold (biases, norms, embeddings, the autoencoder):")
+        print(f"  {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}")
 
 
 def with_vae(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
