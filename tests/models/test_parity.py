@@ -1,6 +1,7 @@
 """The numbers of the reference implementation (tests/data, see its README), at the size it was recorded."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from ldm.sampling.pictures import to_pil
 from tests.support import golden
 from tests.support.golden import META, io, rel, tensor
 
-# Noise floors between library versions are 2e-6, 3e-6, 5e-6 and 9e-6; parity is a few times that.
+# What float32 rounds, here and in the recording: the noise floors between library versions are 2e-6, 3e-6, 5e-6 and
+# 9e-6, and parity is a few times that. With twice the rounding of real kernels (OTHER_ROUNDING) they hold as well.
 FORWARD, GRADIENT, SAMPLE, PRED_X0 = 6e-6, 1e-5, 1.5e-5, 3e-5
 
 
@@ -71,7 +73,11 @@ def test_sampler_conditionings(golden_model):
 
 
 def test_timestep_embedding():
-    assert rel(timestep_embedding(tensor("unet/t"), 320), tensor("unet/timestep_embedding_320")) < FORWARD
+    """An exponential is off by its last bit, here and in the recording, and the time step multiplies that."""
+    t, expected = tensor("unet/t"), tensor("unet/timestep_embedding_320")
+    angles = t[:, None].double() * torch.exp(-math.log(10000) * torch.arange(160).double() / 160)
+    off = (timestep_embedding(t, 320) - expected).abs()
+    assert (off <= (angles.repeat(1, 2) + 1) * 2**-22).all()
 
 
 def test_unet(golden_model):
@@ -167,9 +173,14 @@ def half(name):
 
 def step_loss(model, names, reg_weight, monkeypatch):
     """The training loss of (subject, prior) with the recorded posterior noise, time steps and noise."""
+    dtype = next(model.parameters()).dtype
     batches = {name: half(name) for name in names}
     draws = {id(batch): name for name, batch in batches.items()}
-    recorded = {name: [tensor(f"step/{name}_{what}") for what in ("eps", "t", "noise")] for name in names}
+    recorded = {}
+    for name, batch in batches.items():
+        batch["image"] = batch["image"].to(dtype)
+        eps, t, noise = (tensor(f"step/{name}_{what}") for what in ("eps", "t", "noise"))
+        recorded[name] = [eps.to(dtype), t, noise.to(dtype)]
     monkeypatch.setattr(model, "_draw", lambda batch, shape: recorded[draws[id(batch)]])
     monkeypatch.setattr(model, "objective", type(model.objective)(reg_weight))
     return model.shared_step(tuple(batches.values()), "train")
@@ -251,20 +262,44 @@ def adamw_steps(model, learning_rate, steps, monkeypatch):
     return torch.stack(losses), step_loss(model, ["train", "reg"], 1.0, monkeypatch)[0].detach()
 
 
-def test_three_adamw_steps(fresh_golden_model, monkeypatch):
-    losses, after = adamw_steps(fresh_golden_model, 1e-3, 3, monkeypatch)
-    assert rel(losses, tensor("adamw_lr1e-3/losses")) < 2e-5
-    assert rel(after, tensor("adamw_lr1e-3/loss_after")) < 2e-4
+@pytest.fixture
+def float64_model(fresh_golden_model, monkeypatch):
+    """The golden model without rounding: each processor computes the same, and what is left is the recording's own.
+
+    AdamW divides each gradient by its own size: where that is rounding noise, so is the step.
+    """
+
+    def embedding(t, dim):
+        angles = t[:, None] * 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+    monkeypatch.setattr("ldm.modules.diffusionmodules.openaimodel.timestep_embedding", embedding)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    return fresh_golden_model.double()
+
+
+def test_three_adamw_steps(float64_model, monkeypatch):
+    model = float64_model
+    losses, after = adamw_steps(model, 1e-3, 3, monkeypatch)
+    assert rel(losses, tensor("adamw_lr1e-3/losses")) < 1e-6
+    assert rel(after, tensor("adamw_lr1e-3/loss_after")) < 1e-6
     prefix = "adamw_lr1e-3/after/"
     for key in (key for key in io() if key.startswith(prefix)):
         name = key.removeprefix(prefix)
         if name not in META["params_noise_grad"]:
-            assert rel(fresh_golden_model.get_parameter(name), tensor(key)) < 2e-4, name
-    check_token_rows(fresh_golden_model, "adamw_lr1e-3", 2e-4)
+            assert rel(model.get_parameter(name), tensor(key)) < 2e-4, name
+    check_token_rows(model, "adamw_lr1e-3", 2e-4)
 
 
-def test_one_adamw_step_at_the_default_rate(fresh_golden_model, monkeypatch):
-    model = fresh_golden_model
+def test_losses_of_three_adamw_steps_in_float32(fresh_golden_model, monkeypatch):
+    """Weights whose gradient is noise have wrong steps, but matter little to the loss: the gradient says so."""
+    losses, after = adamw_steps(fresh_golden_model, 1e-3, 3, monkeypatch)
+    assert rel(losses, tensor("adamw_lr1e-3/losses")) < FORWARD
+    assert rel(after, tensor("adamw_lr1e-3/loss_after")) < FORWARD
+
+
+def test_one_adamw_step_at_the_default_rate(float64_model, monkeypatch):
+    model = float64_model
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     adamw_steps(model, 1e-6, 1, monkeypatch)
     prefix = "adamw_lr1e-6/delta_f64/"
@@ -272,7 +307,8 @@ def test_one_adamw_step_at_the_default_rate(fresh_golden_model, monkeypatch):
         name = key.removeprefix(prefix)
         if name not in META["params_noise_grad"]:
             delta = model.get_parameter(name).detach().double() - before[name].double()
-            assert rel(delta, tensor(key)) < 0.1, name  # 1e-6 is near float32's resolution
+            # The recorded weights are float32, whose numbers near 1 are 6e-8 or 1.2e-7 apart: 6 % of a step, or 12 %.
+            assert rel(delta, tensor(key)) < 0.1, name
     check_token_rows(model, "adamw_lr1e-6", 1e-6)
 
 
