@@ -10,7 +10,6 @@ import torch
 from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.variants import Variant
 from ldm.checkpoints.export import target_of
-from ldm.checkpoints.loading import without_initial_weights
 from ldm.errors import UserError
 from ldm.training.memory import GB, Estimate, estimate
 from ldm.util import instantiate_from_config
@@ -25,7 +24,7 @@ def predict(config: Mapping[str, Any]) -> Estimate:
         UserError: images of any size, or another model than `LatentDiffusion`.
     """
     with torch.device("meta"):
-        model = instantiate_from_config(without_initial_weights(target_of(config)), "model")
+        model = instantiate_from_config(target_of(config), "model")
     if not hasattr(model, "objective"):
         raise UserError(f"model.target: {config['model']['target']}: an estimate is for LatentDiffusion")
     data = config["data"]["params"]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ldm.checkpoints.diffusers_format import scheduler_config, text_config, unet_config, vae_config
 from ldm.checkpoints.export import target_of
-from ldm.checkpoints.loading import without_initial_weights
 from ldm.errors import UserError
 from ldm.modules.encoders.modules import recompute_activations
 from ldm.training.defaults import IDENTIFIER
@@ -92,7 +91,7 @@ def diffusers_networks(config: Mapping[str, Any]) -> Networks:
 
     params = config["model"]["params"]
     with torch.device("meta"):
-        ours = instantiate_from_config(without_initial_weights(target_of(config)), "model")
+        ours = instantiate_from_config(target_of(config), "model")
     return Networks(
         UNet2DConditionModel.from_config(unet_config(params["unet_config"]["params"], ours.image_size)),
         AutoencoderKL.from_config(vae_config(params["first_stage_config"]["params"], ours.scale_factor)),
@@ -174,7 +173,7 @@ class TwoForward:
     """
 
     def __init__(self, config: Mapping[str, Any], device: torch.device):
-        self.model = instantiate_from_config(without_initial_weights(target_of(config)), "model").to(device).train()
+        self.model = instantiate_from_config(target_of(config), "model").to(device).train()
         self.batches = accumulated(config)
         batch = Noise(config)
         count = batch.batch_size

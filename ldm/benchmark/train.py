@@ -17,7 +17,6 @@ from ldm.benchmark.clock import ClockCallback, StepClock
 from ldm.benchmark.reference import REFERENCES, accumulated
 from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoints.export import target_of
-from ldm.checkpoints.loading import without_initial_weights
 from ldm.errors import UserError
 from ldm.host import CUDA
 from ldm.training.memory import is_out_of_memory
@@ -58,7 +57,7 @@ def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -
     """
     torch.set_num_threads(settings.threads)
     with torch.device("meta"):
-        instantiate_from_config(without_initial_weights(target_of(config)), "model")  # imports what the model needs
+        instantiate_from_config(target_of(config), "model")  # imports what the model needs
     before = resident_bytes()[0] if settings.device == "cpu" else 0
     try:
         clock = _clocked_training(config, settings) if kind == OURS else _clocked_reference(kind, config, settings)

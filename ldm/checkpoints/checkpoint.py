@@ -1,48 +1,231 @@
-"""What a weights file is: its tensors, the config of its model, what is known of its training."""
+"""`Checkpoint`: what a weights file is, whoever opens it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ldm.checkpoints.ema import ema_weights, weights_to_sample_from, weights_to_train, without_averages
+from ldm.checkpoints.export import SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
+from ldm.checkpoints.families import Family, config_for, recognise
+from ldm.checkpoints.layouts import NETWORKS, with_our_names
+from ldm.checkpoints.loading import EmptyInit, LoadReport, config_keys, describe, fitted, instantiate_filled
 from ldm.checkpoints.lora import adapted_layers, merge_adapters
-from ldm.checkpoints.reading import state_dict_of
+from ldm.checkpoints.other_files import of_content, of_weights
+from ldm.checkpoints.pipeline_folder import open_pipeline, save_pipeline
+from ldm.checkpoints.reading import read_checkpoint, refuse_single_shard, state_dict_of
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
 from ldm.modules.adapters import lora_options
+from ldm.util import instantiate_from_config
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's weights, and what is known about them. Each method returns a new value; the file stays as it is.
+
+    Args:
+        path: where the weights are from, for messages.
+        state: the tensors by our names, which are those of a CompVis checkpoint.
+        config: of the model that they fit, plain containers with `model`; empty where nothing says it.
+        facts: how they were trained; empty where nothing says it.
+        adapters: `rank` and `alpha` of a LoRA run, whose adapters are in `state` beside the weights.
+    """
+
+    path: Path
+    state: Mapping[str, Tensor]
+    config: Config
+    facts: Mapping[str, Any]
+    adapters: Mapping[str, Any] | None = None
+
+    # Opening
+
+    @classmethod
+    def open(cls, path: str | Path, config: str | Path | Config | None = None) -> Checkpoint:
+        """Read a checkpoint: a file of any format, the index of a sharded one, or a diffusers folder.
+
+        Args:
+            config: of the model, a YAML file or plain containers; by default the one that the file carries, or that
+                lies in its run's folder. A folder needs one where it is of no family that we know.
+
+        Raises:
+            UserError: there is no such file, or it cannot be used; the message says what it is.
+        """
+        path = Path(path)
+        given = to_plain(load_config([config])) if isinstance(config, (str, Path)) else config
+        if path.is_dir():
+            state, fitting = open_pipeline(path, given)
+            return cls(path, state, fitting, {})
+        refuse_single_shard(path)
+        content = read_checkpoint(path)
+        what = of_content(content)
+        if what:
+            raise UserError(f"{path}: {what}")
+        own = find_config(content, path)
+        state = with_our_names(state_dict_of(content, path), path)
+        said = content.get("training")
+        facts = said if isinstance(said, Mapping) else training_facts(own, content.get("global_step"))
+        adapters = next((found for found in map(_adapters_in, (own, given)) if found is not None), None)
+        return cls(path, state, given or own or {}, facts, adapters)
+
+    @classmethod
+    def of_run(cls, path: Path, state: Mapping[str, Tensor], config: Config, steps: int) -> Checkpoint:
+        """Return the weights of a run of `config` after `steps`, which is about to write them to `path`."""
+        return cls(path, state, config, training_facts(config, steps), _adapters_in(config))
+
+    # Looking
+
+    def __str__(self) -> str:
+        return f"{self.path}: {describe(self.state)}"
+
+    @property
+    def family(self) -> Family | None:
+        """The kind of Stable Diffusion that these weights are; None if they are of no known one."""
+        return recognise(self.state)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether these are a LoRA run's weights, with adapters beside the layers that they change."""
+        return bool(adapted_layers(self.state))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all three networks of a model are there."""
+        return all(any(key.startswith(prefix) for key in self.state) for prefix in NETWORKS.values())
+
+    def fitting_config(self) -> Config:
+        """Return the config of the model that these weights fit: the known one, or that of their family.
+
+        Raises:
+            UserError: nothing says it.
+        """
+        if self.config:
+            return self.config
+        other = of_weights(self.state)
+        if other and not self.is_whole:
+            raise UserError(f"{self.path}: {other}")
+        return to_plain(load_config([config_for(self.state, self.path)]))
+
+    def refuse_other_kinds(self) -> Checkpoint:
+        """Return the same; raises a `UserError` for what is no network of Stable Diffusion: a LoRA, a ControlNet, XL."""
+        other = of_weights(self.state)
+        if other and not other.is_part:
+            raise UserError(f"{self.path}: {other}")
+        return self
+
+    # Choosing
+
+    def alpha(self) -> float:
+        """Return the scale of a LoRA run's adapters; raises a `UserError` if no config says it."""
+        if self.adapters is None:
+            raise UserError(f"{self.path}: a LoRA run's checkpoint without the config that ran: give it with --config")
+        return lora_options(self.adapters).alpha
+
+    def merged(self) -> Checkpoint:
+        """Return the weights of a plain model: the adapters of a LoRA run become part of what they change.
+
+        Raises:
+            UserError: there are adapters, and no config says their scale.
+        """
+        if not self.has_adapters:
+            return self
+        return replace(self, state=merge_adapters(self.state, self.alpha()), adapters=None)
+
+    def trained(self) -> Checkpoint:
+        """Return the weights as the last step left them, alone."""
+        return replace(self, state=without_averages(self.state))
+
+    def ema(self) -> Checkpoint:
+        """Return the averaged weights in the places of those they average; raises a `UserError` if there are none."""
+        return replace(self, state=ema_weights(self.state, self.path))
+
+    def for_sampling(self, weights: str | None = None) -> Checkpoint:
+        """Return one copy of the weights, the averaged ones where there are any, and a config without training.
+
+        Args:
+            weights: `trained` or `ema`, to choose.
+        """
+        state = weights_to_sample_from(self.state, self.path, weights)
+        return replace(self, state=state, config=shared_config(self.config))
+
+    def for_training(self, weights: str | None = None, keeps_ema: bool = False) -> Checkpoint:
+        """Return the weights that a training starts from: the trained ones, unless `weights` is `ema`.
+
+        Args:
+            keeps_ema: the averages come along, for a model that goes on with them.
+        """
+        return replace(self, state=weights_to_train(self.state, self.path, weights, keeps_ema))
+
+    def with_state(self, state: Mapping[str, Tensor]) -> Checkpoint:
+        """Return the same with other tensors."""
+        return replace(self, state=state)
+
+    # Using
+
+    def build(self, dtype: torch.dtype | None = None, config: Config | None = None) -> tuple[Any, LoadReport]:
+        """Return the model with these weights as its own, and a report of what fitted.
+
+        Args:
+            dtype: of its matrices and convolutions; by default they have the model's, float32.
+            config: of the model, instead of the one that these weights fit.
+
+        Raises:
+            UserError: the weights do not fit the config, or nothing says which config they fit.
+        """
+        config = config or self.fitting_config()
+        return instantiate_filled(target_of(config), self.state, self.path, dtype)
+
+    def complete(self) -> Checkpoint:
+        """Return the weights with what the config determines (the noise schedule), where the file does not have it.
+
+        Where no config is known they stay as they are.
+        """
+        exact = "betas" in self.state and self.state["betas"].dtype == torch.float32
+        if not self.is_whole or exact or not (self.config or self.family):
+            return self
+        # The schedules of a family's configs are the same.
+        config = self.config or to_plain(load_config([self.family.paths[0]]))  # type: ignore[union-attr]
+        with EmptyInit():
+            model = instantiate_from_config(target_of(shared_config(config)), "model")
+        state = fitted(model, self.state, self.path)
+        own = {key: value for key, value in model.state_dict().items() if key in config_keys(model)}
+        return self.with_state({**own, **state})
+
+    def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the weights to a `.safetensors` or `.ckpt` file, or, under another name, as a diffusers folder.
+
+        Args:
+            dtype: of the matrices and convolutions; by default they stay as they are.
+
+        Raises:
+            UserError: the disk is too small, or a folder is there already or cannot be made of this model.
+        """
+        if path.suffix in SUFFIXES:
+            write_weights(path, in_dtype(self.complete().state, dtype), self.config, self.facts)
+            return
+        config = self.fitting_config()
+        model, _ = self.with_state(in_dtype(self.state, dtype)).build(config=config)
+        save_pipeline(model.to(dtype) if dtype else model, config["model"]["params"], path)
 
 
 def find_config(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] | None:
-    """The config that a checkpoint of ours carries, or that lies in its run folder; None for others."""
-    if isinstance(config := content.get("config"), dict) and "model" in config:
+    """Return the config that a checkpoint of ours carries, or that lies in its run's folder; None for others."""
+    config = content.get("config")
+    if isinstance(config, dict) and "model" in config:
         return config
     saved = sorted((checkpoint.resolve().parent.parent / "configs").glob("*-project.yaml"))
     config = to_plain(load_config(saved)) if saved else {}
     return config if "model" in config else None
 
 
-def lora_alpha(content: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any] | None = None) -> float:
-    """The scale of a LoRA run's adapters, as the checkpoint's own config says, or else `config`.
-
-    Raises:
-        UserError: neither of them does.
-    """
-    for model in ((known or {}).get("model") or {} for known in (find_config(content, checkpoint), config)):
-        if (given := (model.get("params") or {}).get("lora")) is not None:
-            return lora_options(given).alpha
-    raise UserError(f"{checkpoint}: a LoRA run's checkpoint without the config that ran: give it with --config")
-
-
-def plain_weights(
-    content: Mapping[str, Any], checkpoint: Path, config: Mapping[str, Any] | None = None
-) -> Mapping[str, Tensor]:
-    """A checkpoint's named tensors for a model without adapters: those of a LoRA run are merged.
-
-    Raises:
-        UserError: there are none, or adapters whose scale no config says.
-    """
-    state = state_dict_of(content, checkpoint)
-    return merge_adapters(state, lora_alpha(content, checkpoint, config)) if adapted_layers(state) else state
+def _adapters_in(config: Config | None) -> Mapping[str, Any] | None:
+    """Return the size of the adapters that a config gives its model; None if it gives none."""
+    model = (config or {}).get("model") or {}
+    return (model.get("params") or {}).get("lora")

@@ -1,34 +1,24 @@
-"""Our weights and configs under the names of a diffusers pipeline folder, and back.
+"""Our weights and configs under the names that diffusers has for them, and back.
 
-A folder has a part for each network (`unet/`, `vae/`, `text_encoder/`), the tokenizer's files, the schedule and
-`model_index.json`. The weights are the same tensors under other names; a 1x1 convolution of the autoencoder's
-attention is a linear layer there.
+The weights are the same tensors under other names; a 1x1 convolution of the autoencoder's attention is a linear layer
+there. Folders with them are read and written by `pipeline_folder`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.checkpoints.families import FAMILIES
-from ldm.checkpoints.reading import SHARD_INDEX, read_checkpoint, state_dict_of
+from ldm.checkpoints.layouts import UNET, VAE
 from ldm.errors import UserError
-from ldm.files import give_usual_permissions, tensor_bytes
 from ldm.modules.encoders import tokenizer
 from ldm.modules.encoders.names import count, open_clip_to_transformers, transformers_to_open_clip
 
 State = dict[str, Tensor]
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP_TEXT, OPEN_CLIP_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
 
 RESNET = {
@@ -181,6 +171,42 @@ def from_diffusers(parts: Mapping[str, State], ours: Iterable[str]) -> State:
     return out | {OPEN_CLIP_TEXT + key: value for key, value in transformers_to_open_clip(text).items()}
 
 
+def with_names_of_text_encoder(state: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
+    """Return a model's tensors with its text encoder under the names that are `wanted`: open_clip's or transformers'.
+
+    Some programs write Stable Diffusion 2 with transformers' names.
+    """
+    wanted = list(wanted)
+    text, open_clip_text = part(state, CLIP_TEXT), part(state, OPEN_CLIP_TEXT)
+    rest = {key: value for key, value in state.items() if not key.startswith((CLIP_TEXT, OPEN_CLIP_TEXT))}
+    wants_open_clip = any(key.startswith(OPEN_CLIP_TEXT) for key in wanted)
+    wants_transformers = any(key.startswith(CLIP_TEXT) for key in wanted)
+    if wants_open_clip and "text_model.embeddings.token_embedding.weight" in text and not open_clip_text:
+        renamed = transformers_to_open_clip(text)
+        return rest | {OPEN_CLIP_TEXT + key: value for key, value in renamed.items()}
+    if wants_transformers and "token_embedding.weight" in open_clip_text and not text:
+        renamed = open_clip_to_transformers(open_clip_text)
+        return rest | {CLIP_TEXT + key: value for key, value in renamed.items()}
+    return state
+
+
+def vae_from_diffusers(state: Mapping[str, Tensor], ours: Iterable[str]) -> State:
+    """Return an autoencoder's tensors under our names; one that has them already as it is.
+
+    Args:
+        ours: the names of our autoencoder's tensors, which say what theirs stand for.
+    """
+    if not any(".down_blocks." in key or ".up_blocks." in key for key in state):
+        return dict(state)
+    networks = [key for key in ours if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))]
+    names = {theirs: key for key, theirs in vae_names(networks).items()}
+    modern = {_modern(key): value for key, value in state.items()}
+    return {
+        names.get(key, key): value[..., None, None] if _is_matrix(key, value) else value
+        for key, value in modern.items()
+    }
+
+
 def _back(theirs: State, names: Mapping[str, str], prefix: str) -> State:
     ours = {new: key for key, new in names.items()}
     for key in theirs:
@@ -283,12 +309,15 @@ def text_config(embedder: Any) -> dict[str, Any]:
     }
 
 
+# Our names and theirs; our linear is linear in sqrt(beta).
+BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
 def scheduler_config(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json`: DDIM at our steps, with our ends."""
-    schedules = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # our linear is linear in sqrt(beta)
-    prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+    """Return `scheduler/scheduler_config.json`: DDIM at our steps, with our ends."""
     name = params.get("beta_schedule", "linear")
-    if name not in schedules:
+    if name not in BETA_SCHEDULES:
         raise UserError(f"beta_schedule: diffusers has no counterpart of '{name}'")
     terminal = bool(params.get("zero_terminal_snr"))
     return {
@@ -296,137 +325,11 @@ def scheduler_config(params: Mapping[str, Any]) -> dict[str, Any]:
         "num_train_timesteps": params.get("timesteps", 1000),
         "beta_start": params["linear_start"],
         "beta_end": params["linear_end"],
-        "beta_schedule": schedules[name],
-        "prediction_type": prediction[params.get("parameterization", "eps")],
+        "beta_schedule": BETA_SCHEDULES[name],
+        "prediction_type": PREDICTIONS[params.get("parameterization", "eps")],
         "steps_offset": 1,
         "set_alpha_to_one": False,
         "clip_sample": False,
         "timestep_spacing": "trailing" if terminal else "leading",
         **({"rescale_betas_zero_snr": True} if terminal else {}),
     }
-
-
-# ---- folders ------------------------------------------------------------------------------------------------------
-
-WEIGHTS_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-VERSION = {"_diffusers_version": "0.30.0"}  # of the format; pipelines ask how old a folder is
-LIBRARIES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "scheduler": ("diffusers", "DDIMScheduler"),
-    "safety_checker": (None, None),
-    "feature_extractor": (None, None),
-    "image_encoder": (None, None),
-}
-
-
-def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> None:
-    """Write a `LatentDiffusion` as a folder that `StableDiffusionPipeline.from_pretrained` opens.
-
-    Args:
-        params: its `model.params`.
-        folder: does not exist yet; it appears when it is whole.
-
-    Raises:
-        UserError: the folder is there, or diffusers has no such model.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder}: is there already, and is not overwritten")
-    embedder = model.cond_stage_model
-    parts = to_diffusers(model.state_dict(), getattr(embedder, "blocks_left_out", 0))
-    unet = params["unet_config"]["params"]
-    inpainting = unet["in_channels"] > unet["out_channels"]
-    configs = {
-        "unet": unet_config(unet, model.image_size),
-        "vae": vae_config(params["first_stage_config"]["params"], model.scale_factor),
-        "text_encoder": text_config(embedder),
-        "scheduler": scheduler_config(params),
-    }
-    free = shutil.disk_usage(folder.resolve().parent).free
-    if (needed := tensor_bytes(parts)) > free:
-        raise UserError(f"{folder}: not written: it needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
-    with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=f".{folder.name}.") as temporary:
-        root = Path(temporary) / folder.name
-        for name, config in configs.items():
-            (root / name).mkdir(parents=True)
-            json_name = "scheduler_config.json" if name == "scheduler" else "config.json"
-            config |= VERSION if "_class_name" in config else {}
-            (root / name / json_name).write_text(json.dumps(config, indent=2))
-        for name, state in parts.items():
-            weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_file(weights, file := root / name / f"{WEIGHTS_FILES[name]}.safetensors", metadata={"format": "pt"})
-            give_usual_permissions(file)
-        pad = tokenizer.END if hasattr(embedder, "transformer") else 0
-        save_tokenizer(root / "tokenizer", embedder.max_length, pad)
-        pipeline = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
-        index = {"_class_name": pipeline, **VERSION, "requires_safety_checker": False, **LIBRARIES}
-        (root / "model_index.json").write_text(json.dumps(index, indent=2))
-        os.replace(root, folder)
-
-
-def save_tokenizer(folder: Path, max_length: int, pad: int) -> None:
-    """The files of transformers' `CLIPTokenizer`, from the vocabulary that open_clip ships."""
-    vocabulary, merges = tokenizer.vocabulary()
-    words = {number: word for word, number in vocabulary.items()}
-    special = {
-        "bos_token": words[tokenizer.START],
-        "eos_token": words[tokenizer.END],
-        "unk_token": words[tokenizer.END],
-    }
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "pad_token": words[pad], **special}
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-
-
-def config_of_pipeline(folder: str | Path) -> Path:
-    """Our config that a pipeline folder fits, from its UNet's and scheduler's configs.
-
-    Raises:
-        UserError: it is no pipeline, or of none of the families that we have a config of; or its schedule is rescaled,
-            which none of those configs says.
-    """
-    folder = Path(folder)
-    unet, scheduler = (_read_json(folder / name) for name in ("unet/config.json", "scheduler/scheduler_config.json"))
-    widths = unet.get("block_out_channels") or [0]
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise UserError(f"{folder}: has zero terminal SNR: give a --config with model.params.zero_terminal_snr: true")
-    velocity = scheduler.get("prediction_type") == "v_prediction"
-    for family in FAMILIES:
-        same = (family.width, family.in_channels, family.context_dim)
-        if same == (widths[0], unet.get("in_channels"), unet.get("cross_attention_dim")):
-            for name, path in zip(family.configs, family.paths):
-                if name.endswith("-v.yaml") == velocity:
-                    return path
-    raise UserError(f"{folder}: a pipeline of none of the kinds that come with a config: give --config")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path.parent.parent}: not a diffusers pipeline: no {path.parent.name}/{path.name}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def read_pipeline(folder: str | Path, ours: Iterable[str]) -> State:
-    """A pipeline folder's weights under our keys; `ours` are the keys of the config's model.
-
-    Raises:
-        UserError: a part or its weights are missing, or do not fit.
-    """
-    folder = Path(folder)
-    parts = {}
-    for name, stem in WEIGHTS_FILES.items():
-        found = [folder / name / f"{stem}{suffix}" for suffix in (".safetensors", SHARD_INDEX, ".bin")]
-        found += [folder / name / "pytorch_model.bin"]
-        file = next((path for path in found if path.is_file()), None)
-        if file is None:
-            raise UserError(f"{folder}: not a diffusers pipeline: {name}/ has no weights ({found[0].name})")
-        parts[name] = state_dict_of(read_checkpoint(file), file)
-    return from_diffusers(parts, ours)

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import __version__
-from ldm.checkpoints.loading import without_initial_weights
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError
 from ldm.files import save_checkpoint, tensor_bytes, write_atomically
@@ -23,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUFFIXES = (".safetensors", ".ckpt")
 
 # Keys of a model's params that a model to sample from does without.
-TRAINING_ONLY = ("lora", "freeze", "text_encoder_lr", "text_encoder_stop")
+TRAINING_ONLY = ("ckpt_path", "lora", "freeze", "text_encoder_lr", "text_encoder_stop")
 
 State = dict[str, Tensor]
 
@@ -46,12 +45,19 @@ def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
 
 
 def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The model's config without what only its training needs; empty if there is none."""
-    model = without_initial_weights((config or {}).get("model") or {})
+    """Return the model's config without what only its training needs; empty if there is none."""
+    model = (config or {}).get("model") or {}
+    if not model:
+        return {}
     params = {key: value for key, value in model.get("params", {}).items() if key not in TRAINING_ONLY}
     if "use_ema" in params:
         params["use_ema"] = False
-    return {"model": {**model, "params": params}} if model else {}
+    # Where a network's own weights came from is nobody else's affair.
+    for name, network in params.items():
+        if isinstance(network, Mapping) and "ckpt_path" in (network.get("params") or {}):
+            kept = {key: value for key, value in network["params"].items() if key != "ckpt_path"}
+            params[name] = {**network, "params": kept}
+    return {"model": {**model, "params": params}}
 
 
 def target_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.ema import AVERAGES, has_averages
+from ldm.checkpoints.diffusers_format import with_names_of_text_encoder
+from ldm.checkpoints.ema import has_averages
+from ldm.checkpoints.families import recognise
+from ldm.checkpoints.layouts import AVERAGES, NETWORKS, UNET, with_our_names
+from ldm.checkpoints.other_files import of_weights
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.errors import UserError
 from ldm.util import instantiate_from_config
@@ -24,18 +28,17 @@ OPTIONAL_PREFIXES = (AVERAGES,)
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """What a checkpoint holds, for a report: the family, how many tensors of which types, averages or not."""
-    from ldm.checkpoints.families import recognise
-
-    family = recognise(state)
+    """Return what a checkpoint holds, for a report: the kind, how many tensors of which types, averages or not."""
+    family, other = recognise(state), of_weights(state)
+    name = family.name if family else other.name if other else "weights"
     types = sorted({str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()})
     averages = ", averaged weights beside the trained ones" if has_averages(state) else ""
-    return f"{family.name if family else 'weights'}, {len(state)} tensors ({', '.join(types)}){averages}"
+    return f"{name}, {len(state)} tensors ({', '.join(types)}){averages}"
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a checkpoint held for a model: key names."""
+    """What a checkpoint held for a model: names of tensors."""
 
     used: list[str]
     missing: list[str]
@@ -43,53 +46,80 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{len(self.used)} tensors used"]
-        for name in ("missing", "unexpected"):
-            if keys := getattr(self, name):
-                parts.append(f"{len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
+        for name, keys in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if keys:
+                first = ", ".join(keys[:3] + ["..."] * (len(keys) > 3))
+                parts.append(f"{len(keys)} {name} ({first})")
         return "; ".join(parts)
 
 
 def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ignore: Iterable[str] = ()) -> LoadReport:
-    """Which of a checkpoint's tensors the model uses, without loading them.
+    """Return which of a checkpoint's tensors the model uses, without loading them.
 
     Raises:
-        UserError: a tensor has another shape than the model's, or one is missing that the model needs.
+        UserError: a tensor has another shape than the model's, one is missing that the model needs, or the UNet in the
+            file has more of them: the model would compute something else.
     """
     ignore = tuple(ignore)
     wanted = {key: value for key, value in model.state_dict().items() if not (ignore and key.startswith(ignore))}
     used = [key for key in wanted if key in state]
     missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
     optional = OPTIONAL_PREFIXES + _optional_keys(model)
-    needed = [k for k in missing if not (k.endswith(OPTIONAL_SUFFIXES) or k.startswith(optional))]
-    for key in used:
-        if state[key].shape != wanted[key].shape:
-            raise UserError(
-                f"{path}: '{key}' has shape {list(state[key].shape)}, the config's model has "
-                f"{list(wanted[key].shape)}: {_advice(state)}"
-            )
+    made = config_keys(model)
+    needed = [key for key in missing if not (key.endswith(OPTIONAL_SUFFIXES) or key.startswith(optional))]
+    needed = [key for key in needed if key not in made]
+    wrong = [key for key in used if state[key].shape != wanted[key].shape]
+    more = [key for key in unexpected if key.startswith(UNET)] if any(key.startswith(UNET) for key in wanted) else []
+
+    # Weights of something else are named as what they are, not by their first tensor.
+    other = of_weights(state) if wrong or needed or more else None
+    if other:
+        raise UserError(f"{path}: {other}")
+    if wrong:
+        key = wrong[0]
+        raise UserError(
+            f"{path}: '{key}' has shape {list(state[key].shape)}, the config's model has "
+            f"{list(wanted[key].shape)}: {_advice(state)}"
+        )
     if needed:
         raise UserError(
             f"{path}: {len(needed)} of the model's {len(wanted)} tensors are missing, first '{needed[0]}' "
             f"(the file has {len(state)}, first '{next(iter(state), None)}'): {_advice(state)}"
         )
-    return LoadReport(used, missing, [key for key in state if key not in wanted])
+    if more:
+        raise UserError(
+            f"{path}: the UNet in it has {len(more)} tensors that the config's model has no place for, first "
+            f"'{more[0]}': {_advice(state)}"
+        )
+    return LoadReport(used, missing, unexpected)
 
 
 def _optional_keys(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the keys that modules can do without in a checkpoint, as their `optional_keys` say."""
-    modules = model.named_modules()
-    return tuple(
-        f"{name}.{key}" if name else key for name, module in modules for key in getattr(module, "optional_keys", ())
-    )
+    """Return the beginnings of keys that modules can do without in a checkpoint, as their `optional_keys` say."""
+    return tuple(_keys_of(model, "optional_keys"))
+
+
+def config_keys(model: nn.Module) -> set[str]:
+    """Return the keys of what the config alone determines, as modules' `config_keys` say."""
+    return set(_keys_of(model, "config_keys"))
+
+
+def _keys_of(model: nn.Module, attribute: str) -> list[str]:
+    found = []
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        found += [prefix + key for key in getattr(module, attribute, ())]
+    return found
 
 
 def _advice(state: Mapping[str, Tensor]) -> str:
-    """Which config fits a checkpoint that does not fit the one at hand."""
-    from ldm.checkpoints.families import recognise
-
-    if family := recognise(state):
-        return f"the file is {family}"
-    return "use the config that this checkpoint was made with"
+    """Return which config fits a checkpoint that does not fit the one at hand, or which network it lacks."""
+    absent = [name for name, prefix in NETWORKS.items() if not any(key.startswith(prefix) for key in state)]
+    if 0 < len(absent) < len(NETWORKS):
+        return f"it has no {' and no '.join(absent)}: a file with all three networks is needed"
+    family = recognise(state)
+    return f"the file is {family}" if family else "use the config that this checkpoint was made with"
 
 
 def load_state(
@@ -121,7 +151,11 @@ def adopt_state(
 
     def fitting(key: str) -> Tensor:
         value, wanted = state[key], own[key].dtype
-        return value.to(dtype if dtype and value.is_floating_point() and value.ndim > 1 else wanted)
+        if dtype and value.is_floating_point() and value.ndim > 1:
+            wanted = dtype
+        if value.is_floating_point() and not wanted.is_floating_point:
+            value = value.round()
+        return value.to(wanted)
 
     model.load_state_dict({key: fitting(key) for key in report.used}, strict=False, assign=True)
     log.info("%s: %s", path, report)
@@ -148,32 +182,80 @@ class EmptyInit(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def without_initial_weights(config: Any) -> Any:
-    """The config without the `ckpt_path`s in it: its weights come from elsewhere, and those files may be gone."""
-    if isinstance(config, Mapping):
-        return {key: without_initial_weights(value) for key, value in config.items() if key != "ckpt_path"}
-    return [without_initial_weights(value) for value in config] if isinstance(config, list) else config
-
-
-def _is_made_anyway(key: str) -> bool:
-    """Whether a model has a tensor without a random initialisation."""
-    return key.endswith(OPTIONAL_SUFFIXES) or key.startswith(OPTIONAL_PREFIXES)
-
-
 def instantiate_filled(
     config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None
 ) -> tuple[Any, LoadReport]:
-    """The model of a config with a checkpoint's tensors as its own, see `adopt_state`; raises as `compare` does.
+    """Return the model of a config with a checkpoint's tensors as its own, see `adopt_state`.
 
     No weight is initialised that the checkpoint then overwrites, and none is there twice; but where the checkpoint
     lacks some that need an initialisation, the whole model is initialised, and is there twice for a moment.
+
+    Raises:
+        UserError: as `compare` does.
     """
-    config = without_initial_weights(config)
     with EmptyInit():
         model = instantiate_from_config(config, "model")
-    if any(not _is_made_anyway(key) for key in compare(model, state, path).missing):
+    state = fitted(model, state, path)
+    made = config_keys(model)
+    missing = [key for key in compare(model, state, path).missing if key not in made]
+    if any(not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(OPTIONAL_PREFIXES) for key in missing):
         model = instantiate_from_config(config, "model")
     report = adopt_state(model, state, path, dtype)
     if any(key.startswith(OPTIONAL_PREFIXES) for key in report.missing):
-        model.model_ema = type(model.model_ema)(model.model)  # averages start from what was loaded
+        # Averages start from what was loaded.
+        model.model_ema = type(model.model_ema)(model.model, float(model.model_ema.decay))
     return model, report
+
+
+# ---- what the model says about the file ---------------------------------------------------------------------------
+
+
+def fitted(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> Mapping[str, Tensor]:
+    """Return a checkpoint's tensors as the config's model has them: its text encoder's names, a schedule to trust."""
+    own = model.state_dict()
+    state = with_names_of_text_encoder(state, own)
+    return with_exact_schedule(state, {key: own[key] for key in config_keys(model)}, path)
+
+
+def with_exact_schedule(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path
+) -> Mapping[str, Tensor]:
+    """Return the tensors with a schedule in full precision: the file's, or `own`, which the config's model has.
+
+    A schedule that is there as a whole, in float32, is the file's affair. One that was rounded with the weights, or
+    of which a part was left out, is built from the config, if it is the config's.
+
+    Raises:
+        UserError: a part of a schedule that is not the config's.
+    """
+    theirs = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
+    if not theirs or len(theirs) < len([key for key in own if key in state]):
+        return state  # none, or of another length, which does not fit anyway
+    exact = all(torch.finfo(value.dtype).bits >= 32 for value in theirs.values() if value.is_floating_point())
+    is_config_s = all(_same_up_to_rounding(value, own[key]) for key, value in theirs.items() if key in TELLING)
+    rescaled = "betas" in own and bool(own["betas"][-1] == 1)  # zero terminal SNR, from any base model
+    if len(theirs) == len(own) and exact:
+        if not is_config_s and not rescaled:
+            log.warning("%s: its noise schedule is not the config's: that of the file is used", path)
+        return state
+    if is_config_s or rescaled:
+        return {**state, **own}
+    if len(theirs) == len(own):
+        log.warning("%s: its noise schedule is not the config's, and is rounded to %s", path, _types(theirs))
+        return state
+    raise UserError(
+        f"{path}: it has only {', '.join(theirs)} of its noise schedule, which is not the config's: give the config "
+        "that this checkpoint was made with"
+    )
+
+
+TELLING = ("betas", "alphas_cumprod")  # the buffers that all others of a schedule follow from
+
+
+def _same_up_to_rounding(value: Tensor, exact: Tensor) -> bool:
+    tolerance = 4 * max(torch.finfo(value.dtype).eps, 1e-6)
+    return torch.allclose(value.double(), exact.double(), rtol=tolerance, atol=tolerance**2)
+
+
+def _types(tensors: Mapping[str, Tensor]) -> str:
+    return " and ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))

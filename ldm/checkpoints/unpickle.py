@@ -44,6 +44,11 @@ class Stub:
         return id(self)
 
 
+def is_module(value: Any) -> bool:
+    """Whether something read is a whole pickled `nn.Module`, of which nothing is built."""
+    return isinstance(value, Stub) and isinstance(value.state, dict) and "_modules" in value.state
+
+
 # Containers and numbers; not those that could be asked for any amount of memory, see `_bytes` and `_text`.
 _ALLOWED_BUILTINS = frozenset({"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "complex"})
 _ALLOWED_GLOBALS = frozenset(

@@ -35,7 +35,8 @@ class AutoencoderKL(pl.LightningModule):
         ddconfig: the shape of `Encoder` and `Decoder`.
         lossconfig: `ldm.modules.losses.LPIPSWithDiscriminator` to train it, `torch.nn.Identity` to use it.
         embed_dim: channels of a latent.
-        ckpt_path: initial weights; keys that start with one of `ignore_keys` stay as they are.
+        ckpt_path: a file of initial weights, for who builds the model (`ldm.checkpoints.parts.load_parts`); keys that
+            start with one of `ignore_keys` stay as they are.
         image_key: a batch's entry for the images, (b, h, w, c) in [-1, 1].
         monitor: the metric that names the best checkpoint.
         use_checkpoint: recompute the residual blocks' activations in the backward pass instead of keeping them.
@@ -91,10 +92,7 @@ class AutoencoderKL(pl.LightningModule):
         self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
         # Lightning steps several optimizers only by hand.
         self.automatic_optimization = False
-        if ckpt_path is not None:
-            from ldm.checkpoints.loading import load_into
-
-            load_into(self, ckpt_path, ignore_keys)
+        self.ckpt_path, self.ignore_keys = ckpt_path, tuple(ignore_keys)
 
     # Images and latents
 

@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ldm.checkpoints.checkpoint import find_config, plain_weights
-from ldm.checkpoints.ema import weights_to_sample_from
-from ldm.checkpoints.export import shared_config, target_of
-from ldm.checkpoints.families import config_for
-from ldm.checkpoints.loading import describe, instantiate_filled
-from ldm.checkpoints.reading import read_checkpoint
-from ldm.config import load_config, to_plain
+from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.errors import UserError
 from ldm.host import CUDA
 from ldm.rng import SampleRandom, derive_seed
@@ -63,15 +57,9 @@ def load_model(
     Raises:
         UserError: a file that cannot be read, or a config that does not fit the checkpoint.
     """
-    checkpoint = Path(checkpoint)
-    content = read_checkpoint(checkpoint)
-    plain = to_plain(load_config([config])) if config else find_config(content, checkpoint)
-    state = plain_weights(content, checkpoint, plain)
-    if plain is None:
-        plain = to_plain(load_config([config_for(state, checkpoint)]))
-    log.info("%s: %s", checkpoint, describe(state))
-    state = weights_to_sample_from(state, checkpoint, weights)
-    model, _ = instantiate_filled(target_of(shared_config(plain)), state, checkpoint, dtype)
+    opened = Checkpoint.open(checkpoint, config).merged()
+    log.info("%s", opened)
+    model, _ = opened.for_sampling(weights).build(dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

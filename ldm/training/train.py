@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
-from ldm.checkpoints.checkpoint import plain_weights
-from ldm.checkpoints.ema import weights_to_sample_from, weights_to_train
-from ldm.checkpoints.export import DTYPES, in_dtype, sha256, shared_config, target_of, training_facts, write_weights
-from ldm.checkpoints.loading import describe, instantiate_filled, without_initial_weights
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.export import DTYPES, sha256, target_of, training_facts, write_weights
 from ldm.checkpoints.lora import adapters_alone
-from ldm.checkpoints.reading import read_checkpoint
+from ldm.checkpoints.parts import load_parts
 from ldm.distributed import is_sharded
 from ldm.errors import UserError
 from ldm.training import defaults, memory, summary
@@ -127,7 +125,9 @@ def _with_base_model(config: Mapping[str, Any], start: Start) -> Mapping[str, An
     """The config with the file that the run starts from, for the header of what it will export."""
     if start.weights is None:
         return config
-    base = {"file": start.weights.name, "sha256": sha256(start.weights)}
+    base = {"file": start.weights.name}
+    if start.weights.is_file():
+        base["sha256"] = sha256(start.weights)
     return {**config, "run": {**config.get("run", {}), "base_model": base}}
 
 
@@ -135,9 +135,7 @@ def _export(state: Mapping[str, Tensor], config: Mapping[str, Any], run: Run, st
     """Write the weights alone, in the precision that `run.export` asks for."""
     precision = config["run"]["export"]
     path = run.checkpoints / f"{run.folder.name}-{precision}.safetensors"
-    state = plain_weights({"state_dict": state, "config": config}, path)
-    state = in_dtype(weights_to_sample_from(state, path, None), DTYPES[precision])
-    write_weights(path, state, shared_config(config), training_facts(config, steps))
+    Checkpoint.of_run(path, state, config, steps).merged().for_sampling().save(path, DTYPES[precision])
     return path
 
 
@@ -172,17 +170,17 @@ def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
     """
-    target = target_of(config)
     if resumes:
-        return instantiate_from_config(without_initial_weights(target), "model"), ""
+        return instantiate_from_config(target_of(config), "model"), ""
     if start.weights is None:
-        model, report = instantiate_from_config(target, "model"), "newly initialised"
+        model, report = instantiate_from_config(target_of(config), "model"), "newly initialised"
+        load_parts(model)
     else:
-        state = plain_weights(read_checkpoint(start.weights), start.weights)
-        report = f"{start.weights}: {describe(state)}"
-        state = weights_to_train(state, start.weights, start.take, averages=bool(_params(config).get("use_ema", True)))
-        model, loaded = instantiate_filled(target, state, start.weights)
-        report += f"; {loaded}"
+        # A folder has no config of its own; a file's adapters have the scale that its own config says.
+        checkpoint = Checkpoint.open(start.weights, config if start.weights.is_dir() else None).merged()
+        keeps_ema = bool(_params(config).get("use_ema", True))
+        model, loaded = checkpoint.for_training(start.take, keeps_ema).build(config=config)
+        report = f"{checkpoint}; {loaded}"
     if start.embeddings or start.init_word:
         report += _write_embeddings(model, start, _identifier(config["data"]))
     return model, report

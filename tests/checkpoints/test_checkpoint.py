@@ -277,7 +277,7 @@ ATTACKS = {
     "copyfile": lambda canary: Call(shutil.copyfile, __file__, canary),
     "from_file": lambda canary: Call(torch.from_file, canary, True, 16),
     "storage from_file": lambda canary: Call(torch.UntypedStorage.from_file, canary, True, 16),
-    "save_checkpoint": lambda canary: Call(checkpoint.save_checkpoint, {}, canary),
+    "save_checkpoint": lambda canary: Call(save_checkpoint, {}, canary),
     "pickle.loads": lambda canary: Call(pickle.loads, pickle.dumps(Call(os.system, f"touch {canary}"))),
 }
 

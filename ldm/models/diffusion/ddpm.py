@@ -86,6 +86,7 @@ class LatentDiffusion(pl.LightningModule):
     """
 
     learning_rate: float = 1e-6
+    config_keys = tuple(NoiseSchedule.names())  # of a checkpoint: what the config alone determines
     betas: Tensor
     lvlb_weights: Tensor
     first_stage_model: Any

@@ -44,7 +44,7 @@ class FrozenCLIPEmbedder(nn.Module):
         text_config: fields of transformers' `CLIPTextConfig` that replace ViT-L/14's.
         max_length: tokens a text is padded or cut to.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
-        ckpt_path: initial weights, from a training of `ldm.tiny.clip.CLIP`.
+        ckpt_path: a file of initial weights, for who builds the model (`ldm.checkpoints.parts.load_parts`).
         device: accepted for older configs, without effect: the module follows its parent.
     """
 
@@ -71,13 +71,7 @@ class FrozenCLIPEmbedder(nn.Module):
         # transformers 5 has no `text_model` level any more; the checkpoint's keys do.
         self.transformer = nn.Module()
         self.transformer.text_model = text_model
-        if ckpt_path is not None:
-            from ldm.checkpoints.loading import load_state
-            from ldm.checkpoints.reading import read_checkpoint, state_dict_of
-            from ldm.tiny.clip import text_tower
-
-            state = state_dict_of(read_checkpoint(ckpt_path), ckpt_path)
-            load_state(self, text_tower(state, ckpt_path), ckpt_path)
+        self.ckpt_path = ckpt_path
 
     def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
         """Token ids of the texts, on the CPU."""
