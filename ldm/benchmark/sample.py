@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.benchmark.machine import CLOCKS, synchronize
 from ldm.benchmark.reference import diffusers_networks
 from ldm.callbacks.timing import peak_memory_bytes, resident_bytes
-from ldm.checkpoints.diffusers_format import save_tokenizer
 from ldm.checkpoints.export import DTYPES, target_of
+from ldm.checkpoints.pipeline_folder import save_tokenizer
 from ldm.config import load_config, to_plain
 from ldm.modules.encoders import tokenizer
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image

@@ -98,7 +98,11 @@ class Checkpoint:
     @property
     def is_whole(self) -> bool:
         """Whether all three networks of a model are there."""
-        return all(any(key.startswith(prefix) for key in self.state) for prefix in NETWORKS.values())
+        return not self._absent()
+
+    def _absent(self) -> list[str]:
+        """Return the names of the networks that are not there."""
+        return [name for name, prefix in NETWORKS.items() if not any(key.startswith(prefix) for key in self.state)]
 
     def fitting_config(self) -> Config:
         """Return the config of the model that these weights fit: the known one, or that of their family.
@@ -113,8 +117,18 @@ class Checkpoint:
             raise UserError(f"{self.path}: {other}")
         return to_plain(load_config([config_for(self.state, self.path)]))
 
+    def check_whole(self) -> Checkpoint:
+        """Return the same; raises a `UserError` if a network of the model is missing."""
+        self.refuse_other_kinds()
+        absent = self._absent()
+        if absent:
+            other = of_weights(self.state)
+            what = other or f"no {' and no '.join(absent)} in it: a file with all three networks is needed"
+            raise UserError(f"{self.path}: {what}")
+        return self
+
     def refuse_other_kinds(self) -> Checkpoint:
-        """Return the same; raises a `UserError` for what is no network of Stable Diffusion: a LoRA, a ControlNet, XL."""
+        """Return the same; raises a `UserError` for weights of something else: a LoRA, a ControlNet, another kind."""
         other = of_weights(self.state)
         if other and not other.is_part:
             raise UserError(f"{self.path}: {other}")
@@ -162,6 +176,21 @@ class Checkpoint:
             keeps_ema: the averages come along, for a model that goes on with them.
         """
         return replace(self, state=weights_to_train(self.state, self.path, weights, keeps_ema))
+
+    def for_sharing(self) -> Checkpoint:
+        """Return the weights as they are, the averages beside the trained ones, and a config without training."""
+        return replace(self, config=shared_config(self.config))
+
+    def only(self, prefix: str) -> Checkpoint:
+        """Return the tensors whose names start with `prefix`; raises a `UserError` if there are none."""
+        state = {key: value for key, value in self.state.items() if key.startswith(prefix)}
+        if not state:
+            raise UserError(f"--only {prefix}: no tensor of {self.path} starts so")
+        return self.with_state(state)
+
+    def as_lora(self, state: Mapping[str, Tensor]) -> Checkpoint:
+        """Return a LoRA file's tensors, with what is known about the training, and no config of a model."""
+        return replace(self, state=state, config={}, adapters=None)
 
     def with_state(self, state: Mapping[str, Tensor]) -> Checkpoint:
         """Return the same with other tensors."""

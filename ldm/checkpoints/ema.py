@@ -10,8 +10,6 @@ from torch import Tensor
 from ldm.checkpoints.layouts import AVERAGES, ema_name
 from ldm.errors import UserError
 
-
-
 # What `LitEma` counts with. sd-v1-4.ckpt has these two of it, and no averages.
 COUNTERS = frozenset({"model_ema.decay", "model_ema.num_updates"})
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.diffusers_format import with_names_of_text_encoder
 from ldm.checkpoints.ema import has_averages
 from ldm.checkpoints.families import recognise
-from ldm.checkpoints.layouts import AVERAGES, NETWORKS, UNET, with_our_names
+from ldm.checkpoints.layouts import AVERAGES, NETWORKS, UNET
 from ldm.checkpoints.other_files import of_weights
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.errors import UserError

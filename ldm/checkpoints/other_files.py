@@ -312,9 +312,7 @@ KINDS = (
     ),
 )
 
-HYPERNETWORK = (
-    "a hypernetwork, not a whole model: hypernetworks are not read; give the model that it was trained on"
-)
+HYPERNETWORK = "a hypernetwork, not a whole model: hypernetworks are not read; give the model that it was trained on"
 OPTIMIZER = (
     "the state of an optimizer alone, without weights: give the file of the weights, which a training writes beside it"
 )
@@ -332,7 +330,9 @@ def of_content(content: Mapping[Any, Any]) -> str | None:
     for key, value in content.items():
         if is_module(value):
             return f"not weights: its '{key}' is a whole pickled module: save its state_dict() instead"
-    has_weights = any(isinstance(content.get(key), Mapping) and content[key] for key in ("state_dict", "model", "module"))
+    has_weights = any(
+        isinstance(content.get(key), Mapping) and content[key] for key in ("state_dict", "model", "module")
+    )
     optimizer = {"param_groups", "optimizer_states", "optimizer_state_dict", "optimizer"} & set(content)
     if optimizer and not has_weights and not any(isinstance(value, Tensor) for value in content.values()):
         return OPTIMIZER

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.diffusers_format import CLIP_TEXT, OPEN_CLIP_TEXT, part, vae_from_diffusers
-from ldm.checkpoints.layouts import TEXT, VAE, with_our_names
+from ldm.checkpoints.export import target_of
+from ldm.checkpoints.layouts import VAE, with_our_names
 from ldm.checkpoints.loading import load_state
 from ldm.checkpoints.other_files import of_content, of_folder, of_weights, read_json
 from ldm.checkpoints.pipeline_folder import part_file, read_part
 from ldm.checkpoints.reading import read_checkpoint, refuse_single_shard, state_dict_of
 from ldm.errors import UserError
 from ldm.modules.encoders.names import open_clip_to_transformers
+from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,26 @@ def load_part(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = 
     else:
         state = read_autoencoder(path, ours)
     load_state(module, state, path, ignore_keys)
+
+
+def with_autoencoder(checkpoint: Checkpoint, path: Path) -> Checkpoint:
+    """Return a model's weights with the autoencoder of another file or folder, or of one that is nothing else.
+
+    Raises:
+        UserError: there is none in it, or one of another shape.
+    """
+    checkpoint.refuse_other_kinds()
+    ours = part(checkpoint.state, VAE)
+    if not ours:  # as the files are that leave it out
+        with torch.device("meta"):
+            model = instantiate_from_config(target_of(checkpoint.for_sharing().fitting_config()), "model")
+        ours = part(model.state_dict(), VAE)
+    params = checkpoint.config["model"].get("params") if checkpoint.config else None
+    other = read_autoencoder(path, ours, (params or {}).get("scale_factor"))
+    wrong = [key for key, value in ours.items() if key not in other or other[key].shape != value.shape]
+    if wrong:
+        raise UserError(f"{path}: no autoencoder of this model's shape in it: '{wrong[0]}' is missing or different")
+    return checkpoint.with_state({**checkpoint.state, **{VAE + key: other[key] for key in ours}})
 
 
 def read_autoencoder(path: str | Path, ours: Iterable[str], scale_factor: float | None = None) -> State:

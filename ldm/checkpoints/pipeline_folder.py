@@ -195,7 +195,9 @@ def schedule_of_pipeline(folder: Path) -> dict[str, Any]:
     shape = scheduler.get("beta_schedule", "linear")
     prediction = scheduler.get("prediction_type", "epsilon")
     if shape not in ours or prediction not in predictions:
-        raise UserError(f"{folder}: its {name} has beta_schedule '{shape}' and prediction_type '{prediction}': not read")
+        raise UserError(
+            f"{folder}: its {name} has beta_schedule '{shape}' and prediction_type '{prediction}': not read"
+        )
     return {
         "timesteps": scheduler.get("num_train_timesteps", 1000),
         "beta_schedule": ours[shape],

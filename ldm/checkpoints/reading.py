@@ -230,9 +230,7 @@ def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Ten
         UserError: there are none.
     """
     weights = unwrapped(content)
-    tensors = {
-        key: value for key, value in weights.items() if isinstance(key, str) and isinstance(value, Tensor)
-    }
+    tensors = {key: value for key, value in weights.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         names = ", ".join(map(str, list(content)[:5])) or "none"
         raise UserError(f"{path}: no weights in it; its keys are {names}")

@@ -12,9 +12,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.diffusers_format import config_of_pipeline, read_pipeline, save_pipeline, to_diffusers
+from ldm.checkpoints.diffusers_format import to_diffusers
 from ldm.checkpoints.families import CONFIGS
 from ldm.checkpoints.lora import extract_lora, factors, lora_layers, merge_lora
+from ldm.checkpoints.pipeline_folder import config_of_pipeline, read_pipeline, save_pipeline
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import main
-from ldm.checkpoints.diffusers_format import save_pipeline
 from ldm.checkpoints.export import write_weights
 from ldm.checkpoints.lora import adapted_layers, adapters_alone, merge_adapters
+from ldm.checkpoints.pipeline_folder import save_pipeline
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.text_to_image import load_model

@@ -9,7 +9,8 @@ from PIL import Image
 from pytorch_lightning.strategies import DDPStrategy
 
 import main
-from ldm.checkpoints.diffusers_format import config_of_pipeline, scheduler_config
+from ldm.checkpoints.diffusers_format import scheduler_config
+from ldm.checkpoints.pipeline_folder import config_of_pipeline
 from ldm.data.image_folder import find_images, list_images
 from ldm.data.latents import CachedLatents
 from ldm.data.personalized import PersonalizedBase
