@@ -13,7 +13,7 @@ from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.diffusers_format import CLIP_TEXT, OPEN_CLIP_TEXT, part, vae_from_diffusers
 from ldm.checkpoints.export import target_of
 from ldm.checkpoints.layouts import VAE, with_our_names
-from ldm.checkpoints.loading import load_state
+from ldm.checkpoints.loading import LoadReport, load_state
 from ldm.checkpoints.other_files import of_content, of_folder, of_weights, read_json
 from ldm.checkpoints.pipeline_folder import part_file, read_part
 from ldm.checkpoints.reading import read_checkpoint, refuse_single_shard, state_dict_of
@@ -38,8 +38,8 @@ def load_parts(model: nn.Module) -> None:
             load_part(module, path, getattr(module, "ignore_keys", ()))
 
 
-def load_part(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = ()) -> None:
-    """Load one network from a file of its own or of a whole model.
+def load_part(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = ()) -> LoadReport:
+    """Load one network from a file of its own or of a whole model, and return a report of what fitted.
 
     Args:
         ignore_keys: tensors whose names start with one of these stay as they are.
@@ -52,7 +52,7 @@ def load_part(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = 
         state = read_text_encoder(path)
     else:
         state = read_autoencoder(path, ours)
-    load_state(module, state, path, ignore_keys)
+    return load_state(module, state, path, ignore_keys)
 
 
 def with_autoencoder(checkpoint: Checkpoint, path: Path) -> Checkpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,8 +12,6 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.errors import UserError
-from ldm.modules.encoders.names import open_clip_to_transformers
 from ldm.modules.encoders.tokenizer import END, tokenize
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
@@ -102,15 +99,3 @@ class CLIP(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, [self.clip], self.learning_rate)
         return with_schedule(optimizer, self.scheduler_config)
-
-
-def text_tower(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """The text tower of `CLIP`'s state dict, read from `path`, under the keys that Stable Diffusion has for it.
-
-    Raises:
-        UserError: there is none.
-    """
-    if "clip.token_embedding.weight" not in state:
-        raise UserError(f"{path}: no text tower in it; expected a checkpoint of ldm.tiny.clip.CLIP")
-    tower = {key.removeprefix("clip."): value for key, value in state.items() if key.startswith("clip.")}
-    return {f"transformer.{key}": value for key, value in open_clip_to_transformers(tower).items()}
