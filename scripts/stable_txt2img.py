@@ -21,9 +21,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.checkpoints.ema import WEIGHTS
+from ldm.checkpoints.embeddings import read_embeddings
 from ldm.checkpoints.export import sha256
 from ldm.commands import exit_status
 from ldm.errors import UserError
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.sampling.metadata import picture_texts
 from ldm.sampling.pictures import grid, next_number, save_png
 from ldm.sampling.text_to_image import Recipe, image_seed, load_model, pick_device, text_to_image
@@ -115,9 +117,7 @@ def sample(args: argparse.Namespace) -> None:
         if given not in (None, actual):
             raise UserError(f"--{flag} {given}: this model has {actual}")
     if args.embedding_path:
-        from ldm.modules.embedding_manager import EmbeddingManager
-
-        EmbeddingManager(model.cond_stage_model).load(args.embedding_path)
+        EmbeddingManager(model.cond_stage_model).load(read_embeddings(args.embedding_path))
     side = model.image_size * model.downsampling
     sampler = "plms" if args.plms else "ddim"
     recipe = Recipe(args.ddim_steps, args.scale, args.ddim_eta, sampler, args.H or side, args.W or side, args.seed)

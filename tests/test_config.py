@@ -11,13 +11,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from ldm.config import check_config, load_config, load_yaml, to_plain
 from ldm.errors import UserError, nearest
-from ldm.modules.embedding_manager import EmbeddingManager, token_of
-from ldm.modules.encoders import tokenizer
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.training.cli import apply_flags, parse_args
 from ldm.training.defaults import CALLBACKS, MODELCHECKPOINT, TRAINER, TRAINER_KEYS
 from ldm.util import get_obj_from_str, instantiate_from_config
@@ -388,103 +384,6 @@ def test_help_and_the_package_do_not_wait_for_large_imports(arguments):
     assert not imported & HEAVY
     if "main.py" in arguments:
         assert all(flag in done.stdout for flag in ("--base", "--actual_resume", "--class_word"))
-
-
-# Embeddings of single words
-
-
-@pytest.fixture
-def embedder():
-    encoder = FrozenCLIPEmbedder(text_config=golden.TEXT_CONFIG)
-    golden.load_golden_weights(encoder)
-    return encoder
-
-
-def rows(embedder):
-    return embedder.transformer.text_model.embeddings.token_embedding.weight.detach().clone()
-
-
-def changed(before, after):
-    return (before != after).any(dim=1).nonzero().flatten().tolist()
-
-
-def test_tokens_of_words():
-    assert token_of("sks") == tokenizer.encode("sks")[0]
-    for word, count in (("xylophonist-like", "[0-9]+"), ("", "0"), ("two words", "2")):
-        with pytest.raises(UserError, match=f"'{word}' is {count} tokens, not one"):
-            token_of(word)
-
-
-@pytest.mark.parametrize("word", ["dog", "golden retriever"])
-@pytest.mark.parametrize("placeholder", ["sks", "shs"])
-def test_the_placeholder_starts_as_another_word(embedder, word, placeholder):
-    before = rows(embedder)
-    EmbeddingManager(embedder).initialize(word, placeholder)
-    after = rows(embedder)
-    assert changed(before, after) == [token_of(placeholder)]
-    torch.testing.assert_close(after[token_of(placeholder)], before[tokenizer.encode(word)].mean(dim=0))
-    assert embedder.transformer.text_model.embeddings.token_embedding.weight.requires_grad
-
-
-def test_words_that_cannot_be_used(embedder):
-    before, manager = rows(embedder), EmbeddingManager(embedder)
-    with pytest.raises(UserError, match="--init_word: an empty word"):
-        manager.initialize(" ", "sks")
-    with pytest.raises(UserError, match="'two words' is 2 tokens"):
-        manager.initialize("dog", "two words")
-    assert torch.equal(rows(embedder), before)
-
-
-VECTOR = torch.linspace(-1, 1, 32)
-LAYOUTS = {
-    "diffusers.bin": lambda path: torch.save({"sks": VECTOR}, path),
-    "diffusers.safetensors": lambda path: save_file({"sks": VECTOR}, path),
-    "compvis.pt": lambda path: torch.save(
-        {
-            "string_to_token": {"sks": torch.tensor(48136)},
-            "string_to_param": torch.nn.ParameterDict({"sks": torch.nn.Parameter(VECTOR[None])}),
-        },
-        path,
-    ),
-    "plain.pt": lambda path: torch.save({"string_to_param": {"sks": VECTOR[None]}, "name": "x", "step": 3}, path),
-    "half.bin": lambda path: torch.save({"sks": VECTOR.double()[None]}, path),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_embedding_files(embedder, name, tmp_path):
-    LAYOUTS[name](tmp_path / name)
-    before = rows(embedder)
-    assert EmbeddingManager(embedder).load(tmp_path / name) == ["sks"]
-    assert changed(before, rows(embedder)) == [token_of("sks")]
-    assert torch.equal(rows(embedder)[token_of("sks")], VECTOR)
-
-
-def test_files_of_several_words(embedder, tmp_path):
-    torch.save({"sks": VECTOR, "shs": -VECTOR}, tmp_path / "x.bin")
-    assert EmbeddingManager(embedder).load(tmp_path / "x.bin") == ["sks", "shs"]
-    assert torch.equal(rows(embedder)[token_of("shs")], -VECTOR)
-
-
-@pytest.mark.parametrize("content, message", [
-    ({"sks": torch.ones(31)}, "'sks' has 1 vectors of width 31, expected one of 32"),
-    ({"string_to_param": {"sks": torch.ones(2, 32)}}, "'sks' has 2 vectors of width 32, expected one of 32"),
-    ({"name": "x"}, "no textual-inversion embedding in it"),
-    ({"state_dict": {"a": torch.ones(32)}}, "no textual-inversion embedding in it"),
-    ({"string_to_param": 3, "a": torch.ones(1)}, "no textual-inversion embedding in it"),
-    ({"<my own word>": VECTOR}, "'<my own word>' is 5 tokens, not one"),
-])  # fmt: skip
-def test_embedding_files_that_do_not_fit(embedder, content, message, tmp_path):
-    torch.save(content, tmp_path / "x.pt")
-    before = rows(embedder)
-    with pytest.raises(UserError, match=message):
-        EmbeddingManager(embedder).load(tmp_path / "x.pt")
-    assert torch.equal(rows(embedder), before)
-
-
-def test_missing_embedding_files(embedder, tmp_path):
-    with pytest.raises(UserError, match=r"none\.pt: no such checkpoint"):
-        EmbeddingManager(embedder).load(tmp_path / "none.pt")
 
 
 def test_the_references_personalization_config_is_accepted():

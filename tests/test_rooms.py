@@ -29,8 +29,6 @@ ROOMS = (
 KNOWN = {
     "ldm/checkpoints/export.py: ldm.data.prompts",
     "ldm/models/diffusion/ddpm.py: ldm.checkpoints.loading",
-    "ldm/modules/embedding_manager.py: ldm.checkpoints.reading",
-    "ldm/modules/embedding_manager.py: ldm.checkpoints.unpickle",
 }
 
 

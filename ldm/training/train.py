@@ -198,6 +198,7 @@ def _identifier(data: Mapping[str, Any]) -> str:
 
 
 def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
+    from ldm.checkpoints.embeddings import read_embeddings
     from ldm.modules.embedding_manager import EmbeddingManager
 
     manager, report = EmbeddingManager(model.cond_stage_model), ""
@@ -205,7 +206,8 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
         manager.initialize(start.init_word, identifier)
         report += f"; {identifier} starts as {start.init_word}"
     if start.embeddings:
-        report += f"; embeddings of {', '.join(manager.load(start.embeddings))}"
+        words = manager.start_from(read_embeddings(start.embeddings), identifier)
+        report += f"; {', '.join(words)} {'starts' if len(words) == 1 else 'start'} from {start.embeddings}"
     if getattr(model, "lora", None):
         log.warning("%s will not hold the changed embeddings; the merged model does (scripts/convert.py)", summary.LORA)
     return report

@@ -59,6 +59,7 @@ class FrozenCLIPEmbedder(nn.Module):
     ):
         super().__init__()
         self.max_length = max_length
+        self.added_words: dict[str, list[int]] = {}  # beside the vocabulary's: the ids that each stands for
         text_model = _build_text_model(version, text_config)
         if max_length > (limit := text_model.config.max_position_embeddings):
             raise UserError(f"cond_stage_config: max_length {max_length} exceeds max_position_embeddings {limit}")
@@ -75,7 +76,7 @@ class FrozenCLIPEmbedder(nn.Module):
 
     def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
         """Token ids of the texts, on the CPU."""
-        return tokenize(text, self.max_length)
+        return tokenize(text, self.max_length, added=self.added_words)
 
     def forward(self, text: Sequence[str]) -> Float[Tensor, "b n d"]:
         """Embeddings of the texts, (b, max_length, hidden_size)."""
@@ -123,6 +124,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
             hint = nearest(layer, list(LAYERS))
             raise UserError(f"cond_stage_config.layer: unknown '{layer}'{hint}; accepted: {', '.join(LAYERS)}")
         self.max_length, self.blocks_left_out = max_length, LAYERS[layer]
+        self.added_words: dict[str, list[int]] = {}  # as above
         self.model = _build_open_clip_text(arch, text_config)
         blocks = range(len(self.model.transformer.resblocks))
         left_out = [f"model.transformer.resblocks.{n}." for n in blocks[len(blocks) - self.blocks_left_out :]]
@@ -134,7 +136,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
 
     def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
         """Token ids of the texts, on the CPU."""
-        return tokenize(text, self.max_length, pad=0)
+        return tokenize(text, self.max_length, pad=0, added=self.added_words)
 
     def forward(self, text: Sequence[str]) -> Float[Tensor, "b n d"]:
         """Embeddings of the texts, (b, max_length, width)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -31,13 +32,37 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return dict(bpe.encoder), sorted(ranks, key=ranks.__getitem__)
 
 
-def tokenize(texts: Sequence[str], max_length: int = 77, pad: int = END) -> Int[Tensor, "b n"]:
+def encode_with(text: str, added: Mapping[str, Sequence[int]]) -> list[int]:
+    """Return the ids of a text in which words that were added, in lower case, stand for the given ids.
+
+    A word is found wherever it stands for itself: "my-dog" in "my-dog's toy", not in "my-dogs".
+    """
+    if not added:
+        return encode(text)
+    # The longest first: of "my-dog" and "my-dog-2", the second is meant where both fit.
+    patterns = []
+    for word in sorted(added, key=len, reverse=True):
+        before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
+        after = r"(?!\w)" if re.match(r"\w", word[-1]) else ""
+        patterns.append(before + re.escape(word) + after)
+    ids: list[int] = []
+    for piece in re.split(f"({'|'.join(patterns)})", text, flags=re.IGNORECASE):
+        ids += added.get(piece.lower()) or encode(piece)
+    return ids
+
+
+def tokenize(
+    texts: Sequence[str], max_length: int = 77, pad: int = END, added: Mapping[str, Sequence[int]] | None = None
+) -> Int[Tensor, "b n"]:
     """Ids of each text: start, pieces, end, then padding (the end token again for SD v1, 0 for v2).
 
     Longer texts are cut so that the end token is the last one.
+
+    Args:
+        added: words beside the vocabulary's, in lower case, and the ids that each stands for.
     """
     tokens = torch.full((len(texts), max_length), pad, dtype=torch.int64)
     for row, text in zip(tokens, texts):
-        ids = [START, *encode(text)[: max_length - 2], END]
+        ids = [START, *encode_with(text, added or {})[: max_length - 2], END]
         row[: len(ids)] = torch.tensor(ids)
     return tokens

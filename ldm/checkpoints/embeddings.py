@@ -1,0 +1,102 @@
+"""Textual-inversion files: the words and the vectors in what other programs write.
+
+| written by | what the file holds |
+|---|---|
+| LDM, AUTOMATIC1111's web UI, sd-scripts (`.pt`) | `string_to_param`, mostly of the word `*` |
+| sd-scripts (`.safetensors`) | `emb_params`, without a word |
+| diffusers (`.bin`, `.safetensors`) | for each word a vector, or several as rows |
+
+Web UIs call an embedding by the name of its file, so that this is a word, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoints.lora_formats import FACTOR
+from ldm.checkpoints.reading import read_checkpoint
+from ldm.checkpoints.unpickle import Stub
+from ldm.errors import UserError
+from ldm.modules.embedding_manager import ANY_WORD, Embedding, in_vocabulary
+
+IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
+PICTURES = (".png", ".webp", ".jxl", ".avif")
+NO_WORD = "emb_params"
+# The text encoders by whose names files for several of them keep their vectors.
+SEVERAL_ENCODERS = ("clip_l", "clip_g", "t5xxl")
+
+
+def read_embeddings(path: str | Path) -> list[Embedding]:
+    """Return the embeddings in a textual-inversion file, or in a folder with `learned_embeds.*`.
+
+    Raises:
+        UserError: no such file, or one of a kind that is not read.
+    """
+    file = path = Path(path)
+    if path.is_dir():
+        file = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
+        if file == path:
+            raise UserError(f"{path}: a folder without an embedding: expected {' or '.join(IN_FOLDERS)} in it")
+    if file.suffix.lower() in PICTURES:
+        raise UserError(f"{path}: an embedding inside a picture is not read: save it as .pt or .safetensors")
+    content = read_checkpoint(file)
+    vectors = vectors_of(content)
+    encoders = [name for name in SEVERAL_ENCODERS if name in vectors]
+    if encoders:
+        raise UserError(
+            f"{path}: an embedding of Stable Diffusion XL or 3 ({', '.join(encoders)}), "
+            "which fits no model of this project"
+        )
+    other_kind = what_else(content)
+    if other_kind or not vectors or any(value.ndim > 2 for value in vectors.values()):
+        raise UserError(f"{path}: no textual-inversion embedding in it{other_kind}")
+    return [embedding_of(key, value, path, alone=len(vectors) == 1) for key, value in vectors.items()]
+
+
+def embedding_of(key: str, vectors: Tensor, path: Path, alone: bool) -> Embedding:
+    """Return a file's entry as an embedding with the words that mean it.
+
+    Args:
+        key: the word that the file gives it.
+        alone: it is the only one, so that the file's name means it, too.
+    """
+    name = path.stem if path.is_file() else path.name
+    rows = vectors.detach().reshape(-1, vectors.shape[-1])
+    if key in (ANY_WORD, NO_WORD):
+        words = [name, ANY_WORD] if key == ANY_WORD else [name]
+        return Embedding(tuple(words if alone else words[1:] or words), rows, str(path))
+    words = [key]
+    # The name of a file that has a word of its own must not take a word's meaning away.
+    if alone and name.lower() != key.lower() and not in_vocabulary(name):
+        words.append(name)
+    return Embedding(tuple(words), rows, str(path), own_word=key)
+
+
+def vectors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the vectors in a read file by word; none if it is no embedding's."""
+    named = content.get("string_to_param", content)
+    if isinstance(named, Stub):  # a pickled ParameterDict
+        state = named.state if isinstance(named.state, dict) else {}
+        named = state.get("_parameters") or state
+    named = named if isinstance(named, Mapping) else {}
+    vectors = {str(word).strip(): value for word, value in named.items() if isinstance(value, Tensor) and value.ndim}
+    return {word: value for word, value in vectors.items() if word}
+
+
+def what_else(content: Mapping[str, Any]) -> str:
+    """Return what a file without an embedding is instead, as far as its keys say; empty if they do not."""
+    inside = content.get("state_dict", content)
+    entries = inside if isinstance(inside, Mapping) else {}
+    keys = [str(key) for key in entries]
+    if any(FACTOR.fullmatch(key) for key in keys):
+        return ": it is a LoRA, which scripts/convert.py merges into a model"
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for key in keys):
+        return ": it is a whole model, for --ckpt"
+    layers = [key for key, value in entries.items() if str(key).isdigit() and not isinstance(value, Tensor)]
+    if layers or "layer_structure" in content:
+        return ": it looks like a hypernetwork, which is not read"
+    return ""
