@@ -19,9 +19,9 @@ from tests.support import golden, processors
 processors.pretend()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def other_rounding():
-    """The rounding of another processor, where the environment asks for one."""
+    """Compute with the rounding of another processor, where the environment asks for one."""
     with processors.rounding():
         yield
 
