@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm.checkpoints.ema import ema_weights, weights_to_sample_from, weights_to_train, without_averages
 from ldm.checkpoints.export import SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
 from ldm.checkpoints.families import Family, config_for, recognise
+from ldm.checkpoints.headers import kind_of
 from ldm.checkpoints.layouts import NETWORKS, with_our_names
 from ldm.checkpoints.loading import EmptyInit, LoadReport, config_keys, describe, fitted, instantiate_filled
 from ldm.checkpoints.lora import adapted_layers, merge_adapters
@@ -76,9 +77,20 @@ class Checkpoint:
         return cls(path, state, given or own or {}, facts, adapters)
 
     @classmethod
-    def of_run(cls, path: Path, state: Mapping[str, Tensor], config: Config, steps: int) -> Checkpoint:
-        """Return the weights of a run of `config` after `steps`, which is about to write them to `path`."""
-        return cls(path, state, config, training_facts(config, steps), _adapters_in(config))
+    def of_run(
+        cls,
+        path: Path,
+        state: Mapping[str, Tensor],
+        config: Config,
+        steps: int,
+        images: Mapping[str, int] | None = None,
+    ) -> Checkpoint:
+        """Return the weights of a run of `config` after `steps`, which is about to write them to `path`.
+
+        Args:
+            images: how many the run has, `subject_images` and `class_images`.
+        """
+        return cls(path, state, config, training_facts(config, steps, images), _adapters_in(config))
 
     # Looking
 
@@ -189,8 +201,9 @@ class Checkpoint:
         return self.with_state(state)
 
     def as_lora(self, state: Mapping[str, Tensor]) -> Checkpoint:
-        """Return a LoRA file's tensors, with what is known about the training, and no config of a model."""
-        return replace(self, state=state, config={}, adapters=None)
+        """Return a LoRA file's tensors, with what is known about the training and the kind of model that it is for."""
+        facts = {**self.facts, "model": kind_of(self.state, self.config)}
+        return replace(self, state=state, config={}, facts=facts, adapters=None)
 
     def with_state(self, state: Mapping[str, Tensor]) -> Checkpoint:
         """Return the same with other tensors."""
@@ -227,17 +240,18 @@ class Checkpoint:
         own = {key: value for key, value in model.state_dict().items() if key in config_keys(model)}
         return self.with_state({**own, **state})
 
-    def save(self, path: Path, dtype: torch.dtype | None = None) -> None:
+    def save(self, path: Path, dtype: torch.dtype | None = None, title: str | None = None) -> None:
         """Write the weights to a `.safetensors` or `.ckpt` file, or, under another name, as a diffusers folder.
 
         Args:
             dtype: of the matrices and convolutions; by default they stay as they are.
+            title: of the weights, for people; by default the file's name.
 
         Raises:
             UserError: the disk is too small, or a folder is there already or cannot be made of this model.
         """
         if path.suffix in SUFFIXES:
-            write_weights(path, in_dtype(self.complete().state, dtype), self.config, self.facts)
+            write_weights(path, in_dtype(self.complete().state, dtype), self.config, self.facts, title)
             return
         config = self.fitting_config()
         model, _ = self.with_state(in_dtype(self.state, dtype)).build(config=config)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm import __version__
+from ldm.checkpoints.headers import header, save_with_hash
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError
 from ldm.files import save_checkpoint, tensor_bytes, write_atomically
@@ -65,8 +64,14 @@ def target_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
 
 
-def training_facts(config: Mapping[str, Any] | None, steps: int | None) -> dict[str, Any]:
-    """How weights were trained, from the config of the run; empty if they were not trained here."""
+def training_facts(
+    config: Mapping[str, Any] | None, steps: int | None, images: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Return how weights were trained, from the config of the run; empty if they were not trained here.
+
+    Args:
+        images: how many there were, `subject_images` and `class_images`, where that is known.
+    """
     if not config or "data" not in config or not steps:
         return {}
     data, model = config["data"].get("params") or {}, config["model"]
@@ -82,6 +87,8 @@ def training_facts(config: Mapping[str, Any] | None, steps: int | None) -> dict[
         "steps": steps,
         "learning_rate": model.get("base_learning_rate"),
         "batch_size": data.get("batch_size"),
+        "resolution": subject.get("size"),
+        **(images or {}),
         "reg_weight": params.get("reg_weight"),
         "text_encoder_trained": params.get("cond_stage_trainable"),
         "lora": params.get("lora"),
@@ -92,12 +99,19 @@ def training_facts(config: Mapping[str, Any] | None, steps: int | None) -> dict[
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def write_weights(
+    path: Path,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    title: str | None = None,
+) -> None:
     """Write named tensors as `.safetensors`, or as a `.ckpt` with a `state_dict`, atomically.
 
     Args:
         config: of the model, goes along so that nobody has to say it again.
         facts: about its training, go along, too.
+        title: of the weights, for people; by default the file's name.
 
     Raises:
         UserError: another suffix, or a disk that is too small.
@@ -109,5 +123,5 @@ def write_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, 
         return
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
-    metadata = {"format": "pt", **{k: json.dumps(v) for k, v in (("config", config), ("training", facts)) if v}}
-    write_atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata), tensor_bytes(state))
+    entries = header(title or path.stem, state, config, facts)
+    write_atomically(path, lambda temporary: save_with_hash(state, temporary, entries), tensor_bytes(state))

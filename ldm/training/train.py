@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
-from ldm.checkpoints.export import DTYPES, sha256, target_of, training_facts, write_weights
+from ldm.checkpoints.export import DTYPES, sha256, target_of
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.parts import load_parts
 from ldm.distributed import is_sharded
@@ -91,12 +91,14 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
     state = whole_state(trainer) if config.get("run", {}).get("export") and not interrupts.interrupted else None
     if trainer.is_global_zero:
+        found = data.summary()
+        images = {key: found[key] for key in ("subject_images", "class_images")}
         if getattr(model, "lora", None) and keeper is not None and keeper.last_path.exists():
-            adapters = adapters_alone(model.state_dict(), model.lora.alpha)
-            facts = training_facts(config, trainer.global_step)
-            write_weights(keeper.last_path.with_name(summary.LORA), adapters, {}, facts)
-        exported = None if state is None else _export(state, config, run, trainer.global_step)
-        prompts = data.summary()["subject_prompts"]
+            path, adapted = keeper.last_path.with_name(summary.LORA), model.state_dict()
+            tuned = Checkpoint.of_run(path, adapted, config, trainer.global_step, images)
+            tuned.as_lora(adapters_alone(adapted, model.lora.alpha)).save(path, title=run.folder.name)
+        exported = None if state is None else _export(state, config, run, trainer.global_step, images)
+        prompts = found["subject_prompts"]
         log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None, exported))
     if test and "test" in data.datasets and not interrupts.interrupted:
         trainer.test(model, datamodule=data)
@@ -131,11 +133,13 @@ def _with_base_model(config: Mapping[str, Any], start: Start) -> Mapping[str, An
     return {**config, "run": {**config.get("run", {}), "base_model": base}}
 
 
-def _export(state: Mapping[str, Tensor], config: Mapping[str, Any], run: Run, steps: int) -> Path:
+def _export(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], run: Run, steps: int, images: Mapping[str, int]
+) -> Path:
     """Write the weights alone, in the precision that `run.export` asks for."""
     precision = config["run"]["export"]
     path = run.checkpoints / f"{run.folder.name}-{precision}.safetensors"
-    Checkpoint.of_run(path, state, config, steps).merged().for_sampling().save(path, DTYPES[precision])
+    Checkpoint.of_run(path, state, config, steps, images).merged().for_sampling().save(path, DTYPES[precision])
     return path
 
 

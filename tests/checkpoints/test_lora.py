@@ -188,7 +188,12 @@ def test_the_end_of_a_run(workspace, run, caplog):
     assert same(load_file(file), adapters_alone(state, 6.0))
     assert len(load_file(file)) == 3 * len(adapted_layers(state))
     with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["training"])["lora"] == LORA
+        header = opened.metadata()
+    assert json.loads(header["training"])["lora"] == LORA
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "6.0")
+    assert (header["ss_v2"], header["ss_steps"], header["ss_output_name"]) == ("False", "1", folder.name)
+    assert (header["ss_num_train_images"], header["ss_num_reg_images"]) == ("3", "4")
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
 
 
 @pytest.mark.parametrize("more", [[], [UNET_CHECKPOINTING, TEXT_CHECKPOINTING, "model.params.optimizer=muon"]])
