@@ -33,8 +33,10 @@ def __getattr__(name: str) -> Any:
 def run(args: argparse.Namespace) -> int:
     """Check and train; the exit status."""
     config, folder = cli.prepare(args)
-    with host.environment_with(host.huge_pages_environment(config)):  # before Lightning, whose import makes a tensor
-        check_config(config, defaults.TRAINER_KEYS)
+    with host.environment_with(
+        host.huge_pages_environment(config.content)
+    ):  # before Lightning, whose import makes a tensor
+        check_config(config.content, defaults.TRAINER_KEYS)
         # Lightning takes seconds to import, which a mistyped flag or key need not wait for.
         from ldm.training.train import train
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError, nearest
-from ldm.util import check_mapping, check_params, get_obj_from_str
+from ldm.util import check_mapping, check_params, get_obj_from_str, legacy_keys
+
+log = logging.getLogger(__name__)
 
 # Keys outside of `params`, which the signatures of their targets check.
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -20,12 +27,20 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("target", "params"),
     "lightning": ("trainer", "callbacks", "modelcheckpoint"),
     "lightning.modelcheckpoint": ("target", "params"),
-    "run": ("seed", "scale_lr", "export", "base_model"),
+    "run": ("seed", "scale_lr", "export", "base_model", "working_folder"),
 }
+
+SEED = 23
+LARGEST_SEED = 2**32 - 1  # numpy's
+IDENTIFIER = "sks"
+EXPORTS = ("fp32", "fp16", "bf16")  # what `run.export` may be
+
+
+# Reading and writing
 
 
 def load_yaml(path: str | Path) -> DictConfig:
-    """One YAML file.
+    """Read one YAML file.
 
     Raises:
         UserError: the file is missing, does not parse, or is no mapping.
@@ -42,13 +57,18 @@ def load_yaml(path: str | Path) -> DictConfig:
     return config
 
 
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
-    """The files merged left to right, then the `key.path=value` overrides.
+def load_config(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), before: Mapping[str, Any] | None = None
+) -> DictConfig:
+    """Merge the files left to right, then the `key.path=value` overrides.
+
+    Args:
+        before: plain containers that come before all of these.
 
     Raises:
         UserError: a file or an override that cannot be read.
     """
-    configs = [load_yaml(path) for path in paths]
+    configs = [OmegaConf.create(_escaped(before or {})), *(load_yaml(path) for path in paths)]
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"'{override}': an override has the form key.path=value")
@@ -59,57 +79,199 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
 
 
 def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """The config as plain containers, interpolations resolved."""
+    """Return the config as plain containers, interpolations resolved.
+
+    Raises:
+        UserError: an interpolation that names nothing.
+    """
     if not isinstance(config, DictConfig):
         return dict(config)
     try:
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(f"cannot resolve the config: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split())
+        raise UserError(f"cannot resolve the config: {problem} (a plain ${{ is written \\${{)") from error
+
+
+def save_yaml(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write plain containers as YAML that `load_yaml` reads back, also where a text has `${` in it."""
+    OmegaConf.save(OmegaConf.create(_escaped(content)), path)
+
+
+def _escaped(value: Any) -> Any:
+    """Return nested containers in which no text is an interpolation of OmegaConf's."""
+    if isinstance(value, Mapping):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_escaped(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    # A backslash escapes; those before a `${` have to be escaped themselves.
+    return re.sub(r"(\\*)\$\{", lambda found: 2 * found.group(1) + r"\${", value)
+
+
+# Asking
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a config says, for those who build a run from it. It is not changed: `having` gives another one.
+
+    Args:
+        content: the config as plain containers, with the sections model, data, lightning and run.
+    """
+
+    content: Mapping[str, Any]
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """Return the value at a dotted path, or the default where the path ends early or at null."""
+        value: Any = self.content
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return default if value is None else value
+
+    def section(self, path: str) -> Mapping[str, Any]:
+        """Return the mapping at a dotted path, an empty one if there is none."""
+        found = self.get(path, {})
+        check_mapping(found, path)
+        return found
+
+    def having(self, values: Mapping[str, Any]) -> RunConfig:
+        """Return the config with other values at some dotted paths; the sections on the way are made."""
+        content = deepcopy(dict(self.content))
+        for path, value in values.items():
+            *parents, last = path.split(".")
+            section = content
+            for depth, key in enumerate(parents, 1):
+                if section.get(key) is None:
+                    section[key] = {}
+                section = section[key]
+                check_mapping(section, ".".join(parents[:depth]))
+            section[last] = value
+        return RunConfig(content)
+
+    def without(self, *paths: str) -> RunConfig:
+        """Return the config without the keys at some dotted paths."""
+        content = deepcopy(dict(self.content))
+        for path in paths:
+            parent, _, last = path.rpartition(".")
+            RunConfig(content).section(parent).pop(last, None)  # type: ignore[attr-defined]
+        return RunConfig(content)
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The model's target and params, for `instantiate_from_config`."""
+        return self.section("model")
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The data module's target and params, for `instantiate_from_config`."""
+        return self.section("data")
+
+    @property
+    def trainer(self) -> Mapping[str, Any]:
+        """The arguments of Lightning's Trainer."""
+        return self.section("lightning.trainer")
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random.
+
+        Raises:
+            UserError: no whole number that numpy takes for a seed.
+        """
+        seed = self.get("run.seed", SEED)
+        if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+            raise UserError(f"run.seed (--seed): expected a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+        return seed
+
+    @property
+    def scale_lr(self) -> bool:
+        """Whether learning rates are multiplied by accumulated batches, devices and batch size."""
+        scale = self.get("run.scale_lr", False)
+        if not isinstance(scale, bool):
+            raise UserError(f"run.scale_lr (--scale_lr): expected true or false, got {scale!r}")
+        return scale
+
+    @property
+    def export(self) -> str | None:
+        """The precision in which a finished run writes its weights alone; None for not at all."""
+        precision = self.get("run.export")
+        if precision not in (None, *EXPORTS):
+            raise UserError(f"run.export: unknown '{precision}'; accepted: {', '.join(EXPORTS)}")
+        return precision
+
+    @property
+    def base_learning_rate(self) -> float:
+        """The learning rate before it is scaled.
+
+        Raises:
+            UserError: there is none, or no positive number.
+        """
+        rate = self.get("model.base_learning_rate")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+            raise UserError(f"model.base_learning_rate: expected a positive number, got {rate!r}")
+        return float(rate)
+
+    @property
+    def identifier(self) -> str:
+        """The rare word that names the subject in its captions."""
+        return self.get("data.params.train.params.identifier", IDENTIFIER)
+
+
+# Checking
 
 
 def check_config(config: Mapping[str, Any], trainer_keys: Sequence[str] = ()) -> None:
-    """Check every key that a section or the signature of a `target` decides on.
+    """Check every key that a section or the signature of a `target` decides on; say which have no effect.
 
     Raises:
         UserError: names the key's path in the YAML, the nearest valid key and the accepted ones.
     """
+    asked = RunConfig(config)
     for section, accepted in SECTIONS.items():
-        _check_keys(_get(config, section), accepted, section)
+        _check_keys(asked.section(section) if section else config, accepted, section)
     if trainer_keys:
-        _check_keys(_get(config, "lightning.trainer"), trainer_keys, "lightning.trainer")
+        _check_keys(asked.trainer, trainer_keys, "lightning.trainer")
     for section in ("model", "data"):
-        if "target" not in _get(config, section):
+        if "target" not in asked.section(section):
             raise UserError(f"{section}: the config has no {section}.target; give a complete one with --base")
-    _check_targets(config, "")
-
-
-def _get(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    for key in path.split(".") if path else ():
-        config = config.get(key) or {}
-    check_mapping(config, path)
-    return config
+    without_effect = list(_check_targets(config, ""))
+    if without_effect:
+        log.warning("without effect here: %s", ", ".join(without_effect))
 
 
 def _check_keys(config: Mapping[str, Any], accepted: Sequence[str], path: str) -> None:
     for key in config:
         if key not in accepted:
             where = f"{path}.{key}" if path else str(key)
-            raise UserError(f"{where}: unknown key{nearest(str(key), list(accepted))}; accepted: {', '.join(accepted)}")
+            hint = nearest(str(key), accepted)
+            raise UserError(f"{where}: unknown key{hint}; accepted: {', '.join(accepted)}")
 
 
-def _check_targets(node: Any, path: str) -> None:
-    """Bind the params of every `target` below `node` to its signature, without calling it.
+def _check_targets(node: Any, path: str) -> Iterator[str]:
+    """Bind the params of every `target` below a node to its signature, without calling it.
 
     What is filled in later (data roots, the configs of callbacks' parents) has defaults there.
+
+    Yields:
+        the keys without effect, each with what to use instead.
     """
+    legacy: Mapping[str, str] = {}
+    if isinstance(node, Mapping) and "target" in node:
+        cls = get_obj_from_str(node["target"], f"{path}.target")
+        params = node.get("params") or {}
+        check_mapping(params, f"{path}.params")
+        legacy = legacy_keys(cls, params)
+        check_params(cls, {key: value for key, value in params.items() if key not in legacy}, f"{path}.params")
+        for key, instead in legacy.items():
+            if params[key] not in (None, False):
+                yield f"{path}.params.{key}" + (f" ({instead})" if instead else "")
     if isinstance(node, Mapping):
-        if "target" in node:
-            cls = get_obj_from_str(node["target"], f"{path}.target")
-            check_mapping(params := node.get("params") or {}, f"{path}.params")
-            check_params(cls, params, f"{path}.params")
         for key, value in node.items():
-            _check_targets(value, f"{path}.{key}" if path else str(key))
+            below = _check_targets(value, f"{path}.{key}" if path else str(key))
+            # One line for a section without effect, not one for each key inside.
+            yield from (text for text in below if not text.startswith(tuple(f"{path}.params.{k}." for k in legacy)))
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _check_targets(value, f"{path}[{index}]")
+            yield from _check_targets(value, f"{path}[{index}]")

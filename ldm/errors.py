@@ -1,4 +1,11 @@
-"""The one exception for what a user gave and can mend."""
+"""The exceptions for what a user gave and can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -8,9 +15,41 @@ class UserError(ValueError):
     """
 
 
-def nearest(name: str, allowed: "list[str] | set[str]") -> str:
-    """`" (did you mean 'x'?)"` for the closest allowed name, or an empty string."""
-    import difflib
+class ParameterError(UserError):
+    """A parameter has a value that cannot be used.
 
+    Code names its own parameter and knows no more. Where the parameter stands in the YAML is known to who
+    instantiates: `ldm.util.instantiate_from_config` adds the path, once for each level of the config.
+
+    Args:
+        parameter: the name, such as `repeats`; a dotted path inside a parameter that is a mapping.
+        problem: what is wrong with the value, what would be right, and the value.
+    """
+
+    def __init__(self, parameter: str, problem: str):
+        super().__init__(f"{parameter}: {problem}")
+        self.parameter = parameter
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the two arguments: a worker process hands its errors over in this way."""
+        return type(self), (self.parameter, self.problem)
+
+    def under(self, path: str) -> ParameterError:
+        """Return the same error, its parameter under a path of the config."""
+        return ParameterError(f"{path}.{self.parameter}", self.problem)
+
+
+@contextmanager
+def under(path: str) -> Iterator[None]:
+    """Inside, put a path before the parameter that an error names."""
+    try:
+        yield
+    except ParameterError as error:
+        raise error.under(path) from error
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ""

@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ldm.errors import UserError, nearest
+from omegaconf import DictConfig, OmegaConf
+
+from ldm.errors import ParameterError, UserError, nearest, under
 
 # Modules that have moved: a target in a YAML or a saved run may still name the old place.
 RENAMED = {
@@ -19,51 +21,123 @@ RENAMED = {
 }
 
 
+# LDM's YAML files have this beside a model's `target` and `params`. It is for the training command.
+SIBLINGS = ("base_learning_rate",)
+
+# Keys of older configs that are accepted without effect: for each class its keys, with what to use instead.
+# Instantiation leaves them out, and `ldm.config.check_config` says once a run which ones a config has.
+LEGACY: dict[str, dict[str, str]] = {
+    "ldm.models.diffusion.ddpm.LatentDiffusion": {
+        "personalization_config": "the identifier is a token that exists; see --init_word",
+        "num_timesteps_cond": "",
+        "embedding_reg_weight": "",
+        "unfreeze_model": "the UNet is trained, unless model.params.freeze names its weights",
+        "model_lr": "the learning rate is model.base_learning_rate",
+        "log_every_t": "",
+        "channels": "",
+    },
+    "ldm.modules.embedding_manager.EmbeddingManager": {
+        "placeholder_strings": "",
+        "initializer_words": "",
+        "per_image_tokens": "",
+        "num_vectors_per_token": "",
+        "progressive_words": "",
+    },
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel": {"image_size": "", "legacy": "", "use_fp16": ""},
+    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": {"device": ""},
+    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": {"version": "", "device": "", "freeze": ""},
+    "ldm.models.autoencoder.AutoencoderKL": {"colorize_nlabels": ""},
+    "ldm.data.datamodule.DataModuleFromConfig": {"wrap": "", "use_worker_init_fn": ""},
+    "ldm.data.personalized.PersonalizedBase": {"per_image_tokens": "", "mixing_prob": ""},
+    "ldm.callbacks.image_logger.ImageLogger": {"log_on_batch_idx": "steps are counted, not batches"},
+}
+
+
 def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
-    """The object that a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names."""
+    """Return the object that a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names."""
     module_name, _, name = str(target).rpartition(".")
     module_name = RENAMED.get(module_name, module_name)
     if not module_name or not all(part.isidentifier() for part in str(target).split(".")):
-        raise UserError(f"{where}: '{target}' is not a dotted path such as 'package.module.Class'")
+        raise ParameterError(where, f"'{target}' is not a dotted path such as 'package.module.Class'")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not error.name or not (module_name + ".").startswith(error.name + "."):
-            raise UserError(f"{where}: '{target}' needs the package '{error.name}': pip install it") from error
-        raise UserError(f"{where}: unknown target '{target}': there is no module '{error.name}'") from error
+            raise ParameterError(where, f"'{target}' needs the package '{error.name}': pip install it") from error
+        raise ParameterError(where, f"unknown target '{target}': there is no module '{error.name}'") from error
     if not hasattr(module, name):
         public = [n for n in dir(module) if not n.startswith("_")]
-        raise UserError(f"{where}: unknown target '{target}': {module_name} has no '{name}'{nearest(name, public)}")
-    if not callable(found := getattr(module, name)):
-        raise UserError(f"{where}: '{target}' is not a class or function, but a {type(found).__name__}")
+        hint = nearest(name, public)
+        raise ParameterError(where, f"unknown target '{target}': {module_name} has no '{name}'{hint}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise ParameterError(where, f"'{target}' is not a class or function, but a {type(found).__name__}")
     return found
 
 
 def instantiate_from_config(config: Mapping[str, Any], where: str = "config", **overrides: Any) -> Any:
     """Build the object that `config["target"]` names from `config["params"]`, updated with `overrides`.
 
-    `where` is the config's path in the YAML, for messages.
+    `LEGACY` keys are left out. A `base_learning_rate` beside the two, as in LDM's files, is let be.
+
+    Args:
+        config: a mapping, also one of OmegaConf.
+        where: its path in the YAML, for messages; inside a constructor, the name of the parameter.
 
     Raises:
-        UserError: no or unknown target, or params that its signature does not accept; the message names
-            the YAML path, the key and the accepted ones.
+        UserError: no or unknown target, or params that its signature or its constructor refuses. The message
+            names the YAML path, the key and the accepted ones.
     """
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if not isinstance(config, Mapping) or "target" not in config:
-        raise UserError(f"{where}: expected a mapping with a 'target' key, got {config!r}")
-    if unknown := set(config) - {"target", "params"}:
-        key = sorted(unknown)[0]
-        raise UserError(f"{where}.{key}: unknown key{nearest(key, ['target', 'params'])}; accepted: target, params")
+        raise ParameterError(where, f"expected a mapping with a 'target' key, got {config!r}")
+    for key in sorted(set(config) - {"target", "params", *SIBLINGS}):
+        hint = nearest(key, ["target", "params"])
+        raise ParameterError(f"{where}.{key}", f"unknown key{hint}; accepted: target, params")
     cls = get_obj_from_str(config["target"], f"{where}.target")
-    check_mapping(params := config.get("params") or {}, f"{where}.params")
-    params = {**params, **overrides}
+    given = config.get("params") or {}
+    check_mapping(given, f"{where}.params")
+    legacy = legacy_keys(cls, given)
+    params = {**{key: value for key, value in given.items() if key not in legacy}, **overrides}
     check_params(cls, params, f"{where}.params")
-    return cls(**params)
+    try:
+        with under(f"{where}.params"):
+            return cls(**params)
+    except Exception as error:
+        if isinstance(error, UserError) or not _refuses_params(cls, error):
+            raise
+        problem = " ".join(str(error).split())
+        raise ParameterError(f"{where}.params", f"{cls.__qualname__}: {problem}") from error
+
+
+def legacy_keys(cls: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, str]:
+    """Return those of the params that `LEGACY` has for a class or its bases, each with what to use instead."""
+    found: dict[str, str] = {}
+    for base in getattr(cls, "__mro__", ()):
+        known = LEGACY.get(f"{base.__module__}.{base.__qualname__}", {})
+        found |= {key: instead for key, instead in known.items() if key in params}
+    if not found:
+        return found
+    taken = inspect.signature(cls).parameters  # a class of the user's may have a use for one
+    return {key: instead for key, instead in found.items() if key not in taken}
+
+
+def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:
+    """Return whether an error is a foreign class's way to refuse what it was given.
+
+    Our own classes raise a `UserError` for that; any other error of theirs is a defect and keeps its traceback.
+    """
+    ours = str(cls.__module__).partition(".")[0] in ("ldm", "main")
+    return not ours and (
+        isinstance(error, (ValueError, TypeError, ImportError)) or type(error).__name__ == "MisconfigurationException"
+    )
 
 
 def check_mapping(value: Any, where: str) -> None:
     """Raise a `UserError` if a part of the config is no mapping."""
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: expected a mapping, got {value!r}")
+        raise ParameterError(where, f"expected a mapping, got {value!r}")
 
 
 def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
@@ -79,10 +153,9 @@ def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str)
         accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         for key in params:
             if key not in accepted:
-                raise UserError(
-                    f"{where}.{key}: unknown key for {cls.__qualname__}{nearest(str(key), accepted)}; "
-                    f"accepted: {', '.join(accepted)}"
-                )
+                hint = nearest(str(key), accepted)
+                problem = f"unknown key for {cls.__qualname__}{hint}; accepted: {', '.join(accepted)}"
+                raise ParameterError(f"{where}.{key}", problem)
     for parameter in parameters:
         if parameter.name in params:
             _check_type(params[parameter.name], parameter.annotation, f"{where}.{parameter.name}")
@@ -90,7 +163,7 @@ def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str)
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if missing := [name for name in required if name not in params]:
-        raise UserError(f"{where}: {cls.__qualname__} needs {', '.join(missing)}")
+        raise ParameterError(where, f"{cls.__qualname__} needs {', '.join(missing)}")
 
 
 _PLAIN_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -103,4 +176,4 @@ def _check_type(value: Any, annotation: Any, where: str) -> None:
         return
     accepted = tuple(kind for name in names for kind in _PLAIN_TYPES.get(name, (type(None),)))
     if not isinstance(value, accepted) or (isinstance(value, bool) and "bool" not in names):
-        raise UserError(f"{where}: expected {' or '.join(names)}, got {value!r}")
+        raise ParameterError(where, f"expected {' or '.join(names)}, got {value!r}")

@@ -12,9 +12,9 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-from ldm.config import check_config, load_config, load_yaml, to_plain
+from ldm.config import RunConfig, check_config, load_config, load_yaml, to_plain
 from ldm.errors import UserError, nearest
-from ldm.training.cli import apply_flags, parse_args
+from ldm.training.cli import parse_args, with_flags
 from ldm.training.defaults import CALLBACKS, MODELCHECKPOINT, TRAINER, TRAINER_KEYS
 from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.support import golden
@@ -304,7 +304,7 @@ def test_every_yaml_is_complete_and_builds(path):
         of_photos = not datasets["train"]["target"].endswith((".World", ".CachedLatents"))
         flags = ["--data_root", "photos"] if of_photos else []
         flags += ["--reg_data_root", "dogs"] if "reg" in datasets else []
-        apply_flags(config, parse_args(flags))
+        config = dict(with_flags(RunConfig(config), parse_args(flags)).content)
     check_config(config, TRAINER_KEYS)
     assert config["model"]["base_learning_rate"] > 0
     if "lossconfig" in config["model"]["params"]:  # an autoencoder; VGG's weights are not on every disk
@@ -317,7 +317,8 @@ def test_every_yaml_is_complete_and_builds(path):
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_profile_goes_over_every_fine_tuning(base, path):
     config = to_plain(load_config([PROFILES.parent / f"{base}.yaml", path]))
-    apply_flags(config, parse_args(["--data_root", "photos", "--reg_data_root", "dogs"]))
+    flags = parse_args(["--data_root", "photos", "--reg_data_root", "dogs"])
+    config = dict(with_flags(RunConfig(config), flags).content)
     check_config(config, TRAINER_KEYS)
     assert next(on_meta(config).parameters()).is_meta
 

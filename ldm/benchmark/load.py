@@ -10,7 +10,7 @@ import torch
 
 from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoints.export import DTYPES, in_dtype, shared_config, target_of, write_weights
-from ldm.config import load_config, to_plain
+from ldm.config import RunConfig, load_config, to_plain
 from ldm.files import tensor_bytes
 from ldm.sampling.text_to_image import load_model
 from ldm.training.train import Start, build_model
@@ -35,7 +35,7 @@ def measure_load(config: Path, path: Path, purpose: str, dtype: str) -> dict[str
         instantiate_from_config(target_of(plain), "model")  # imports what the model needs
     (before, _), start = resident_bytes(), time.perf_counter()
     if purpose == "train":
-        model, _ = build_model(plain, Start(path), resumes=False)
+        model, _ = build_model(RunConfig(plain), Start(path), resumes=False)
     else:
         model = load_model(path, config, dtype=DTYPES[dtype])
     weights = list(model.state_dict().values())

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ldm.checkpoints.diffusers_format import scheduler_config, text_config, unet_config, vae_config
 from ldm.checkpoints.export import target_of
+from ldm.config import IDENTIFIER, RunConfig
 from ldm.errors import UserError
 from ldm.modules.encoders.modules import recompute_activations
-from ldm.training.defaults import IDENTIFIER
 from ldm.util import instantiate_from_config
 
 Images = Float[Tensor, "b 3 height width"]
@@ -41,7 +41,7 @@ def has_prior(config: Mapping[str, Any]) -> bool:
 
 def autocast_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     """What the config's precision computes in where it is not float32."""
-    precision = str(((config.get("lightning") or {}).get("trainer") or {}).get("precision", "32-true"))
+    precision = str(RunConfig(config).get("lightning.trainer.precision", "32-true"))
     if precision not in AUTOCAST:
         raise UserError(f"lightning.trainer.precision: {precision}: measured are {', '.join(AUTOCAST)}")
     return AUTOCAST[precision]
@@ -49,7 +49,7 @@ def autocast_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
 
 def accumulated(config: Mapping[str, Any]) -> int:
     """Batches of an optimizer step."""
-    return int(((config.get("lightning") or {}).get("trainer") or {}).get("accumulate_grad_batches", 1))
+    return int(RunConfig(config).get("lightning.trainer.accumulate_grad_batches", 1))
 
 
 class Noise:

@@ -17,6 +17,7 @@ from ldm.benchmark.clock import ClockCallback, StepClock
 from ldm.benchmark.reference import REFERENCES, accumulated
 from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoints.export import target_of
+from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.host import CUDA
 from ldm.training.memory import is_out_of_memory
@@ -71,14 +72,15 @@ def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -
 def _clocked_training(config: Mapping[str, Any], settings: Settings) -> StepClock:
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
         config = training_config(config, settings, Path(folder))
-        trained = train(config, Run(Path(folder) / "run", "benchmark"), Start(settings.weights))
+        trained = train(RunConfig(config), Run(Path(folder) / "run", "benchmark"), Start(settings.weights))
     callbacks: list[Any] = trained.trainer.callbacks  # type: ignore[attr-defined]
     return next(callback.clock for callback in callbacks if isinstance(callback, ClockCallback))
 
 
 def _clocked_reference(kind: str, config: Mapping[str, Any], settings: Settings) -> StepClock:
-    trainer = (config.get("lightning") or {}).get("trainer") or {}
-    torch.backends.cudnn.benchmark = bool(trainer.get("benchmark"))  # the same as Lightning would set
+    torch.backends.cudnn.benchmark = bool(
+        RunConfig(config).get("lightning.trainer.benchmark")
+    )  # the same as Lightning would set
     torch.manual_seed(0)
     clock, device = settings.new_clock(), torch.device(settings.device)
     reference = REFERENCES[kind](config, device)
@@ -95,16 +97,17 @@ def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) 
     config = copy.deepcopy(dict(given))
     total = settings.new_clock().total
     _use_noise(config["data"]["params"], folder, total * accumulated(config))
-    lightning = config["lightning"] = config.get("lightning") or {}
-    callbacks = lightning.get("callbacks") or {}
+    asked = RunConfig(config)
+    callbacks = asked.section("lightning.callbacks")
     pictures = [name for name, known in callbacks.items() if "ImageLogger" in str((known or {}).get("target"))]
+    lightning = config["lightning"] = dict(asked.section("lightning"))
     clock = {
         "target": f"{ClockCallback.__module__}.{ClockCallback.__name__}",
         "params": {"warmup": settings.warmup, "steps": settings.steps, "clock": settings.clock},
     }
     lightning["callbacks"] = {**callbacks, **dict.fromkeys(pictures), CLOCK: clock}
     lightning["trainer"] = {
-        **(lightning.get("trainer") or {}),
+        **asked.trainer,
         "accelerator": "gpu" if settings.device == CUDA else "cpu",
         "devices": 1,
         "max_steps": total,

@@ -14,7 +14,7 @@ from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.rows import Row
 from ldm.benchmark.train import OURS, Settings, measure_training
 from ldm.checkpoints.export import DTYPES
-from ldm.config import check_config, load_config, to_plain
+from ldm.config import RunConfig, check_config, load_config, to_plain
 from ldm.errors import UserError
 from ldm.host import huge_pages_environment
 from ldm.training.defaults import TRAINER_KEYS
@@ -59,7 +59,7 @@ def checked_config(base: Sequence[Path], overrides: Sequence[str]) -> dict[str, 
     """The merged files and overrides, each key of which something reads, with a subject to train on."""
     config = to_plain(load_config(base, overrides))
     check_config(config, TRAINER_KEYS)
-    if not (config["data"].get("params") or {}).get("train"):
+    if not RunConfig(config).get("data.params.train"):
         raise UserError("data.params.train: needed to train")
     return config
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.data.datamodule import Stream
 from ldm.distributed import computes
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.rng import SampleRandom, derive_seed
 
@@ -60,7 +60,7 @@ class FixedLoss(pl.Callback):
         }
         for name, number in numbers.items():
             if number < 1:
-                raise UserError(f"{WHERE}.params.{name}: expected 1 or more, got {number}")
+                raise ParameterError(name, f"expected 1 or more, got {number}")
         self.every_n_steps, self.examples, self.time_steps = every_n_steps, examples, time_steps
         self.batch_size, self.seed = batch_size, seed
         self._halves: dict[str, Half] | None = None

@@ -14,10 +14,12 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ldm.callbacks.panel import WHERE, can_draw, make_panel
+from ldm.callbacks.panel import NAME, can_draw, make_panel
 from ldm.distributed import computes
 from ldm.errors import UserError
 from ldm.util import check_params
+
+WHERE = "lightning.callbacks.image_logger.params"
 
 
 class ImageLogger(pl.Callback):
@@ -33,7 +35,6 @@ class ImageLogger(pl.Callback):
         increase_log_steps: also at steps 1, 2, 4, 8, ... up to `batch_frequency`.
         rescale: the images are in [-1, 1] (else in [0, 1]).
         disabled: log nothing.
-        log_on_batch_idx: accepted for older configs, without effect: steps are counted, not batches.
         log_first_step: also before anything is learned.
         log_images_kwargs: arguments of the model's `log_images`.
         panel: what the panel shows, see `Panel`; null or false for none. Without it, models that make pictures of text
@@ -48,7 +49,6 @@ class ImageLogger(pl.Callback):
         increase_log_steps: bool = True,
         rescale: bool = True,
         disabled: bool = False,
-        log_on_batch_idx: bool = False,
         log_first_step: bool = False,
         log_images_kwargs: dict[str, Any] | None = None,
         panel: Mapping[str, Any] | bool | None = True,
@@ -69,10 +69,10 @@ class ImageLogger(pl.Callback):
         """Raises a `UserError` for arguments that the model's `log_images` does not take."""
         if not self.disabled:
             given = {"batch": None, "N": self.max_images, **self.log_images_kwargs}
-            check_params(pl_module.log_images, given, "lightning.callbacks.image_logger.params.log_images_kwargs")
+            check_params(pl_module.log_images, given, f"{WHERE}.log_images_kwargs")
         if self.panel and not can_draw(pl_module):
             if not self._default_panel:
-                raise UserError(f"{WHERE}: this model makes no pictures of text alone; remove it")
+                raise UserError(f"{WHERE}.{NAME}: this model makes no pictures of text alone; remove it")
             self.panel = None
 
     def due(self, step: int) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 import pytorch_lightning as pl
 from PIL import Image
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 from ldm.sampling.contact_sheet import Entry, contact_sheet
 from ldm.sampling.text_to_image import Recipe, image_seed, text_to_image
 from ldm.util import check_mapping, check_params
 
-WHERE = "lightning.callbacks.image_logger.params.panel"
+NAME = "panel"  # the parameter of `ImageLogger`
 UNRELATED = ("a photo of a car", "a photo of a house", "a photo of a tree")
 WIDEST = 256  # pixels of a picture's side on the sheet
 
@@ -46,12 +46,12 @@ class Panel:
     ):
         for name, texts in (("prompts", prompts), ("unrelated", unrelated)):
             if isinstance(texts, str) or not all(isinstance(text, str) for text in texts or ()):
-                raise UserError(f"{WHERE}.{name}: expected a list of prompts, got {texts!r}")
+                raise ParameterError(f"{NAME}.{name}", f"expected a list of prompts, got {texts!r}")
         if prompts is not None and not prompts:
-            raise UserError(f"{WHERE}.prompts: none; write panel: null for no panel")
+            raise ParameterError(f"{NAME}.prompts", "none; write panel: null for no panel")
         for name, number in (("images", images), ("steps", steps), ("every_n_steps", every_n_steps)):
             if number is not None and number < 1:
-                raise UserError(f"{WHERE}.{name}: expected 1 or more, got {number}")
+                raise ParameterError(f"{NAME}.{name}", f"expected 1 or more, got {number}")
         self.given, self.unrelated = prompts, unrelated
         self.images, self.seed, self.steps, self.scale = images, seed, steps, scale
         self.every_n_steps = every_n_steps
@@ -94,10 +94,10 @@ def make_panel(given: Mapping[str, Any] | bool | None, sampling: Mapping[str, An
     if given is None or given is False:
         return None
     options: Any = {} if given is True else given
-    check_mapping(options, WHERE)
+    check_mapping(options, NAME)
     names = {"steps": "ddim_steps", "scale": "unconditional_guidance_scale"}
     options = {**{name: sampling[other] for name, other in names.items() if other in sampling}, **options}
-    check_params(Panel, options, WHERE)
+    check_params(Panel, options, NAME)
     return Panel(**options)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
-from omegaconf import OmegaConf
 
+from ldm.config import save_yaml
 from ldm.files import write_atomically
 
 
@@ -46,7 +46,7 @@ class SetupCallback(pl.Callback):
             # A resumed run reads all of these: half a file would be an error, or half a number.
             write_atomically(
                 self.run.configs / f"{self.run.stamp}-{name}.yaml",
-                functools.partial(OmegaConf.save, OmegaConf.create(config)),
+                functools.partial(save_yaml, config),
             )
 
     def on_save_checkpoint(

@@ -20,8 +20,8 @@ from ldm.checkpoints.lora import adapted_layers, merge_adapters
 from ldm.checkpoints.other_files import of_content, of_weights
 from ldm.checkpoints.pipeline_folder import open_pipeline, save_pipeline
 from ldm.checkpoints.reading import read_checkpoint, refuse_single_shard, state_dict_of
-from ldm.config import load_config, to_plain
-from ldm.errors import UserError
+from ldm.config import RunConfig, load_config, to_plain
+from ldm.errors import UserError, under
 from ldm.modules.adapters import lora_options
 from ldm.util import instantiate_from_config
 
@@ -152,7 +152,8 @@ class Checkpoint:
         """Return the scale of a LoRA run's adapters; raises a `UserError` if no config says it."""
         if self.adapters is None:
             raise UserError(f"{self.path}: a LoRA run's checkpoint without the config that ran: give it with --config")
-        return lora_options(self.adapters).alpha
+        with under("model.params"):
+            return lora_options(self.adapters).alpha
 
     def merged(self) -> Checkpoint:
         """Return the weights of a plain model: the adapters of a LoRA run become part of what they change.
@@ -270,5 +271,4 @@ def find_config(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] 
 
 def _adapters_in(config: Config | None) -> Mapping[str, Any] | None:
     """Return the size of the adapters that a config gives its model; None if it gives none."""
-    model = (config or {}).get("model") or {}
-    return (model.get("params") or {}).get("lora")
+    return RunConfig(config or {}).get("model.params.lora")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoints.headers import header, save_with_hash
+from ldm.config import RunConfig
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError
 from ldm.files import save_checkpoint, tensor_bytes, write_atomically
@@ -74,9 +75,9 @@ def training_facts(
     """
     if not config or "data" not in config or not steps:
         return {}
-    data, model = config["data"].get("params") or {}, config["model"]
-    subject, params = ((part or {}).get("params") or {} for part in (data.get("train"), model))
-    run = config.get("run") or {}
+    asked = RunConfig(config)
+    data, params = asked.section("data.params"), asked.section("model.params")
+    subject = asked.section("data.params.train.params")
     fields = signature(captions_from_templates).parameters
     captions = {key: value for key, value in subject.items() if key in fields}
     is_dreambooth = "placeholder_token" in captions
@@ -85,15 +86,15 @@ def training_facts(
         "class_word": captions.get("placeholder_token"),
         "prompts": captions_from_templates(**captions) if is_dreambooth else None,
         "steps": steps,
-        "learning_rate": model.get("base_learning_rate"),
+        "learning_rate": asked.get("model.base_learning_rate"),
         "batch_size": data.get("batch_size"),
         "resolution": subject.get("size"),
         **(images or {}),
         "reg_weight": params.get("reg_weight"),
         "text_encoder_trained": params.get("cond_stage_trainable"),
         "lora": params.get("lora"),
-        "seed": run.get("seed"),
-        "base_model": run.get("base_model"),
+        "seed": asked.get("run.seed"),
+        "base_model": asked.get("run.base_model"),
         "software": f"dreambooth-ldm {__version__}",
     }
     return {key: value for key, value in facts.items() if value is not None}

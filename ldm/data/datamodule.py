@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ldm.data.image_folder import list_images
 from ldm.data.latents import check_encodable
-from ldm.data.personalized import warn_no_effect
 from ldm.data.prompts import captions_from_templates
-from ldm.errors import UserError, nearest
+from ldm.errors import ParameterError, UserError, nearest, under
 from ldm.rng import derive_seed, generator
 from ldm.util import check_params, get_obj_from_str, instantiate_from_config
 
@@ -187,8 +186,6 @@ class DataModuleFromConfig(pl.LightningDataModule):
         validation: Mapping[str, Any] | None = None,
         test: Mapping[str, Any] | None = None,
         num_workers: int | None = None,
-        wrap: bool = False,
-        use_worker_init_fn: bool = False,
         seed: int = 23,
         num_class_images: int = 0,
         class_images: Mapping[str, Any] | None = None,
@@ -198,12 +195,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.prepare_data_per_node = False  # all machines see the same folders
         for key, value in (("batch_size", batch_size - 1), ("num_workers", num_workers or 0)):
             if value < 0:
-                raise UserError(f"data.params.{key}: expected {'at least 1' if key == 'batch_size' else '0 or more'}")
-        for key, used in (("wrap", wrap), ("use_worker_init_fn", use_worker_init_fn)):
-            if used:
-                warn_no_effect(key)
+                raise ParameterError(key, f"expected {'at least 1' if key == 'batch_size' else '0 or more'}")
         if num_class_images and reg is None:
-            raise UserError("data.params.num_class_images: needs data.params.reg, which says where they go")
+            raise ParameterError("num_class_images", "needs data.params.reg, which says where they go")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.reg, self.num_class_images = reg, num_class_images
         self.latent_cache = latent_cache
@@ -211,12 +205,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if unknown := sorted(set(self.class_images) - set(CLASS_IMAGE_KEYS)):
             hint = nearest(unknown[0], list(CLASS_IMAGE_KEYS))
             accepted = ", ".join(CLASS_IMAGE_KEYS)
-            raise UserError(f"data.params.class_images.{unknown[0]}: unknown key{hint}; accepted: {accepted}")
+            raise ParameterError(f"class_images.{unknown[0]}", f"unknown key{hint}; accepted: {accepted}")
         if not 0 <= (share := self.class_images.get("unconditional", 0)) < 1:
-            raise UserError(f"data.params.class_images.unconditional: expected a share below 1, got {share}")
+            raise ParameterError("class_images.unconditional", f"expected a share below 1, got {share}")
         configs = {"train": train, "reg": reg, "validation": validation, "test": test}
         self.datasets: dict[str, Any] = {
-            name: instantiate_from_config(config, where=f"data.params.{name}")
+            name: instantiate_from_config(config, where=name)
             for name, config in configs.items()
             if config is not None and not (name == "reg" and num_class_images)
         }
@@ -234,7 +228,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if latent_cache:
             for name in ("train", "reg"):
                 if name in self.datasets:
-                    check_encodable(self.datasets[name], f"data.params.{name}")
+                    check_encodable(self.datasets[name], name)
 
     # class images
 
@@ -267,16 +261,17 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _check_reg(self) -> None:
         assert self.reg is not None
-        cls = get_obj_from_str(str(self.reg.get("target")), "data.params.reg.target")
-        check_params(cls, self._reg_params, "data.params.reg.params")
+        cls = get_obj_from_str(str(self.reg.get("target")), "reg.target")
+        check_params(cls, self._reg_params, "reg.params")
         root = self._reg_params.get("data_root")
         if not root:
-            raise UserError("data.params.reg: no folder for the class images; give --reg_data_root FOLDER")
+            raise ParameterError("reg", "no folder for the class images; give --reg_data_root FOLDER")
         if Path(root).expanduser().is_file():
             raise UserError(f"{root}: is a file; --reg_data_root names the folder of the class images")
         if self.class_images_to_make and not self._reg_params.get("size"):
-            raise UserError("data.params.reg.params.size: needed to make class images")
-        self.class_prompts  # noqa: B018 (raises what is wrong with the templates)
+            raise ParameterError("reg.params.size", "needed to make class images")
+        with under("reg.params"):
+            self.class_prompts  # noqa: B018 (raises what is wrong with the templates)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the class images, which may have been made since, and `check`."""

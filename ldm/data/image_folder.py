@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -151,11 +151,11 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
 def check_resize(size: int | None, mode: str, interpolation: str) -> None:
     """Raise a `UserError` for what `resize` cannot do."""
     if size is not None and (not isinstance(size, int) or size < 1):
-        raise UserError(f"size: expected a positive number of pixels, got {size!r}")
+        raise ParameterError("size", f"expected a positive number of pixels, got {size!r}")
     if mode not in RESIZE_MODES:
-        raise UserError(f"resize: expected one of {', '.join(RESIZE_MODES)}, got {mode!r}")
+        raise ParameterError("resize", f"expected one of {', '.join(RESIZE_MODES)}, got {mode!r}")
     if interpolation not in INTERPOLATIONS:
-        raise UserError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+        raise ParameterError("interpolation", f"expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
 
 
 def resize(
@@ -220,7 +220,7 @@ class ImageFolderDataset(Dataset):
     ):
         check_resize(size, resize, interpolation)
         if not 0 <= flip_p <= 1:
-            raise UserError(f"flip_p: expected a probability from 0 to 1, got {flip_p!r}")
+            raise ParameterError("flip_p", f"expected a probability from 0 to 1, got {flip_p!r}")
         self.paths = find_images(data_root)
         self.masks = find_masks(data_root) if masks else None
         if self.masks:

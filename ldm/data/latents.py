@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError
 from ldm.files import write_atomically
 from ldm.util import instantiate_from_config
 
@@ -63,9 +63,9 @@ class CachedLatents(Dataset):
 
     def __init__(self, path: str | Path, dataset: Mapping[str, Any], classes: Sequence[str] | None = None):
         self.path, self.config, self.classes = Path(path).expanduser(), dataset, classes
-        self.source: Any = instantiate_from_config(dataset, "data.params.train.params.dataset")
+        self.source: Any = instantiate_from_config(dataset, "dataset")
         if getattr(self.source, "masks", None) is not None:
-            raise UserError("data.params.train.params.dataset: masks are not cached with latents; leave masks out")
+            raise ParameterError("dataset", "masks are not cached with latents; leave masks out")
         self.moments: Tensor | None = None
         self.captions: list[str] = []
 
@@ -146,11 +146,12 @@ class CachedLatents(Dataset):
 def check_encodable(dataset: Any, where: str) -> None:
     """Raise a `UserError` if a dataset's examples are not among finitely many pictures."""
     if not hasattr(dataset, "variants"):
-        raise UserError(f"data.params.latent_cache: {where} is no folder of images; leave it out")
+        raise ParameterError("latent_cache", f"{where} is no folder of images; leave it out")
     if dataset.resize == "random_crop":
-        raise UserError(
-            f"data.params.latent_cache: {where}.params.resize: random_crop shows another picture each time; "
-            "set center_crop, or leave the cache out"
+        raise ParameterError(
+            "latent_cache",
+            f"{where}.params.resize: random_crop shows another picture each time; "
+            "set center_crop, or leave the cache out",
         )
 
 

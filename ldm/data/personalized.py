@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,7 @@ import torch
 
 from ldm.data.image_folder import ImageFolderDataset
 from ldm.data.prompts import caption_beside, captions_from_templates
-from ldm.errors import UserError
-
-log = logging.getLogger(__name__)
-
-
-@functools.cache
-def warn_no_effect(key: str) -> None:
-    """Say once that a key of the reference implementation does nothing here."""
-    log.warning("'%s' has no effect any more; remove it", key)
+from ldm.errors import ParameterError
 
 
 class PersonalizedBase(ImageFolderDataset):
@@ -44,9 +34,7 @@ class PersonalizedBase(ImageFolderDataset):
         flip_p: float = 0.5,
         set: str = "train",
         placeholder_token: str = "dog",
-        per_image_tokens: bool = False,
         center_crop: bool = False,
-        mixing_prob: float = 0.25,
         coarse_class_text: str | None = None,
         reg: bool = False,
         identifier: str = "sks",
@@ -58,13 +46,11 @@ class PersonalizedBase(ImageFolderDataset):
     ):
         if not data_root:
             flag = "--reg_data_root" if reg else "--data_root"
-            raise UserError(f"data_root: no folder of {'class ' if reg else ''}images; give {flag} FOLDER")
+            raise ParameterError("data_root", f"no folder of {'class ' if reg else ''}images; give {flag} FOLDER")
         if set not in ("train", "val"):
-            raise UserError(f"set: expected train or val, got {set!r}")
+            raise ParameterError("set", f"expected train or val, got {set!r}")
         if repeats < 1:
-            raise UserError(f"repeats: expected at least 1, got {repeats!r}")
-        if per_image_tokens:
-            warn_no_effect("per_image_tokens")
+            raise ParameterError("repeats", f"expected at least 1, got {repeats!r}")
         mode = _resize_mode(resize, center_crop)
         super().__init__(data_root, size, mode, interpolation, flip_p, cache_images, masks)
         self.repeats = repeats if set == "train" else 1
@@ -97,5 +83,5 @@ class PersonalizedBase(ImageFolderDataset):
 
 def _resize_mode(resize: str | None, center_crop: bool) -> str:
     if center_crop and resize not in (None, "center_crop"):
-        raise UserError(f"resize: {resize!r} contradicts center_crop: true; give one of the two")
+        raise ParameterError("resize", f"{resize!r} contradicts center_crop: true; give one of the two")
     return resize or ("center_crop" if center_crop else "squash")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 
-from ldm.errors import UserError, nearest
+from ldm.errors import ParameterError, UserError, nearest
 
 SUBJECT_TEMPLATE = "photo of a {identifier} {class_word}"
 PRIOR_TEMPLATE = "photo of a {class_word}"
@@ -29,12 +29,12 @@ def captions_from_templates(
         UserError: a template that cannot be filled, or no class word.
     """
     if not placeholder_token:
-        raise UserError("placeholder_token: no class word; give --class_word, for example --class_word dog")
+        raise ParameterError("placeholder_token", "no class word; give --class_word, for example --class_word dog")
     if templates is None:
         templates = PRIOR_TEMPLATE if reg else SUBJECT_TEMPLATE
     templates = [templates] if isinstance(templates, str) else list(templates)
     if not templates:
-        raise UserError("templates: the list is empty; leave it out for the default")
+        raise ParameterError("templates", "the list is empty; leave it out for the default")
     class_word = f"{coarse_class_text} {placeholder_token}" if coarse_class_text else str(placeholder_token)
     captions = [_fill(template, identifier, class_word) for template in templates]
     return list(dict.fromkeys(captions))
@@ -46,12 +46,12 @@ def _fill(template: str, identifier: str, class_word: str) -> str:
         fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
         if unknown := [field for field in fields if field not in (*FIELDS, "")]:
             hint = nearest(unknown[0], list(FIELDS))
-            raise UserError(f"templates: unknown field {{{unknown[0]}}} in {template!r}{hint}; {known}")
+            raise ParameterError("templates", f"unknown field {{{unknown[0]}}} in {template!r}{hint}; {known}")
         return template.format(*[class_word] * len(fields), identifier=identifier, class_word=class_word)
     except UserError:
         raise
     except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"templates: {template!r} is no template ({error}); {known}") from error
+        raise ParameterError("templates", f"{template!r} is no template ({error}); {known}") from error
 
 
 def caption_beside(image: Path, may_be_empty: bool = False) -> str | None:

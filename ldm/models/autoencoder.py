@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,15 +12,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError, under
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.rng import SampleRandom
 from ldm.util import check_params, instantiate_from_config
-
-log = logging.getLogger(__name__)
 
 Images = Float[Tensor, "b c h w"]
 Latent = Float[Tensor, "b z hz wz"]
@@ -43,7 +40,6 @@ class AutoencoderKL(pl.LightningModule):
         optimizer: adam or muon, for the autoencoder; the discriminator has Adam.
         freeze_encoder: train the decoder alone: latents stay as they are, and what was trained on them stays valid.
         scheduler_config: a function from step to a factor for the autoencoder's learning rate.
-        colorize_nlabels: accepted for older configs, without effect.
 
     On several GPUs, train with `strategy: ddp_find_unused_parameters_true`: no backward pass reaches both
     the autoencoder and the discriminator. The learning rate is the attribute `learning_rate`, which the
@@ -64,7 +60,6 @@ class AutoencoderKL(pl.LightningModule):
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         image_key: str = "image",
-        colorize_nlabels: int | None = None,
         monitor: str | None = None,
         use_checkpoint: bool = False,
         optimizer: str = "adam",
@@ -72,14 +67,12 @@ class AutoencoderKL(pl.LightningModule):
         freeze_encoder: bool = False,
     ):
         super().__init__()
-        if colorize_nlabels is not None:
-            log.warning("colorize_nlabels: without effect here")
         if not ddconfig.get("double_z", True):
-            raise UserError("ddconfig.double_z: must be true, the posterior has a mean and a variance")
+            raise ParameterError("ddconfig.double_z", "must be true, the posterior has a mean and a variance")
         params = {"use_checkpoint": use_checkpoint, **ddconfig}
         check_params(Encoder, params, "ddconfig")
-        self.encoder = Encoder(**params)
-        self.decoder = Decoder(**params)
+        with under("ddconfig"):
+            self.encoder, self.decoder = Encoder(**params), Decoder(**params)
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.loss = instantiate_from_config(lossconfig, "lossconfig")

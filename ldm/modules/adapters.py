@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 from ldm.util import check_mapping, check_params
 
-WHERE = "model.params.lora"
+NAME = "lora"  # the parameter of `LatentDiffusion`
 # Names of the layers, as they end: of our `CrossAttention` and of transformers' CLIP.
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -34,16 +34,16 @@ class LoraOptions:
 
     def __init__(self, rank: int = 8, alpha: float | None = None):
         if rank < 1:
-            raise UserError(f"{WHERE}.rank: expected 1 or more, got {rank}")
+            raise ParameterError(f"{NAME}.rank", f"expected 1 or more, got {rank}")
         if alpha is not None and not 0 < alpha < math.inf:
-            raise UserError(f"{WHERE}.alpha: expected a positive number, got {alpha}")
+            raise ParameterError(f"{NAME}.alpha", f"expected a positive number, got {alpha}")
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
 
 
 def lora_options(given: Mapping[str, Any]) -> LoraOptions:
     """The options that a config's `model.params.lora` gives; raises a `UserError` for what they do not take."""
-    check_mapping(given, WHERE)
-    check_params(LoraOptions, given, WHERE)
+    check_mapping(given, NAME)
+    check_params(LoraOptions, given, NAME)
     return LoraOptions(**given)
 
 
@@ -54,13 +54,14 @@ def check_adaptable(text_encoder: nn.Module | None, use_ema: bool) -> None:
         text_encoder: the one that is to be trained, too.
     """
     if find_spec("peft") is None:
-        raise UserError(f"{WHERE}: needs the package 'peft': pip install peft")
+        raise ParameterError(NAME, "needs the package 'peft': pip install peft")
     if use_ema:
-        raise UserError(f"{WHERE}: adapters have no averages: set model.params.use_ema: false")
+        raise ParameterError(NAME, "adapters have no averages: set use_ema: false")
     if text_encoder is not None and not _has_layers(text_encoder, TEXT_LAYERS):
-        raise UserError(
-            f"{WHERE}: the attention of {type(text_encoder).__name__} takes no adapters: "
-            "set model.params.cond_stage_trainable: false"
+        raise ParameterError(
+            NAME,
+            f"the attention of {type(text_encoder).__name__} takes no adapters: "
+            "set model.params.cond_stage_trainable: false",
         )
 
 

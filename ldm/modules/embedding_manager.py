@@ -63,19 +63,9 @@ class EmbeddingManager:
 
     Args:
         embedder: a text encoder with a `token_embedding` and `added_words`.
-        placeholder_strings, initializer_words, per_image_tokens, num_vectors_per_token, progressive_words:
-            accepted for older configs, without effect.
     """
 
-    def __init__(
-        self,
-        embedder: Any = None,
-        placeholder_strings: Sequence[str] | None = None,
-        initializer_words: Sequence[str] | None = None,
-        per_image_tokens: bool = False,
-        num_vectors_per_token: int = 1,
-        progressive_words: bool = False,
-    ):
+    def __init__(self, embedder: Any = None):
         self.embedder = embedder
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ldm.errors import UserError, nearest
+from ldm.errors import ParameterError, nearest
 from ldm.host import CUDA
 from ldm.optim.in_backward import AdamWInBackward, InBackward
 from ldm.optim.muon import Muon, muon_groups
@@ -41,7 +41,7 @@ def check_name(name: str) -> None:
     """Raise a `UserError` for an optimizer that is not in `OPTIMIZERS`."""
     if name not in OPTIMIZERS:
         hint = nearest(name, list(OPTIMIZERS))
-        raise UserError(f"model.params.optimizer: unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}")
+        raise ParameterError("optimizer", f"unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}")
 
 
 def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -> Optimizer:
@@ -74,7 +74,7 @@ def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: Any) -> Op
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise UserError("model.params.optimizer: adamw8bit needs: pip install -e '.[low-memory]'") from error
+        raise ParameterError("optimizer", "adamw8bit needs: pip install -e '.[low-memory]'") from error
     kind = type("AdamW8bitInBackward", (InBackward, AdamW8bit), {}) if in_backward else AdamW8bit
     return kind(_trained(modules), **{"weight_decay": 0.01, **options})
 

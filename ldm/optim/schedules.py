@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.errors import UserError, nearest
+from ldm.errors import ParameterError, nearest
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 # From the share of the decay that is left (1 or more before it begins, 0 at its end) to how much of the rate is.
@@ -40,15 +40,15 @@ class WarmupDecay:
         shape: str = "linear",
     ):
         if steps is None:
-            raise UserError("scheduler_config.params.steps: needed where lightning.trainer.max_steps is not given")
+            raise ParameterError("steps", "needed where lightning.trainer.max_steps is not given")
         if steps < 1 or not 0 <= warmup_steps < steps or not 0 <= decay <= 1:
-            raise UserError(
-                f"scheduler_config: expected steps > warmup_steps >= 0 and 0 <= decay <= 1, "
-                f"got {steps}, {warmup_steps} and {decay}"
+            raise ParameterError(
+                "steps",
+                f"expected steps > warmup_steps >= 0 and 0 <= decay <= 1, got {steps}, {warmup_steps} and {decay}",
             )
         if shape not in SHAPES:
             hint = nearest(shape, list(SHAPES))
-            raise UserError(f"scheduler_config: shape: unknown '{shape}'{hint}; accepted: {', '.join(SHAPES)}")
+            raise ParameterError("shape", f"unknown '{shape}'{hint}; accepted: {', '.join(SHAPES)}")
         self.steps, self.warmup_steps, self.decay, self.final = steps, warmup_steps, decay, final
         self.shape = shape  # by name: a checkpoint holds these attributes
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from ldm.config import load_config, to_plain
+from ldm.config import EXPORTS, RunConfig, load_config, to_plain
 from ldm.errors import UserError, nearest
-from ldm.training.defaults import EXPORTS, SEED, TRAINER_KEYS, WEIGHTS
+from ldm.training.defaults import TRAINER_KEYS, WEIGHTS
 from ldm.training.run import Run, new_run, resumed_run
+from ldm.training.saved import saved_config
+from ldm.training.trainer_values import check_trainer_values
 
 if TYPE_CHECKING:
     from ldm.training.train import Start
@@ -31,7 +35,16 @@ Every argument of Lightning's Trainer is a key of lightning.trainer and also a f
 """
 
 
+log = logging.getLogger(__name__)
+
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+=")  # key.path=value
+
+# Flags that name a run or what it starts from, which is settled when it goes on.
+OF_A_NEW_RUN = (
+    *("actual_resume", "weights", "init_word", "embedding_manager_ckpt"),
+    *("name", "postfix", "project", "logdir", "datadir_in_name"),
+)
+MAY_BE_EMPTY = ("name", "postfix")
 
 
 def str2bool(text: str) -> bool:
@@ -44,6 +57,8 @@ def str2bool(text: str) -> bool:
 
 def trainer_value(text: str) -> Any:
     """The value of one of Lightning's flags, as YAML would have it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
     if ":" in text:  # a duration such as 00:12:00:00, which YAML takes for a number to the base of 60
         return text
     try:
@@ -80,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     boolean: dict[str, Any] = {"type": str2bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     what = parser.add_argument_group("what to run")
-    what.add_argument("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs, merged left to right")
+    what.add_argument(
+        "-b", "--base", action="extend", nargs="*", default=[], metavar="YAML", help="configs, merged left to right"
+    )
     what.add_argument("-t", "--train", default=False, help="train", **boolean)
     what.add_argument("--no-test", default=False, help="skip the test set, where the config has one", **boolean)
     what.add_argument("-r", "--resume", metavar="RUN", help="go on with a run: its folder, or a .ckpt in it")
@@ -95,8 +112,10 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("the run and its folder")
     run.add_argument("-n", "--name", default="", help="name of the run (default: the config's)")
     run.add_argument("-f", "--postfix", default="", help="appended to the name")
-    run.add_argument("-l", "--logdir", default="logs", help="where run folders are made (default: logs)")
-    run.add_argument("--datadir_in_name", default=True, help="begin the name with the data folder's", **boolean)
+    run.add_argument("-l", "--logdir", help="where run folders are made (default: logs)")
+    run.add_argument(
+        "--datadir_in_name", default=None, help="begin the name with the data folder's (default: true)", **boolean
+    )
     run.add_argument("-p", "--project", help="the run folder's parent, instead of --logdir")
     run.add_argument("-s", "--seed", type=int, help="seed of everything random (default: 23)")
     run.add_argument("--export", choices=EXPORTS, help="also write the weights alone at the end, in this precision")
@@ -112,69 +131,116 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The parsed command line; `trainer` holds what was given of Lightning's flags.
+    """Parse the command line; `trainer` holds what was given of Lightning's flags, `overrides` the key.path=value.
 
     Raises:
         UserError: an unknown flag (with the nearest valid one), a value that does not parse, or a stray word.
     """
     parser = build_parser()
-    visible = {flag for action in parser._actions for flag in action.option_strings}
+    visible = set(_flags(parser))
     for key in TRAINER_KEYS:
-        parser.add_argument(f"--{key}", dest=f"trainer.{key}", type=trainer_value, help=argparse.SUPPRESS)
-    words = list(sys.argv[1:] if argv is None else argv)
-    # Taken out first: behind a flag with an optional value, argparse would take an override for that value.
-    overrides = [word for word in words if OVERRIDE.match(word)]
-    args, rest = parser.parse_known_args([word for word in words if word not in overrides])
-    args.overrides = overrides
+        parser.add_argument(
+            f"--{key}", dest=f"trainer.{key}", type=trainer_value, help=argparse.SUPPRESS, default=argparse.SUPPRESS
+        )
+    overrides, words = _overrides_apart(parser, sys.argv[1:] if argv is None else argv)
+    _say_what_is_given_twice(parser, words)
+    args, rest = parser.parse_known_args(words)
     for word in rest:
         if not word.startswith("-"):
             raise UserError(f"'{word}' is neither a flag nor key.path=value; see --help")
         flag = word.partition("=")[0]
-        raise UserError(
-            f"unknown flag {flag}{nearest(flag, visible | {f'--{key}' for key in TRAINER_KEYS})}; see --help"
-        )
-    given = {key: value for key, value in vars(args).items() if key.startswith("trainer.")}
-    for key in given:
-        delattr(args, key)
-    args.trainer = {key.removeprefix("trainer."): value for key, value in given.items() if value is not None}
+        hint = nearest(flag, visible | {f"--{key}" for key in TRAINER_KEYS})
+        raise UserError(f"unknown flag {flag}{hint}; see --help")
+    # What is empty is a variable of the shell that was not set, or a mistake: it is never "not given".
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value.strip() and name not in MAY_BE_EMPTY:
+            raise UserError(f"--{name.removeprefix('trainer.')}: is empty; give a value, or leave the flag out")
+    args.overrides = overrides
+    given = [key for key in vars(args) if key.startswith("trainer.")]
+    args.trainer = {key.removeprefix("trainer."): vars(args).pop(key) for key in given}
     return args
 
 
-def prepare(args: argparse.Namespace) -> tuple[dict[str, Any], Run]:
-    """The config that the flags, the YAML files and a resumed run make together, and the run.
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield every flag of a parser."""
+    for action in parser._actions:
+        yield from action.option_strings
+
+
+def _overrides_apart(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of the form `key.path=value`, and the others.
+
+    argparse would take an override for the value of a flag before it that may have one. What follows a flag that
+    must have one is that value, whatever it looks like: a folder may be called `photos.v2=final`.
+    """
+    takes_one = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
+    overrides: list[str] = []
+    others: list[str] = []
+    for before, word in zip(["", *words], words):
+        is_override = OVERRIDE.match(word) and before not in takes_one
+        (overrides if is_override else others).append(word)
+    return overrides, others
+
+
+def _say_what_is_given_twice(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Warn of a flag whose first value is lost; that of --base is not."""
+    names = {flag: action for action in parser._actions for flag in action.option_strings}
+    given = [names[flag] for word in words if (flag := word.partition("=")[0]) in names]
+    for action in dict.fromkeys(given):
+        if given.count(action) > 1 and action.dest != "base":
+            log.warning("%s is given %d times: the last one counts", action.option_strings[-1], given.count(action))
+
+
+def prepare(args: argparse.Namespace) -> tuple[RunConfig, Run]:
+    """Make one config of the flags, the YAML files and a resumed run's own, and name the run.
 
     Raises:
         UserError: nothing to do, no config, or a part of it that cannot be read.
     """
     if not args.train and not args.resume:
         raise UserError("nothing to do: give -t to train, or -r RUN to go on with a run")
-    for flag in ("actual_resume", "weights", "init_word", "embedding_manager_ckpt", "name", "postfix", "project"):
-        if args.resume and getattr(args, flag):
+    for flag in OF_A_NEW_RUN:
+        if args.resume and getattr(args, flag) not in (None, ""):
             raise UserError(f"--{flag}: not together with --resume, which takes it from the run")
-    run = resumed_run(args.resume) if args.resume else new_run(args)
-    paths = [*(run.saved_configs() if args.resume else []), *args.base]
-    if not paths:
-        raise UserError("no config: give one with --base, such as configs/stable-diffusion/v1-finetune_unfrozen.yaml")
-    config = to_plain(load_config(paths, args.overrides))
-    apply_flags(config, args)
-    return config, run
+    if args.resume:
+        run = resumed_run(args.resume)
+        saved = saved_config(run).content
+    else:
+        run = new_run(args)
+        saved = {}
+        if not args.base:
+            example = "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
+            raise UserError(f"no config: give one with --base, such as {example}")
+    config = RunConfig(to_plain(load_config(args.base, args.overrides, saved)))
+    return with_flags(config, args), run
 
 
-def apply_flags(config: dict[str, Any], args: argparse.Namespace) -> None:
-    """Write what the flags say to where the YAML says it."""
-    settings = config.setdefault("run", {})
-    settings["seed"] = args.seed if args.seed is not None else settings.get("seed", SEED)
-    if args.scale_lr is not None:
-        settings["scale_lr"] = args.scale_lr
-    if args.export is not None:
-        settings["export"] = args.export
-    if settings.get("export") not in (None, *EXPORTS):
-        raise UserError(f"run.export: unknown '{settings['export']}'; accepted: {', '.join(EXPORTS)}")
-    lightning = _section(config, "lightning")
-    trainer = _section(lightning, "trainer")
-    trainer.update(args.trainer)
+def with_flags(config: RunConfig, args: argparse.Namespace) -> RunConfig:
+    """Return the config with what the flags say where the YAML says it.
+
+    Raises:
+        UserError: a value that cannot be used, or a section that is no mapping.
+    """
+    run = {"seed": args.seed, "scale_lr": args.scale_lr, "export": args.export}
+    values: dict[str, Any] = {f"run.{key}": value for key, value in run.items() if value is not None}
+    values["run.working_folder"] = os.getcwd()
+    values |= {f"lightning.trainer.{key}": value for key, value in args.trainer.items()}
+    config = config.having(values)
+    config = config.having({"run.seed": config.seed, **_device(config, args)})
+    config = config.having(_images(config, args))
+    if _needs_no_class_images(config):
+        config = config.without("data.params.reg", "data.params.num_class_images")
+    # Read once here, so that a value that is out of range is refused before anything is made.
+    _ = config.export, config.scale_lr
+    check_trainer_values(config.trainer)
+    return config
+
+
+def _device(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Return where and in which precision to train, as far as flags and YAML leave it open."""
+    trainer = dict(config.trainer)
     if args.gpus is not None:
-        from ldm.host import parse_gpus
+        from ldm.host import parse_gpus  # imports torch, which takes a second
 
         trainer.update(parse_gpus(args.gpus))
     elif "accelerator" not in trainer and "devices" not in trainer:
@@ -183,34 +249,29 @@ def apply_flags(config: dict[str, Any], args: argparse.Namespace) -> None:
         from ldm.host import default_precision
 
         trainer["precision"] = default_precision(trainer.get("accelerator", "auto"))
-    data = _section(_section(config, "data"), "params")
-    _apply_data_flags(data, args)
-    reg_weight = ((config.get("model") or {}).get("params") or {}).get("reg_weight", 1.0)
-    if data.get("reg") and not reg_weight and not _section(data["reg"], "params").get("data_root"):
-        del data["reg"]  # a prior that weighs nothing needs no images
-        data.pop("num_class_images", None)
+    return {f"lightning.trainer.{key}": value for key, value in trainer.items()}
 
 
-def _apply_data_flags(data: dict[str, Any], args: argparse.Namespace) -> None:
+def _images(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the folders of images and the class word that the flags give, by the keys of the datasets."""
+    values: dict[str, Any] = {}
     roots = {"train": args.data_root, "reg": args.reg_data_root, "validation": args.data_root}
     for name, root in roots.items():
-        if not data.get(name):
+        if not config.get(f"data.params.{name}"):
             if name == "reg" and root:
                 raise UserError("--reg_data_root: the config has no data.params.reg section")
             continue
-        params = _section(data[name], "params")
         if root:
-            params["data_root"] = root
+            values[f"data.params.{name}.params.data_root"] = root
         if args.class_word:
-            params["placeholder_token"] = args.class_word
+            values[f"data.params.{name}.params.placeholder_token"] = args.class_word
+    return values
 
 
-def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """The mapping under a key, made if it is not there."""
-    if not isinstance(config, dict) or not isinstance(config.get(key) or {}, dict):
-        raise UserError(f"{key}: expected a mapping")
-    config[key] = config.get(key) or {}
-    return config[key]
+def _needs_no_class_images(config: RunConfig) -> bool:
+    """Return whether the prior weighs nothing, and no folder is named for it."""
+    weighs = config.get("model.params.reg_weight", 1.0)
+    return bool(config.get("data.params.reg")) and not weighs and not config.get("data.params.reg.params.data_root")
 
 
 def start_of(args: argparse.Namespace) -> Start:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-SEED = 23
-IDENTIFIER = "sks"
-
 # The arguments of Lightning's Trainer, as the keys of lightning.trainer. Written down, because importing
 # Lightning takes seconds that `--help` and a mistyped flag need not wait for; a test compares.
 TRAINER_KEYS: tuple[str, ...] = (
@@ -53,9 +50,8 @@ TRAINER_KEYS: tuple[str, ...] = (
     "model_registry",
 )
 
-# Of the flags --weights and --export, for the same reason: what defines them imports torch.
+# Of the flag --weights, for the same reason: the room of checkpoints imports torch.
 WEIGHTS = ("trained", "ema")
-EXPORTS = ("fp32", "fp16", "bf16")
 
 TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,

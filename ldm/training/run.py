@@ -63,8 +63,8 @@ def forget_stamp() -> None:
 
 def new_run(args: argparse.Namespace) -> Run:
     """The folder that the flags name for a new run; it is not made yet."""
-    parent = Path(args.project or args.logdir)
-    data = Path(args.data_root).resolve().name if args.datadir_in_name and args.data_root else ""
+    parent = Path(args.project or args.logdir or "logs")
+    data = Path(args.data_root).resolve().name if args.datadir_in_name is not False and args.data_root else ""
     name = args.name or (Path(args.base[0]).stem if args.base else "run")
 
     def folder(stamp: str) -> Path:

@@ -16,12 +16,13 @@ from torch import Tensor
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
-from ldm.checkpoints.export import DTYPES, sha256, target_of
+from ldm.checkpoints.export import DTYPES, sha256
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.parts import load_parts
+from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import is_sharded
-from ldm.errors import UserError
-from ldm.training import defaults, memory, summary
+from ldm.errors import ParameterError, UserError
+from ldm.training import memory, summary
 from ldm.training.prepare import prepare
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
@@ -56,11 +57,11 @@ class Start:
     init_word: str | None = None
 
 
-def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test: bool = False) -> Trained:
+def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = False) -> Trained:
     """Train as `config` says, into `run`'s folder.
 
     Args:
-        config: plain containers, checked by `ldm.config.check_config`: model, data, lightning, run.
+        config: checked by `ldm.config.check_config`.
         run: a new folder, or one with a checkpoint to go on from.
         start: the initial weights of a new run.
         test: run the config's test set afterwards, if it has one.
@@ -70,9 +71,9 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     """
     start = start or Start()
     quiet_lightning()
-    seed = config.get("run", {}).get("seed", defaults.SEED)
-    pl.seed_everything(seed, workers=True, verbose=False)
-    data = instantiate_from_config(config["data"], "data", **_seeded(config["data"], seed))
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    seed = {} if config.get("data.params.seed") is not None else {"seed": config.seed}
+    data = instantiate_from_config(config.data, "data", **seed)
     data.check()  # images that do not decode, before the minutes that a large model takes to build
     config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
@@ -89,13 +90,13 @@ def train(config: Mapping[str, Any], run: Run, start: Start | None = None, test:
     _fit(trainer, model, data)
 
     keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
-    state = whole_state(trainer) if config.get("run", {}).get("export") and not interrupts.interrupted else None
+    state = whole_state(trainer) if config.export and not interrupts.interrupted else None
     if trainer.is_global_zero:
         found = data.summary()
         images = {key: found[key] for key in ("subject_images", "class_images")}
         if getattr(model, "lora", None) and keeper is not None and keeper.last_path.exists():
             path, adapted = keeper.last_path.with_name(summary.LORA), model.state_dict()
-            tuned = Checkpoint.of_run(path, adapted, config, trainer.global_step, images)
+            tuned = Checkpoint.of_run(path, adapted, config.content, trainer.global_step, images)
             tuned.as_lora(adapters_alone(adapted, model.lora.alpha)).save(path, title=run.folder.name)
         exported = None if state is None else _export(state, config, run, trainer.global_step, images)
         prompts = found["subject_prompts"]
@@ -112,6 +113,9 @@ def _fit(trainer: Any, model: Any, data: Any) -> None:
     torch.set_autocast_cache_enabled(False)
     try:
         trainer.fit(model, datamodule=data, weights_only=False)
+    except ParameterError as error:  # of one of the model's hooks, unless it says its whole path already
+        located = error.parameter.partition(".")[0] in SECTIONS[""]
+        raise error if located else error.under("model.params") from error
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error) or not hasattr(model, "objective"):
             raise
@@ -123,28 +127,23 @@ def _fit(trainer: Any, model: Any, data: Any) -> None:
         torch.set_autocast_cache_enabled(cache)
 
 
-def _with_base_model(config: Mapping[str, Any], start: Start) -> Mapping[str, Any]:
+def _with_base_model(config: RunConfig, start: Start) -> RunConfig:
     """The config with the file that the run starts from, for the header of what it will export."""
     if start.weights is None:
         return config
     base = {"file": start.weights.name}
     if start.weights.is_file():
         base["sha256"] = sha256(start.weights)
-    return {**config, "run": {**config.get("run", {}), "base_model": base}}
+    return config.having({"run.base_model": base})
 
 
-def _export(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], run: Run, steps: int, images: Mapping[str, int]
-) -> Path:
+def _export(state: Mapping[str, Tensor], config: RunConfig, run: Run, steps: int, images: Mapping[str, int]) -> Path:
     """Write the weights alone, in the precision that `run.export` asks for."""
-    precision = config["run"]["export"]
+    precision = str(config.export)
     path = run.checkpoints / f"{run.folder.name}-{precision}.safetensors"
-    Checkpoint.of_run(path, state, config, steps, images).merged().for_sampling().save(path, DTYPES[precision])
+    weights = Checkpoint.of_run(path, state, config.content, steps, images)
+    weights.merged().for_sampling().save(path, DTYPES[precision])
     return path
-
-
-def _seeded(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    return {} if "seed" in (config.get("params") or {}) else {"seed": seed}
 
 
 def _only(trainer: Any, kind: type) -> Any:
@@ -169,36 +168,25 @@ class _Announcement(pl.Callback):
             log.info(summary.start(trainer, pl_module, trainer.datamodule, self.run, self.weights, parameters))
 
 
-def build_model(config: Mapping[str, Any], start: Start, resumes: bool) -> tuple[Any, str]:
+def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:
     """The model with its initial weights, and a line that says where they are from.
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
     """
     if resumes:
-        return instantiate_from_config(target_of(config), "model"), ""
+        return instantiate_from_config(config.model, "model"), ""
     if start.weights is None:
-        model, report = instantiate_from_config(target_of(config), "model"), "newly initialised"
+        model, report = instantiate_from_config(config.model, "model"), "newly initialised"
         load_parts(model)
     else:
         # A folder has no config of its own; a file's adapters have the scale that its own config says.
-        checkpoint = Checkpoint.open(start.weights, config if start.weights.is_dir() else None).merged()
-        keeps_ema = bool(_params(config).get("use_ema", True))
-        model, loaded = checkpoint.for_training(start.take, keeps_ema).build(config=config)
+        checkpoint = Checkpoint.open(start.weights, config.content if start.weights.is_dir() else None).merged()
+        keeps_ema = bool(config.get("model.params.use_ema", True))
+        model, loaded = checkpoint.for_training(start.take, keeps_ema).build(config=config.content)
         report = f"{checkpoint}; {loaded}"
     if start.embeddings or start.init_word:
-        report += _write_embeddings(model, start, _identifier(config["data"]))
+        report += _write_embeddings(model, start, config.identifier)
     return model, report
-
-
-def _params(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The model's params."""
-    return config["model"].get("params") or {}
-
-
-def _identifier(data: Mapping[str, Any]) -> str:
-    """The identifier that the subject's captions use."""
-    params = ((data.get("params") or {}).get("train") or {}).get("params") or {}
-    return params.get("identifier", defaults.IDENTIFIER)
 
 
 def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
@@ -217,21 +205,13 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
     return report
 
 
-def set_learning_rates(model: Any, config: Mapping[str, Any], trainer: pl.Trainer, batch_size: int) -> None:
+def set_learning_rates(model: Any, config: RunConfig, trainer: pl.Trainer, batch_size: int) -> None:
     """Give the model `base_learning_rate`; with `scale_lr` all rates times accumulated batches, devices, batch size."""
-    model.learning_rate = base = base_learning_rate(config)
-    if not config.get("run", {}).get("scale_lr"):
+    model.learning_rate = base = config.base_learning_rate
+    if not config.scale_lr:
         return
     factors = (trainer.accumulate_grad_batches, trainer.world_size, batch_size)
     model.learning_rate = math.prod(factors, start=base)
     if text_training := getattr(model, "text_training", None):
         model.text_training = text_training.scaled(*factors)
     log.info("learning rate %.3g = %.3g x %d accumulated x %d devices x %d images", model.learning_rate, base, *factors)
-
-
-def base_learning_rate(config: Mapping[str, Any]) -> float:
-    """The rate that the config gives; raises a `UserError` if it gives none."""
-    base = config["model"].get("base_learning_rate")
-    if not isinstance(base, (int, float)) or base <= 0:
-        raise UserError(f"model.base_learning_rate: expected a positive number, got {base!r}")
-    return float(base)

@@ -8,17 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.callbacks.checkpoints import AtomicCheckpointIO, InterruptHandler
-from ldm.callbacks.csv_log import CsvLog, RowsFirst
+from ldm.callbacks.csv_log import RowsFirst
+from ldm.callbacks.keep_settings import KeepSettings
 from ldm.callbacks.setup import SetupCallback
+from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.optim.in_backward import SUFFIX
 from ldm.training import defaults
+from ldm.training.loggers import make_loggers
 from ldm.training.run import Run
 from ldm.training.sharding import make_strategy
-from ldm.util import instantiate_from_config
+from ldm.util import check_mapping, instantiate_from_config
 
 NOT_SETTABLE = {
     "callbacks": "lightning.callbacks",
@@ -41,36 +43,34 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=f"(?i){message}")
 
 
-def build_trainer(config: Mapping[str, Any], run: Run) -> Any:
+def build_trainer(config: RunConfig, run: Run) -> Any:
     """The Trainer of a run.
 
     Raises:
         UserError: an argument that Lightning does not take.
     """
-    lightning = config.get("lightning") or {}
-    given = lightning.get("trainer") or {}
-    default = defaults.TRAINER if not given.get("barebones") else defaults.BAREBONES_TRAINER
-    arguments = {**default, **given}
+    default = defaults.TRAINER if not config.trainer.get("barebones") else defaults.BAREBONES_TRAINER
+    arguments = {**default, **config.trainer}
     for key, instead in NOT_SETTABLE.items():
         if key in arguments:
             raise UserError(f"lightning.trainer.{key}: not settable here; use {instead}")
     if arguments.get("precision") in ("16-true", "bf16-true"):
         # Lightning would round the noise schedule with the weights: its first step would become noiseless.
         raise UserError(f"lightning.trainer.precision: {arguments['precision']}: use 16-mixed or bf16-mixed")
-    if arguments.get("logger", True) is True:
-        arguments["logger"] = False if arguments.get("barebones") else _loggers(run)
+    if not arguments.get("barebones"):
+        arguments["logger"] = make_loggers(arguments.get("logger", True), run)
     if "strategy" in arguments:
         arguments["strategy"] = make_strategy(arguments["strategy"])
-    callbacks = [c for c in build_callbacks(lightning, config, run) if not _switched_off(c, arguments)]
+    callbacks = [c for c in build_callbacks(config, run) if not _switched_off(c, arguments)]
     try:
         return pl.Trainer(default_root_dir=run.folder, **arguments, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
-    except (ValueError, TypeError, pl.utilities.exceptions.MisconfigurationException) as error:
+    except (ValueError, TypeError, ImportError, pl.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
 
 
-def check_in_backward(config: Mapping[str, Any], trainer: Any) -> None:
+def check_in_backward(config: RunConfig, trainer: Any) -> None:
     """Raise a `UserError` for what needs all gradients at once where the optimizer keeps none."""
-    optimizer = str((config["model"].get("params") or {}).get("optimizer"))
+    optimizer = str(config.get("model.params.optimizer"))
     if not optimizer.endswith(SUFFIX):
         return
     if found := needs_gradients(trainer):
@@ -100,30 +100,23 @@ def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:
     )
 
 
-def _loggers(run: Run) -> list[Any]:
-    # A folder for each start: Lightning's CSV logger empties the one it finds.
-    return [
-        TensorBoardLogger(run.folder, name="tensorboard", version="", default_hp_metric=False),
-        CsvLog(run.folder, name="csv", version=run.stamp, flush_logs_every_n_steps=10),
-    ]
-
-
-def build_callbacks(lightning: Mapping[str, Any], config: Mapping[str, Any], run: Run) -> list[pl.Callback]:
+def build_callbacks(config: RunConfig, run: Run) -> list[pl.Callback]:
     """The default callbacks, the config's, then the keepers of the run folder and its checkpoints."""
     configured = {name: dict(value) for name, value in defaults.CALLBACKS.items()}
-    for name, value in (lightning.get("callbacks") or {}).items():
-        if value is None:  # switched off
+    for name, value in config.section("lightning.callbacks").items():
+        if value is None or value is False:  # switched off
             configured.pop(name, None)
             continue
+        check_mapping(value, f"lightning.callbacks.{name}")
         known = configured.get(name, {})
         configured[name] = {**known, **value, "params": {**known.get("params", {}), **(value.get("params") or {})}}
-    monitor = (config["model"].get("params") or {}).get("monitor")
     return [
-        SetupCallback(run, {**config}),
+        SetupCallback(run, dict(config.content)),
+        KeepSettings(),
         *(instantiate_from_config(value, f"lightning.callbacks.{name}") for name, value in configured.items()),
         RowsFirst(),
         InterruptHandler(),
-        _checkpoint_callback(lightning.get("modelcheckpoint") or {}, run, monitor),
+        _checkpoint_callback(config.section("lightning.modelcheckpoint"), run, config.get("model.params.monitor")),
     ]
 
 

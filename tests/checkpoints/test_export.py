@@ -12,6 +12,7 @@ import main
 from ldm.checkpoints.ema import WEIGHTS, ema_weights
 from ldm.checkpoints.export import DTYPES, in_dtype, write_weights
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
+from ldm.config import EXPORTS
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.text_to_image import load_model
@@ -221,7 +222,7 @@ def test_flags_that_do_not_fit(flags, message, workspace, caplog):
 
 
 def test_flags_offer_what_there_is():
-    assert tuple(DTYPES) == defaults.EXPORTS and defaults.WEIGHTS == WEIGHTS
+    assert tuple(DTYPES) == EXPORTS and defaults.WEIGHTS == WEIGHTS
 
 
 # The command

@@ -103,7 +103,7 @@ def test_padding_is_zero_as_open_clip_pads():
         ({"layer": "first"}, "layer: unknown 'first'.*accepted: last, penultimate"),
         ({"arch": "ViT-H-114"}, "open_clip has no 'ViT-H-114'.*did you mean 'ViT-H-14'"),
         ({"text_config": {"widht": 3}}, "text_config: .*widht"),
-        ({"max_length": 78, "text_config": TEXT}, "max_length 78 exceeds context_length 77"),
+        ({"max_length": 78, "text_config": TEXT}, "max_length: 78 exceeds context_length 77"),
     ],
 )
 def test_text_encoders_that_cannot_be_built(wrong, message):

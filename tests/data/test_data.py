@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.image_folder import ImageFolderDataset, find_images, load_image, resize, to_array
-from ldm.data.personalized import PersonalizedBase, warn_no_effect
+from ldm.data.personalized import PersonalizedBase
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError
 from ldm.training.prepare import prepare
@@ -309,16 +308,6 @@ def test_config_errors_name_the_key(one):
         module(one, num_class_images=3)
     with pytest.raises(UserError, match=r"class_images\.unconditional: expected a share below 1, got 1"):
         module(one, one, class_images={"unconditional": 1})
-
-
-def test_keys_without_effect_warn_once(one, caplog):
-    warn_no_effect.cache_clear()
-    PersonalizedBase(one, size=8, per_image_tokens=False)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            PersonalizedBase(one, size=8, per_image_tokens=True)
-    assert [record.getMessage().split("'")[1] for record in caplog.records] == ["per_image_tokens"]
 
 
 # batches

@@ -104,7 +104,7 @@ def test_the_shapes_of_the_schedules():
     {"timesteps": 0}, {"timesteps": -5}, {"beta_schedule": "sqrt_linear", "linear_end": 1.0},
 ])  # fmt: skip
 def test_betas_out_of_range(wrong):
-    with pytest.raises(UserError, match=r"timesteps .* linear_start .* linear_end .*outside"):
+    with pytest.raises(UserError, match=r"timesteps: .* linear_start .* linear_end .*outside"):
         NoiseSchedule.create(**{"timesteps": 100, **wrong})
 
 
@@ -353,7 +353,7 @@ def test_compiled_and_channels_last_change_no_gradient(use_checkpoint):
 
 
 def test_compile_options_that_torch_does_not_take():
-    with pytest.raises(UserError, match=r"unet_config: compile: .*bakend"):
+    with pytest.raises(UserError, match=r"compile: .*bakend"):
         UNetModel(**{**UNET, "compile": {"bakend": "eager"}})
 
 
@@ -629,9 +629,9 @@ def test_unknown_conditioning_key():
     ({"model_channels": 48}, "48 channels is not a multiple of the 32"),
     ({"num_heads": 5}, "32 channels cannot be split into attention heads"),
     ({"num_heads": -1, "num_head_channels": 24}, "32 channels cannot be split into attention heads"),
-    ({"num_heads": -1}, "num_heads or num_head_channels"),
-    ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks has 3 entries for 2 in channel_mult"),
-    ({"use_spatial_transformer": False}, "use_spatial_transformer must be true"),
+    ({"num_heads": -1}, "num_heads: give it or num_head_channels"),
+    ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks: has 3 entries for 2 in channel_mult"),
+    ({"use_spatial_transformer": False}, "use_spatial_transformer: must be true"),
 ])  # fmt: skip
 def test_unet_with_impossible_widths(wrong, message):
     with pytest.raises(UserError, match=message):
@@ -672,8 +672,8 @@ def test_a_sample_does_not_depend_on_its_batch(golden_model):
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"text_config": golden.TEXT_CONFIG, "max_length": 78}, "max_length 78 exceeds max_position_embeddings 77"),
-    ({"text_config": {**golden.TEXT_CONFIG, "vocab_size": 1000}}, "vocab_size 1000 is below CLIP's 49408"),
+    ({"text_config": golden.TEXT_CONFIG, "max_length": 78}, "max_length: 78 exceeds max_position_embeddings 77"),
+    ({"text_config": {**golden.TEXT_CONFIG, "vocab_size": 1000}}, "vocab_size: 1000 is below CLIP's 49408"),
     ({"text_config": {"hiden_size": 32}}, "text_config.hiden_size: unknown field .did you mean 'hidden_size'"),
     ({"version": "no/such/folder/at/all"}, "cannot load the hub model or local folder 'no/such/folder/at/all'"),
 ])  # fmt: skip

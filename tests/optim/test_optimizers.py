@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.optim.in_backward import AdamWInBackward
 from ldm.optim.registry import make_optimizer
@@ -121,5 +122,5 @@ def test_clipping_fp16_needs_an_optimizer_that_leaves_unscaling_to_lightning(pre
 def test_fp16_in_backward_is_refused():
     trainer = SimpleNamespace(precision="16-mixed", gradient_clip_val=None, accumulate_grad_batches=1, world_size=2)
     with pytest.raises(UserError, match="precision: 16-mixed, several processes"):
-        check_in_backward({"model": {"params": {"optimizer": "adamw_in_backward"}}}, trainer)
-    check_in_backward({"model": {"params": {"optimizer": "adamw"}}}, trainer)
+        check_in_backward(RunConfig({"model": {"params": {"optimizer": "adamw_in_backward"}}}), trainer)
+    check_in_backward(RunConfig({"model": {"params": {"optimizer": "adamw"}}}), trainer)

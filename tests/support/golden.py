@@ -63,9 +63,10 @@ def rel(actual: Tensor, expected: Tensor) -> float:
 
 def latent_diffusion() -> nn.Module:
     """The `LatentDiffusion` that was recorded, with its weights, in training mode."""
-    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.util import instantiate_from_config
 
     text = {"target": CONFIG["cond_stage_config"]["target"], "params": {"text_config": TEXT_CONFIG}}
-    model = LatentDiffusion(**{**CONFIG, "cond_stage_config": text})
+    params = {**CONFIG, "cond_stage_config": text}
+    model = instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params})
     load_golden_weights(model)
     return model.train()

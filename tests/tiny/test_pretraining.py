@@ -118,7 +118,7 @@ def test_warmup_linear_decay():
     "wrong", [{"steps": 0}, {"steps": 5, "warmup_steps": 5}, {"steps": 5, "decay": -0.1}, {"steps": 5, "decay": 1.1}]
 )
 def test_schedules_that_make_no_sense(wrong):
-    with pytest.raises(UserError, match="scheduler_config"):
+    with pytest.raises(UserError, match="steps: expected steps > warmup_steps >= 0 and"):
         WarmupLinearDecay(**wrong)
 
 

@@ -33,14 +33,14 @@ def test_the_reference_command():
 
 def test_flags_reach_the_config():
     config, run = cli.prepare(cli.parse_args(REFERENCE_COMMAND))
-    data = config["data"]["params"]
+    data = config.content["data"]["params"]
     assert [data[name]["params"]["data_root"] for name in ("train", "reg", "validation")] == [
         "photos/",
         "class_images/",
         "photos/",
     ]
     assert {data[name]["params"]["placeholder_token"] for name in ("train", "reg", "validation")} == {"dog"}
-    assert config["run"]["seed"] == 23
+    assert config.seed == 23
     assert str(run.folder) == "logs/photos2026-01-02T03-04-05_my-dog"
 
 
@@ -74,9 +74,9 @@ def test_bfloat16_where_the_device_has_it(accelerator, flags, expected, tmp_path
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert devices.default_precision(accelerator) == expected
     config, _ = cli.prepare(cli.parse_args(REFERENCE_COMMAND))
-    assert config["lightning"]["trainer"]["precision"] == devices.default_precision("cpu")
+    assert config.trainer["precision"] == devices.default_precision("cpu")
     config, _ = cli.prepare(cli.parse_args([*REFERENCE_COMMAND, "--precision", "32-true"]))
-    assert config["lightning"]["trainer"]["precision"] == "32-true"
+    assert config.trainer["precision"] == "32-true"
 
 
 @pytest.mark.parametrize("flags, value", [([], None), (["--scale_lr"], True), (["--scale_lr", "False"], False)])
@@ -87,13 +87,13 @@ def test_scale_lr_is_an_optional_boolean(flags, value):
 def test_overrides_are_not_taken_for_the_value_of_a_flag():
     args = cli.parse_args(["--base", V1, "-t", "model.params.reg_weight=0.5", "data.params.batch_size=2"])
     config, _ = cli.prepare(args)
-    assert config["model"]["params"]["reg_weight"] == 0.5 and config["data"]["params"]["batch_size"] == 2
+    assert config.get("model.params.reg_weight") == 0.5 and config.content["data"]["params"]["batch_size"] == 2
 
 
 def test_trainer_arguments_are_flags():
     args = cli.parse_args(["--base", V1, "-t", "--max_steps", "7", "--precision=bf16-mixed"])
     config, _ = cli.prepare(args)
-    trainer = config["lightning"]["trainer"]
+    trainer = config.trainer
     assert trainer["max_steps"] == 7 and trainer["precision"] == "bf16-mixed"
     assert trainer["accelerator"] == "cpu"  # no --gpus, nothing in the YAML
 
@@ -122,7 +122,7 @@ def test_flags_of_a_new_run_do_not_go_with_resume(flag):
 def test_no_class_images_are_needed_when_they_weigh_nothing():
     more = ["model.params.reg_weight=0.0", "data.params.num_class_images=200"]
     args = cli.parse_args(["--base", V1, "-t", "--data_root", "a", *more])
-    assert not {"reg", "num_class_images"} & set(cli.prepare(args)[0]["data"]["params"])
+    assert not {"reg", "num_class_images"} & set(cli.prepare(args)[0].section("data.params"))
 
 
 @pytest.mark.parametrize("debug", [False, True])

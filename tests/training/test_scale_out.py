@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 import main
 from ldm import distributed as cluster
 from ldm.checkpoints.reading import read_checkpoint
+from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.sampling.text_to_image import load_model
 from ldm.training import run, sharding
@@ -228,7 +229,7 @@ def test_slurm_processes_agree_and_lightning_knows_them(tmp_path):
         second = cluster.agreed(lambda: f"of rank {rank}")
         settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp", "logger": False}
         plain = {"lightning": {"trainer": settings}, "model": {"params": {}}}
-        trainer = build_trainer(plain, run.Run(tmp_path / "run", stamp))
+        trainer = build_trainer(RunConfig(plain), run.Run(tmp_path / "run", stamp))
         environment = type(trainer._accelerator_connector.cluster_environment).__name__
         facts = [stamp, second, environment, trainer.world_size, trainer.global_rank, cluster.is_first()]
         (tmp_path / f"facts{rank}").write_text(json.dumps(facts))
@@ -255,7 +256,9 @@ def test_strategies_with_other_checkpoints_are_refused(name):
 
 def test_several_devices_train_with_ddp_by_default(tmp_path):
     plain = {"lightning": {"trainer": {"accelerator": "cpu", "devices": 2, "logger": False}}, "model": {}}
-    assert type(build_trainer(plain, run.Run(tmp_path / "run", "stamp")).strategy) is pl.strategies.DDPStrategy
+    assert (
+        type(build_trainer(RunConfig(plain), run.Run(tmp_path / "run", "stamp")).strategy) is pl.strategies.DDPStrategy
+    )
 
 
 def test_strategies_have_options():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 from ldm.util import instantiate_from_config
 
 # A tensor, a list of tensors, or {"c_concat": [...], "c_crossattn": [...]}.
@@ -49,10 +49,9 @@ class DiffusionWrapper(nn.Module):
     def __init__(self, unet_config: Mapping[str, Any], conditioning_key: str):
         super().__init__()
         if conditioning_key not in CONDITIONING_KEYS:
-            raise UserError(
-                f"model.params.conditioning_key: unknown '{conditioning_key}'; accepted: {', '.join(CONDITIONING_KEYS)}"
-            )
-        self.diffusion_model = instantiate_from_config(unet_config, "model.params.unet_config")
+            accepted = ", ".join(CONDITIONING_KEYS)
+            raise ParameterError("conditioning_key", f"unknown '{conditioning_key}'; accepted: {accepted}")
+        self.diffusion_model = instantiate_from_config(unet_config, "unet_config")
         self.conditioning_key = conditioning_key
 
     def forward(

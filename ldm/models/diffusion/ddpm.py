@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
@@ -78,9 +78,6 @@ class LatentDiffusion(pl.LightningModule):
         scheduler_config: a function from step to a factor for the learning rate, see `ldm.optim.schedules`.
         lora: `rank` and `alpha` of adapters on the UNet's attention and, with `cond_stage_trainable`, the text
             encoder's, which are trained instead of the model's own weights.
-        personalization_config: without effect: the identifier is a token that exists (`--init_word`
-            gives it another word's embedding). Nor have the keys behind it, which older configs hold;
-            a training says so once.
 
     The learning rate is the attribute `learning_rate`, which the training command sets.
     """
@@ -125,29 +122,12 @@ class LatentDiffusion(pl.LightningModule):
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
-        personalization_config: Mapping[str, Any] | None = None,
-        num_timesteps_cond: int | None = None,
-        embedding_reg_weight: float | None = None,
-        unfreeze_model: bool | None = None,
-        model_lr: float | None = None,
-        log_every_t: int | None = None,
         image_size: int = 64,
-        channels: int | None = None,
     ):
         super().__init__()
-        without_effect = {
-            "personalization_config": personalization_config,
-            "num_timesteps_cond": num_timesteps_cond,
-            "embedding_reg_weight": embedding_reg_weight,
-            "unfreeze_model": unfreeze_model,
-            "model_lr": model_lr,
-            "log_every_t": log_every_t,
-            "channels": channels,
-        }
-        self._without_effect = [name for name, value in without_effect.items() if value is not None]
         if parameterization not in PARAMETERIZATIONS:
             accepted = ", ".join(PARAMETERIZATIONS)
-            raise UserError(f"model.params.parameterization: unknown '{parameterization}'; accepted: {accepted}")
+            raise ParameterError("parameterization", f"unknown '{parameterization}'; accepted: {accepted}")
         self.parameterization: Parameterization = PARAMETERIZATIONS[parameterization]
         shares = {"caption_dropout": caption_dropout, "ema_decay": ema_decay, "unmasked_weight": unmasked_weight}
         _check_options(shares, min_snr_gamma, offset_noise)
@@ -176,8 +156,8 @@ class LatentDiffusion(pl.LightningModule):
         self.register_buffer("lvlb_weights", self.parameterization.vlb_weights(schedule), persistent=False)
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
-        self.first_stage_model = instantiate_from_config(first_stage_config, "model.params.first_stage_config")
-        self.cond_stage_model = instantiate_from_config(cond_stage_config, "model.params.cond_stage_config")
+        self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config")
+        self.cond_stage_model = instantiate_from_config(cond_stage_config, "cond_stage_config")
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
         self.lora, self._adapted = None if lora is None else lora_options(lora), False
@@ -397,11 +377,6 @@ class LatentDiffusion(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self.text_training.stop is not None:
             check_strategy(self.trainer.strategy)
-        if self._without_effect and self.trainer.is_global_zero:
-            log.warning(
-                "model.params: without effect here: %s (the learning rate is model.base_learning_rate)",
-                ", ".join(self._without_effect),
-            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch, "train")
@@ -513,16 +488,17 @@ def _clips_scaled(trainer: Any) -> bool:
 def _check_options(shares: Mapping[str, float], min_snr_gamma: float | None, offset_noise: float) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
-            raise UserError(f"model.params.{name}: expected a share from 0 to 1, got {value}")
+            raise ParameterError(name, f"expected a share from 0 to 1, got {value}")
     if min_snr_gamma is not None and min_snr_gamma <= 0:
-        raise UserError(f"model.params.min_snr_gamma: expected a positive number, got {min_snr_gamma}")
+        raise ParameterError("min_snr_gamma", f"expected a positive number, got {min_snr_gamma}")
     if not 0 <= offset_noise < math.inf:
-        raise UserError(f"model.params.offset_noise: expected 0 or more, got {offset_noise}")
+        raise ParameterError("offset_noise", f"expected 0 or more, got {offset_noise}")
 
 
 def _check_terminal(zero_terminal_snr: bool, parameterization: str) -> None:
     if zero_terminal_snr and parameterization != "v":
-        raise UserError(
-            f"model.params.zero_terminal_snr: needs parameterization: v, got {parameterization}: of noise alone, its "
-            "noise is known and says nothing about the image"
+        raise ParameterError(
+            "zero_terminal_snr",
+            f"needs parameterization: v, got {parameterization}: of noise alone, its noise is known and says nothing "
+            "about the image",
         )

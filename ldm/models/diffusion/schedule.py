@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 
 Latent = Float[Tensor, "b c h w"]
 Steps = Int[Tensor, " b"]
@@ -25,7 +25,7 @@ def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: f
         steps = np.arange(timesteps + 1, dtype=np.float64) / timesteps + cosine_s
         alphas_cumprod = np.cos(steps / (1 + cosine_s) * np.pi / 2) ** 2
         return np.clip(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0, 0.999)
-    raise UserError(f"model.params.beta_schedule: unknown '{schedule}'; accepted: linear, sqrt_linear, cosine")
+    raise ParameterError("beta_schedule", f"unknown '{schedule}'; accepted: linear, sqrt_linear, cosine")
 
 
 def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
@@ -80,12 +80,13 @@ class NoiseSchedule:
         if timesteps > 0 and min(linear_start, linear_end) > 0:  # no roots of negative numbers
             betas = make_betas(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         if not (betas.size and (betas > 0).all() and (betas < 1).all()):
-            raise UserError(
-                f"model.params: timesteps {timesteps}, linear_start {linear_start}, linear_end {linear_end} "
-                "give betas outside (0, 1)"
+            raise ParameterError(
+                "timesteps",
+                f"{timesteps}, with linear_start {linear_start} and linear_end {linear_end}, "
+                "gives betas outside (0, 1)",
             )
         if zero_terminal_snr and timesteps < 2:
-            raise UserError(f"model.params.zero_terminal_snr: needs 2 timesteps or more, got {timesteps}")
+            raise ParameterError("zero_terminal_snr", f"needs 2 timesteps or more, got {timesteps}")
         return cls.of_betas(with_zero_terminal_snr(betas) if zero_terminal_snr else betas)
 
     @classmethod

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ldm.errors import UserError, nearest
+from ldm.config import RunConfig
+from ldm.errors import ParameterError, UserError, nearest
 
 ADAPTER = ".lora_"  # what follows a layer's name in those of its adapters' parameters
 
@@ -37,11 +38,11 @@ class TextEncoderTraining:
             if value is None:
                 continue
             if not trainable:
-                raise UserError(f"model.params.text_encoder_{name}: needs cond_stage_trainable: true")
+                raise ParameterError(f"text_encoder_{name}", "needs cond_stage_trainable: true")
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise UserError(f"model.params.text_encoder_{name}: expected a positive number, got {value!r}")
+                raise ParameterError(f"text_encoder_{name}", f"expected a positive number, got {value!r}")
         if self.stop is not None and int(self.stop) != self.stop:
-            raise UserError(f"model.params.text_encoder_stop: expected a number of steps, got {self.stop!r}")
+            raise ParameterError("text_encoder_stop", f"expected a number of steps, got {self.stop!r}")
 
 
 def check_strategy(strategy: Any) -> None:
@@ -49,7 +50,7 @@ def check_strategy(strategy: Any) -> None:
     from pytorch_lightning.strategies import DDPStrategy
 
     if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
-        raise UserError("model.params.text_encoder_stop: needs --strategy ddp_find_unused_parameters_true with ddp")
+        raise ParameterError("text_encoder_stop", "needs --strategy ddp_find_unused_parameters_true with ddp")
 
 
 def fitting(patterns: Sequence[str], trained: Collection[str], others: Collection[str] = ()) -> set[str]:
@@ -62,15 +63,15 @@ def fitting(patterns: Sequence[str], trained: Collection[str], others: Collectio
         UserError: a pattern fits no name, or all names are fitted.
     """
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise UserError(f"model.params.freeze: expected a list of patterns, got {patterns!r}")
+        raise ParameterError("freeze", f"expected a list of patterns, got {patterns!r}")
     found: set[str] = set()
     for pattern in patterns:
         new = {name for name in trained if fnmatchcase(name, pattern)}
         if not new:
-            raise UserError(f"model.params.freeze: '{pattern}' fits {_why_nothing(pattern, trained, others)}")
+            raise ParameterError("freeze", f"'{pattern}' fits {_why_nothing(pattern, trained, others)}")
         found |= new
     if found and len(found) == len(trained):
-        raise UserError(f"model.params.freeze: {', '.join(patterns)}: nothing is left to train")
+        raise ParameterError("freeze", f"{', '.join(patterns)}: nothing is left to train")
     return found
 
 
@@ -103,8 +104,9 @@ def check_same_parameters(
     saved = states[0]["param_groups"]
     names = {None if (name := group.get("name")) is None else str(name).partition("-")[0] for group in saved}
     found = sum(len(group["params"]) for group in saved)
-    params = ((checkpoint.get("config") or {}).get("model") or {}).get("params") or {}
-    frozen = sorted(params.get("freeze") or []) if params else sorted(patterns)
+    before = RunConfig(checkpoint.get("config") or {})
+    known = bool(before.section("model.params"))
+    frozen = sorted(before.get("model.params.freeze", [])) if known else sorted(patterns)
     if names != set(groups) or found != count or frozen != sorted(patterns):
         raise UserError(
             f"the checkpoint to go on from trains {found} tensors in {_listed(names)}, this config {count} in "

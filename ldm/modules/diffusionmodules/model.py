@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 from ldm.modules.attention import attention
 
 
@@ -127,9 +127,9 @@ class Middle(nn.Module):
 def _check_widths(ch: int, ch_mult: Sequence[int]) -> list[int]:
     widths = [ch * mult for mult in ch_mult]
     if not widths or any(width < 1 or width % 32 for width in [ch, *widths]):
-        raise UserError(
-            f"ddconfig: ch {ch} and ch_mult {list(ch_mult)} give widths {widths}; "
-            "all must be multiples of the 32 norm groups"
+        raise ParameterError(
+            "ch_mult",
+            f"ch {ch} and ch_mult {list(ch_mult)} give widths {widths}; all must be multiples of the 32 norm groups",
         )
     return widths
 

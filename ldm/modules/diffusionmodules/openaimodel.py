@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
 
@@ -105,7 +105,6 @@ class UNetModel(nn.Module):
             of the transformer blocks, which keep most for their work.
         channels_last: weights and activations with their channels innermost, which is faster on some GPUs.
         compile: train the forward and backward pass that `torch.compile` makes, with its arguments if a mapping.
-        image_size, legacy, use_fp16: accepted for older configs, without effect.
 
     Raises:
         UserError: a width that 32 norm groups or the heads do not divide, or no spatial transformer.
@@ -129,15 +128,12 @@ class UNetModel(nn.Module):
         use_checkpoint: bool | str = False,
         channels_last: bool = False,
         compile: bool | Mapping[str, Any] = False,
-        image_size: int | None = None,
-        legacy: bool = False,
-        use_fp16: bool = False,
     ):
         super().__init__()
         if not use_spatial_transformer:
-            raise UserError("unet_config: use_spatial_transformer must be true: the text is read by cross-attention")
+            raise ParameterError("use_spatial_transformer", "must be true: the text is read by cross-attention")
         if use_checkpoint not in (True, False, "attention"):
-            raise UserError(f"unet_config: use_checkpoint: expected true, false or attention, got {use_checkpoint!r}")
+            raise ParameterError("use_checkpoint", f"expected true, false or attention, got {use_checkpoint!r}")
         levels = _plan(model_channels, channel_mult, num_res_blocks, attention_resolutions)
         _check_widths([level.width for level in levels], num_heads, num_head_channels)
         make = BlockFactory(
@@ -186,7 +182,7 @@ class UNetModel(nn.Module):
         try:
             return torch.compile(self._forward, **({} if isinstance(options, bool) else dict(options)))
         except (TypeError, RuntimeError) as error:
-            raise UserError(f"unet_config: compile: {' '.join(str(error).split())}") from error
+            raise ParameterError("compile", " ".join(str(error).split())) from error
 
     def use_memory_format(self) -> None:
         """Give the weights the layout of `channels_last`, in place, once they have their values."""
@@ -256,9 +252,7 @@ def _plan(
 ) -> list[Level]:
     blocks = [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
     if len(blocks) != len(channel_mult):
-        raise UserError(
-            f"unet_config: num_res_blocks has {len(blocks)} entries for {len(channel_mult)} in channel_mult"
-        )
+        raise ParameterError("num_res_blocks", f"has {len(blocks)} entries for {len(channel_mult)} in channel_mult")
     return [
         Level(mult * model_channels, number, 2**index in attention_resolutions)
         for index, (mult, number) in enumerate(zip(channel_mult, blocks))
@@ -300,9 +294,11 @@ def _way_up(make: BlockFactory, levels: list[Level], skips: list[int]) -> list[n
 
 def _check_widths(widths: Sequence[int], num_heads: int, num_head_channels: int) -> None:
     if num_heads < 1 and num_head_channels < 1:
-        raise UserError("unet_config: give num_heads or num_head_channels")
+        raise ParameterError("num_heads", "give it or num_head_channels")
     for width in widths:
         if width % 32:
-            raise UserError(f"unet_config: a width of {width} channels is not a multiple of the 32 norm groups")
+            raise ParameterError(
+                "model_channels", f"a width of {width} channels is not a multiple of the 32 norm groups"
+            )
         if width % (num_heads if num_head_channels == -1 else num_head_channels):
-            raise UserError(f"unet_config: {width} channels cannot be split into attention heads evenly")
+            raise ParameterError("num_heads", f"{width} channels cannot be split into attention heads evenly")

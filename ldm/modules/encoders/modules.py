@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import UserError, nearest
+from ldm.errors import ParameterError, nearest
 from ldm.modules.encoders.tokenizer import END, START, tokenize
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -45,13 +45,11 @@ class FrozenCLIPEmbedder(nn.Module):
         max_length: tokens a text is padded or cut to.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
         ckpt_path: a file of initial weights, for who builds the model (`ldm.checkpoints.parts.load_parts`).
-        device: accepted for older configs, without effect: the module follows its parent.
     """
 
     def __init__(
         self,
         version: str = CLIP_VIT_L_14,
-        device: str | None = None,
         max_length: int = 77,
         text_config: Mapping[str, Any] | None = None,
         use_checkpoint: bool = False,
@@ -62,9 +60,9 @@ class FrozenCLIPEmbedder(nn.Module):
         self.added_words: dict[str, list[int]] = {}  # beside the vocabulary's: the ids that each stands for
         text_model = _build_text_model(version, text_config)
         if max_length > (limit := text_model.config.max_position_embeddings):
-            raise UserError(f"cond_stage_config: max_length {max_length} exceeds max_position_embeddings {limit}")
+            raise ParameterError("max_length", f"{max_length} exceeds max_position_embeddings {limit}")
         if text_model.config.vocab_size <= END:
-            raise UserError(f"cond_stage_config: vocab_size {text_model.config.vocab_size} is below CLIP's {END + 1}")
+            raise ParameterError("vocab_size", f"{text_model.config.vocab_size} is below CLIP's {END + 1}")
         if use_checkpoint:
             recompute_activations(text_model)
         # Checkpoints hold the ids as a buffer; transformers stopped saving it.
@@ -104,17 +102,12 @@ class FrozenOpenCLIPEmbedder(nn.Module):
         max_length: tokens a text is padded (with 0) or cut to.
         text_config: open_clip's text fields that replace those of `arch`.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
-        version, device, freeze: accepted for older configs, without effect: no weights are loaded, the
-            module follows its parent, and `LatentDiffusion.cond_stage_trainable` says whether it is trained.
     """
 
     def __init__(
         self,
         arch: str = "ViT-H-14",
-        version: str | None = None,
-        device: str | None = None,
         max_length: int = 77,
-        freeze: bool = True,
         layer: str = "penultimate",
         text_config: Mapping[str, Any] | None = None,
         use_checkpoint: bool = False,
@@ -122,7 +115,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
         super().__init__()
         if layer not in LAYERS:
             hint = nearest(layer, list(LAYERS))
-            raise UserError(f"cond_stage_config.layer: unknown '{layer}'{hint}; accepted: {', '.join(LAYERS)}")
+            raise ParameterError("layer", f"unknown '{layer}'{hint}; accepted: {', '.join(LAYERS)}")
         self.max_length, self.blocks_left_out = max_length, LAYERS[layer]
         self.added_words: dict[str, list[int]] = {}  # as above
         self.model = _build_open_clip_text(arch, text_config)
@@ -131,7 +124,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
         # Weights that are there for other programs, and that nothing here reads.
         self.optional_keys = ("model.text_projection", "model.logit_scale", *left_out)
         if max_length > (limit := self.model.context_length):
-            raise UserError(f"cond_stage_config: max_length {max_length} exceeds context_length {limit}")
+            raise ParameterError("max_length", f"{max_length} exceeds context_length {limit}")
         self.model.transformer.grad_checkpointing = use_checkpoint
 
     def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
@@ -179,12 +172,12 @@ def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> An
             return CLIPTextModel.from_pretrained(version)
         except OSError as error:
             kind = "folder" if Path(version).exists() else "hub model or local folder"
-            raise UserError(f"cond_stage_config.version: cannot load the {kind} '{version}': {error}") from error
+            raise ParameterError("version", f"cannot load the {kind} '{version}': {error}") from error
     fields = dict(text_config or {})
     accepted = set(CLIPTextConfig().to_dict())
     for key in fields:
         if key not in accepted:
-            raise UserError(f"cond_stage_config.text_config.{key}: unknown field{nearest(key, accepted)}")
+            raise ParameterError(f"text_config.{key}", f"unknown field{nearest(key, accepted)}")
     return CLIPTextModel(CLIPTextConfig(**{**CLIP_VIT_L_14_TEXT, **fields}))
 
 
@@ -194,13 +187,13 @@ def _build_open_clip_text(arch: str, text_config: Mapping[str, Any] | None) -> A
 
     config = get_model_config(arch)
     if config is None:
-        raise UserError(f"cond_stage_config.arch: open_clip has no '{arch}'{nearest(arch, list_models())}")
+        raise ParameterError("arch", f"open_clip has no '{arch}'{nearest(arch, list_models())}")
     fields = {**config["text_cfg"], **(text_config or {})}
     # Its image tower is not read: a small one stands in for it until it goes.
     vision = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64, "head_width": 32}
     try:
         model = CLIP(config["embed_dim"], vision, fields, quick_gelu=config.get("quick_gelu", False))
     except TypeError as error:
-        raise UserError(f"cond_stage_config.text_config: {error}") from error
+        raise ParameterError("text_config", str(error)) from error
     del model.visual
     return model

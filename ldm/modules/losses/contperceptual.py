@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.errors import UserError, nearest
+from ldm.errors import ParameterError, UserError, nearest
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 Images = Float[Tensor, "b c h w"]
@@ -157,7 +157,7 @@ class LPIPSWithDiscriminator(nn.Module):
     ):
         super().__init__()
         if disc_conditional:
-            raise UserError("lossconfig.params.disc_conditional: not supported; remove it or set it to false")
+            raise ParameterError("disc_conditional", "not supported; remove it or set it to false")
         self.disc_loss = _choice("disc_loss", disc_loss, DISC_LOSSES)
         self.pixel_loss = _choice("pixel_loss", pixel_loss, PIXEL_LOSSES)
         self.disc_start, self.disc_factor, self.disc_weight = disc_start, disc_factor, disc_weight
@@ -228,7 +228,7 @@ def adaptive_weight(nll: Scalar, g_loss: Scalar, last_layer: Tensor) -> Scalar:
 def _choice(key: str, name: str, choices: dict[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
     if name not in choices:
         hint = nearest(name, list(choices))
-        raise UserError(f"lossconfig.params.{key}: unknown '{name}'{hint}; accepted: {', '.join(choices)}")
+        raise ParameterError(key, f"unknown '{name}'{hint}; accepted: {', '.join(choices)}")
     return choices[name]
 
 

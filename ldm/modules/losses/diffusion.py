@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError
 from ldm.rng import SampleRandom, derive_seed
 
 PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
@@ -28,7 +28,7 @@ def per_sample_loss(
     A sample whose weights are all 0 has the loss 0.
     """
     if loss_type not in PIXEL_LOSSES:
-        raise UserError(f"model.params.loss_type: unknown '{loss_type}'; accepted: {', '.join(PIXEL_LOSSES)}")
+        raise ParameterError("loss_type", f"unknown '{loss_type}'; accepted: {', '.join(PIXEL_LOSSES)}")
     error = PIXEL_LOSSES[loss_type](output.float(), target.float(), reduction="none")
     if weights is None:
         return error.mean(dim=(1, 2, 3))
