@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ldm.errors import ParameterError, nearest
 from ldm.host import CUDA
-from ldm.optim.in_backward import AdamWInBackward, InBackward
+from ldm.optim.in_backward import SUFFIX, AdamWInBackward, InBackward
 from ldm.optim.muon import Muon, muon_groups
 
 Part = nn.Module | Mapping[str, Any]  # a network, or a parameter group with its networks as `modules`
@@ -42,6 +42,13 @@ def check_name(name: str) -> None:
     if name not in OPTIMIZERS:
         hint = nearest(name, list(OPTIMIZERS))
         raise ParameterError("optimizer", f"unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}")
+
+
+def shares_state(first: str, second: str) -> bool:
+    """Return whether one optimizer can go on from the other's state."""
+    kinds = {"adam": "adamw"}  # the same moments; the decay of weights has no state
+    one, other = (kinds.get(name.removesuffix(SUFFIX), name.removesuffix(SUFFIX)) for name in (first, second))
+    return one == other
 
 
 def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -> Optimizer:

@@ -60,6 +60,16 @@ class WarmupDecay:
         left = max(0.0, 1 - step / self.steps) / self.decay
         return min(up, 1.0, self.final + (1 - self.final) * SHAPES[self.shape](left))
 
+    def __str__(self) -> str:
+        """Say how the rate changes, for the start summary."""
+        parts = []
+        if self.warmup_steps:
+            parts.append(f"up over {self.warmup_steps} steps")
+        if self.decay:
+            first = round((1 - self.decay) * self.steps)
+            parts.append(f"{self.shape} from step {first} down to {self.final:g} x at step {self.steps}")
+        return ", then ".join(parts)
+
 
 WarmupLinearDecay = WarmupDecay  # as configs name it that are older than the other shapes
 

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.first_step import PARTS
 from ldm.callbacks.timing import TimingCallback
 from ldm.distributed import is_sharded
 from ldm.modules.encoders import tokenizer
+from ldm.optim.schedules import WarmupDecay
 from ldm.training import memory
+from ldm.training.resume import Resumed
 from ldm.training.run import Run
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
@@ -58,7 +61,18 @@ def text_encoder(model: Any) -> str:
     return f", text encoder {' '.join(parts)}" if parts else ""
 
 
-def start(trainer: Any, model: Any, data: Any, run: Run, weights: str, training: str) -> str:
+def schedule(trainer: Any) -> str:
+    """Return how the learning rate changes with the steps."""
+    for config in trainer.lr_scheduler_configs:
+        function = config.scheduler.lr_lambdas[0] if isinstance(config.scheduler, LambdaLR) else None
+        if isinstance(function, WarmupDecay) and str(function):
+            return f", {function}"
+    return ""
+
+
+def start(
+    trainer: Any, model: Any, data: Any, run: Run, weights: str, training: str, resumed: Resumed | None = None
+) -> str:
     """What is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
     rows = {"training": training, "weights": weights}
     found = data.summary()
@@ -71,9 +85,13 @@ def start(trainer: Any, model: Any, data: Any, run: Run, weights: str, training:
         batch += f" x {number} {unit}" if number > 1 else ""
     if found["class_images"]:
         batch += f" of each; loss = subject + {model.objective.reg_weight:g} x prior"
-    rows["step"] = f"{batch}; learning rate {model.learning_rate:.3g}{text_encoder(model)}"
+    rows["step"] = f"{batch}; learning rate {model.learning_rate:.3g}{text_encoder(model)}{schedule(trainer)}"
     until = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
-    rows["steps"] = f"to {until}" + (f", going on from {run.resume_from}" if run.resume_from else "")
+    rows["steps"] = f"to {until}"
+    if resumed:
+        rows["steps"] += f", going on from step {resumed.step} ({run.resume_from})"
+        rows["changed"] = "; ".join(resumed.changed)
+        rows["changed before"] = "; ".join(resumed.still_changed)
     device = trainer.strategy.root_device
     rows["device"] = f"{device}, precision {trainer.precision}" + (
         f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

@@ -23,7 +23,9 @@ from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import is_sharded
 from ldm.errors import ParameterError, UserError
 from ldm.training import memory, summary
+from ldm.training.monitors import check_identifier, check_monitors
 from ldm.training.prepare import prepare
+from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
 from ldm.training.trainer import build_trainer, check_in_backward, quiet_lightning
@@ -71,9 +73,12 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     """
     start = start or Start()
     quiet_lightning()
+    resumed = check_resume(config, run) if run.resume_from else None
     pl.seed_everything(config.seed, workers=True, verbose=False)
     seed = {} if config.get("data.params.seed") is not None else {"seed": config.seed}
     data = instantiate_from_config(config.data, "data", **seed)
+    if not config.get("data.params.train"):
+        raise UserError("data.params.train: needed to train")
     data.check()  # images that do not decode, before the minutes that a large model takes to build
     config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
@@ -83,8 +88,11 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         check_shardable(model)
     set_learning_rates(model, config, trainer, data.batch_size)
 
+    check_monitors(trainer, model, data)
+    check_identifier(config.identifier, data.summary()["subject_prompts"])
+
     prepare(model, data, trainer, run.resume_from)
-    trainer.callbacks.append(_Announcement(run, report))
+    trainer.callbacks.append(_Announcement(run, report, resumed))
     if run.resume_from:  # not as an argument of fit, which hides it from the callbacks and the data
         trainer.ckpt_path = str(run.resume_from)
     _fit(trainer, model, data)
@@ -154,8 +162,8 @@ def _only(trainer: Any, kind: type) -> Any:
 class _Announcement(pl.Callback):
     """Logs the start summary, once the images are there and the devices are known."""
 
-    def __init__(self, run: Run, weights: str):
-        self.run, self.weights = run, weights
+    def __init__(self, run: Run, weights: str, resumed: Resumed | None):
+        self.run, self.weights, self.resumed = run, weights, resumed
         self.parameters = ""
 
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
@@ -165,7 +173,8 @@ class _Announcement(pl.Callback):
         if trainer.is_global_zero:
             # Of sharded weights, only a part is left to be counted; and adapters are new since `setup`.
             parameters = self.parameters if is_sharded(trainer) else summary.parameters(pl_module)
-            log.info(summary.start(trainer, pl_module, trainer.datamodule, self.run, self.weights, parameters))
+            data = trainer.datamodule
+            log.info(summary.start(trainer, pl_module, data, self.run, self.weights, parameters, self.resumed))
 
 
 def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:

@@ -300,9 +300,9 @@ def test_bad_parameters(one, params, words):
 
 
 def test_config_errors_name_the_key(one):
-    with pytest.raises(UserError, match=r"data\.params\.train\.params\.repeat: .*'repeats'"):
+    with pytest.raises(UserError, match=r"train\.params\.repeat: .*'repeats'"):
         module(one, train={"repeat": 3})
-    with pytest.raises(UserError, match=r"data\.params\.batch_size"):
+    with pytest.raises(UserError, match="batch_size: expected at least 1"):
         module(one, batch_size=0)
     with pytest.raises(UserError, match=r"needs data\.params\.reg"):
         module(one, num_class_images=3)

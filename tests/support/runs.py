@@ -35,7 +35,7 @@ def pictures(folder: Path, count: int, seed: int = 0) -> Path:
 
 def config(tmp_path: Path, **overrides: Any) -> Path:
     """A complete YAML in the reference's shape; `overrides` are `section__key=value`, levels split by `__`."""
-    model = dict(golden.CONFIG)
+    model = dict(golden.RECORDED)
     model["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
         "params": {"text_config": golden.TEXT_CONFIG},

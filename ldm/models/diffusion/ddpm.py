@@ -404,6 +404,12 @@ class LatentDiffusion(pl.LightningModule):
         size = len(self.objective.halves(batch)[0][self.cond_stage_key])
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
+    def metric_names(self, has_prior: bool) -> dict[str, list[str]]:
+        """Return the metrics that a training logs: those of every step, and those of a validation."""
+        names = ["loss_simple", "loss_vlb", "loss", *(["loss_prior"] if has_prior else []), "loss_total"]
+        validation = [f"val/{name}{averaged}" for averaged in ("", "_ema") for name in names]
+        return {"train": [f"train/{name}" for name in names], "val": validation}
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Here and not at the batch's end: a checkpoint written there must hold this step's averages.

@@ -1,0 +1,93 @@
+"""What a run is asked to watch and to bind: metrics that something logs, an identifier that is one token."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldm.errors import UserError, nearest
+from ldm.modules.encoders import tokenizer
+
+log = logging.getLogger(__name__)
+
+RATES = "lr-"  # how the metrics of Lightning's LearningRateMonitor begin
+KNOWN = ("ldm", "main", "pytorch_lightning")  # packages whose callbacks log nothing that is not known here
+
+
+def check_monitors(trainer: Any, model: Any, data: Any) -> None:
+    """Compare the metrics that callbacks watch with those that the model says it logs.
+
+    Raises:
+        UserError: nothing logs a watched metric in this run, so that its callback would never act.
+    """
+    if not hasattr(model, "metric_names") or not hasattr(data, "datasets"):
+        return
+    if not all(_is_known(callback) for callback in trainer.callbacks):
+        return  # others log what they like
+    has_prior = "reg" in data.datasets or bool(data.num_class_images)
+    logged = model.metric_names(has_prior)
+    without_validation = _why_no_validation(trainer, data)
+    for where, metric, is_needed in _watched(trainer):
+        if metric.startswith(RATES) or metric in logged["train"]:
+            continue
+        if metric not in logged["val"]:
+            names = [*logged["train"], *logged["val"]]
+            raise UserError(f"{where}: nothing logs '{metric}'{nearest(metric, names)}; logged are {', '.join(names)}")
+        if is_needed and without_validation:
+            trained = ", ".join(logged["train"])
+            raise UserError(
+                f"{where}: '{metric}' is of the validation, but {without_validation}; without it: {trained}"
+            )
+
+
+def _is_known(callback: pl.Callback) -> bool:
+    return type(callback).__module__.partition(".")[0] in KNOWN
+
+
+def _watched(trainer: Any) -> Iterator[tuple[str, str, bool]]:
+    """Yield where a metric is named, the metric, and whether its callback does nothing without it."""
+    for callback in trainer.callbacks:
+        name = type(callback).__name__
+        if isinstance(monitor := getattr(callback, "monitor", None), str):
+            yield f"monitor of {name}", monitor, True
+        # Of `model.params.monitor` the summary names the best checkpoint, where it is measured.
+        if isinstance(score := getattr(callback, "score", None), str):
+            yield "model.params.monitor", score, False
+
+
+def _why_no_validation(trainer: Any, data: Any) -> str:
+    """Return why this run never validates; an empty text if it does."""
+    if "validation" not in data.datasets:
+        return "the config has no data.params.validation"
+    if trainer.limit_val_batches == 0:
+        return "lightning.trainer.limit_val_batches is 0"
+    # After how many steps the first validation comes.
+    batches = max(1, len(data.datasets["train"]) // (data.batch_size * trainer.world_size))
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    interval = trainer.val_check_interval
+    if isinstance(interval, int):
+        first = interval
+    elif isinstance(interval, float):
+        first = int(batches * interval) if interval < 1 else batches * (trainer.check_val_every_n_epoch or 1)
+    else:
+        return ""  # a time
+    step = math.ceil(first / trainer.accumulate_grad_batches)
+    if 0 < trainer.max_steps < step:
+        return f"the first one comes after step {step} and max_steps is {trainer.max_steps}"
+    return ""
+
+
+def check_identifier(identifier: str, prompts: Sequence[str]) -> None:
+    """Warn if the word that names the subject in the prompts is several tokens."""
+    tokens = tokenizer.encode(identifier)
+    if len(tokens) > 1 and any(identifier in prompt for prompt in prompts):
+        log.warning(
+            "data.params.train.params.identifier: '%s' is %d tokens (%s), which other words share: a rare word of one "
+            "token, such as sks, is bound more easily",
+            *(identifier, len(tokens), " ".join(map(str, tokens))),
+        )

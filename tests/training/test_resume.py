@@ -1,0 +1,178 @@
+"""A run that goes on: the config's settings hold, the checkpoint's progress is kept, the rest is refused or shown."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import main
+from tests.support import runs
+from tests.support.runs import checkpoint, metrics, same
+
+DECAY = ["model.params.scheduler_config.target=ldm.optim.schedules.WarmupDecay"]
+RATE = 1e-3  # of `runs.config`
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return runs.Workspace(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def finished(workspace):
+    """A run of 2 steps whose rate falls to 0 at its end."""
+    return workspace.train("finished", "--max_steps", "2", *DECAY)
+
+
+@pytest.fixture
+def run(finished, workspace, tmp_path):
+    """A copy of that run: a test may go on with it."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def rates(run):
+    """The rates of the next step, and those of the steps that were done, as logged."""
+    (optimizer,) = checkpoint(run)["optimizer_states"]
+    logged = [float(row["lr-AdamW"]) for row in runs.csv_rows(run) if row.get("lr-AdamW")]
+    return [group["lr"] for group in optimizer["param_groups"]], logged
+
+
+def refused(caplog, *arguments):
+    """The error of a command."""
+    caplog.clear()
+    assert main.main(list(arguments)) == 1
+    (error,) = [message for message in caplog.messages if message.startswith("error: ")]
+    return error
+
+
+def test_more_steps_are_steps_of_the_schedule_of_now(run, workspace, caplog):
+    assert rates(run) == ([0.0], [RATE, RATE / 2])
+    workspace.resume(run, "--max_steps", "4")
+    assert rates(run) == ([0.0], [RATE, RATE / 2, RATE / 2, RATE / 4])
+    assert "linear from step 0 down to 0 x at step 4" in caplog.text and "going on from step 2" in caplog.text
+    assert "lightning.trainer.max_steps 2 -> 4" in caplog.text
+
+
+def test_a_schedules_own_steps_hold_in_the_middle_of_a_run(run, workspace):
+    workspace.resume(run, "--max_steps", "3", "model.params.scheduler_config.params.steps=8")
+    assert rates(run)[1][2:] == [RATE * 6 / 8]
+
+
+def test_a_given_rate_is_the_rate(run, workspace, caplog):
+    workspace.resume(run, "--max_steps", "4", "model.base_learning_rate=5e-6")
+    assert rates(run)[1][2:] == [5e-6 / 2, 5e-6 / 4]
+    assert "learning rate 5e-06" in caplog.text and "model.base_learning_rate 0.001 -> 5e-06" in caplog.text
+
+
+def test_a_schedule_comes_or_goes_where_the_run_stands(run, workspace):
+    workspace.resume(run, "--max_steps", "3", "model.params.scheduler_config=null")
+    assert rates(run) == ([RATE], [RATE, RATE / 2, RATE])
+    workspace.resume(run, "--max_steps", "4", *DECAY, "model.params.scheduler_config.params.steps=4")
+    assert rates(run)[1][3:] == [RATE / 4]
+
+
+def test_the_text_encoders_rate_is_the_given_one(workspace):
+    run = workspace.train("text", "--max_steps", "1", "model.params.text_encoder_lr=1e-4")
+    workspace.resume(run, "--max_steps", "2", "model.params.text_encoder_lr=3e-5")
+    assert rates(run)[0] == [RATE, 3e-5]
+
+
+def test_without_a_change_nothing_changes(run, workspace, finished):
+    """Bit for bit that of a run that was not interrupted, with the last rate not 0."""
+    straight = workspace.train("straight", "--max_steps", "3", *DECAY, "model.params.scheduler_config.params.steps=9")
+    first = workspace.train("first", "--max_steps", "1", *DECAY, "model.params.scheduler_config.params.steps=9")
+    workspace.resume(first, "--max_steps", "3")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(checkpoint(first)[part], checkpoint(straight)[part]), part
+    assert [row["train/loss_total"] for row in metrics(first)] == [row["train/loss_total"] for row in metrics(straight)]
+
+
+def test_a_callbacks_argument_is_the_given_one(run, workspace):
+    stopping = ["lightning.callbacks.stop.target=pytorch_lightning.callbacks.EarlyStopping"]
+    stopping += ["lightning.callbacks.stop.params.monitor=train/loss", "lightning.callbacks.stop.params.patience=3"]
+    workspace.resume(run, "--max_steps", "6", *stopping)
+    workspace.resume(run, "--max_steps", "7", "lightning.callbacks.stop.params.patience=5")
+    states = checkpoint(run)["callbacks"]
+    (state,) = [value for name, value in states.items() if name.startswith("EarlyStopping")]
+    assert state["patience"] == 5
+
+
+def test_what_an_earlier_command_changed_is_shown(run, workspace, caplog):
+    workspace.resume(run, "--max_steps", "3", "lightning.callbacks.first_step=null")
+    assert "lightning.callbacks.first_step as by default -> null" in caplog.text
+    caplog.clear()
+    workspace.resume(run, "--max_steps", "4")
+    (summary,) = [message for message in caplog.messages if message.startswith("Training\n")]
+    (before,) = [line for line in summary.splitlines() if line.strip().startswith("changed before")]
+    assert "lightning.callbacks.first_step as by default -> null" in before and "max_steps" not in before
+
+
+@pytest.mark.parametrize("change, message", [
+    ("model.params.linear_end=0.02", "model.params.linear_end: 0.012 in the run, now 0.02: the noise schedule is part"),
+    ("model.params.timesteps=500", "model.params.timesteps: 1000 in the run, now 500: the noise schedule is part"),
+    ("model.params.use_ema=true", "model.params.use_ema: False in the run, now True"),
+    ("model.params.cond_stage_trainable=false", "model.params.cond_stage_trainable: True in the run, now False"),
+    ("model.params.freeze=[model.*]", "model.params.freeze: None in the run, now ['model.*']"),
+    ("model.params.lora.rank=4", "model.params.lora: None in the run, now {'rank': 4}: the adapters are part"),
+    ("model.params.text_encoder_lr=1e-4", "model.params.text_encoder_lr: None in the run, now 0.0001"),
+    ("model.params.optimizer=muon", "model.params.optimizer: adamw in the run, now muon: it cannot go on from"),
+    ("model.target=ldm.models.autoencoder.AutoencoderKL", "model.target: ldm.models.diffusion.ddpm.LatentDiffusion in"),
+    ("lightning.trainer.max_steps=1", "lightning.trainer.max_steps: 1, but the run has done 2 steps"),
+])  # fmt: skip
+def test_what_cannot_change_is_refused_by_name_and_leaves_no_trace(finished, caplog, change, message):
+    before = sorted(finished.rglob("*"))
+    error = refused(caplog, "-r", str(finished), change)
+    assert message in error and "\n" not in error
+    assert sorted(finished.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags", [["--logdir", "x"], ["--datadir_in_name", "false"], ["--actual_resume", "x.ckpt"]])
+def test_flags_of_a_new_run_are_refused(finished, caplog, flags):
+    assert f"error: {flags[0]}: not together with --resume" in refused(caplog, "-r", str(finished), *flags)
+
+
+def test_weights_alone_are_no_run(run, caplog):
+    path = run / "checkpoints" / "last.ckpt"
+    content = {key: value for key, value in checkpoint(run).items() if key != "optimizer_states"}
+    path.unlink()  # a second name of the checkpoint beside it
+    torch.save(content, path)
+    assert "has weights alone" in refused(caplog, "-r", str(run))
+
+
+# Places
+
+
+def test_a_run_goes_on_from_another_folder_and_after_it_was_moved(tmp_path, monkeypatch):
+    (home := tmp_path / "home").mkdir()
+    monkeypatch.chdir(home)
+    workspace = runs.Workspace(home)
+    arguments = workspace.arguments("moved", "--max_steps", "1")
+    here = [os.path.relpath(word, home) if word.startswith(str(home)) else word for word in arguments]
+    assert main.main(here) == 0
+    moved = shutil.move(workspace.run("moved"), tmp_path / "elsewhere.v2")
+    monkeypatch.chdir(tmp_path)
+    workspace.resume(moved, "--max_steps", "2")
+    assert checkpoint(moved)["global_step"] == 2 and not list(home.glob("logs/*"))
+    # And the whole workspace.
+    home.rename(tmp_path / "new_home")
+    moved = shutil.move(moved, tmp_path / "new_home/logs/run")
+    monkeypatch.chdir(tmp_path / "new_home")
+    workspace.resume(moved, "--max_steps", "3")
+    assert checkpoint(moved)["global_step"] == 3
+
+
+def test_names_that_look_like_something_else(tmp_path, monkeypatch):
+    """Interpolations, overrides and backslashes are taken as they are, and come back from the saved config."""
+    workspace = runs.Workspace(tmp_path)
+    photos = workspace.photos.rename(tmp_path / "photos.v2=${final}\\${x}")
+    arguments = workspace.arguments("a${b}", "--max_steps", "1")
+    arguments[arguments.index("--data_root") + 1] = str(photos)
+    assert main.main(arguments) == 0
+    (run,) = workspace.logs.iterdir()
+    assert run.name.endswith("_a${b}") and run.name.startswith(photos.name)
+    workspace.resume(run, "--max_steps", "2")
+    (saved, *_) = sorted(run.glob("configs/*-project.yaml"))
+    params = OmegaConf.to_container(OmegaConf.load(saved), resolve=True)["data"]["params"]["train"]["params"]
+    assert params["data_root"] == str(photos)
