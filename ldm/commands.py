@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import runpy
 import signal
 from collections.abc import Callable
 
+from ldm.config import PROJECT
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -45,3 +47,25 @@ def exit_status(command: Callable[[], int | None], debug: Callable[[], bool] = l
             raise
         log.error("error: %s: %s: %s", error.filename or "writing", error.strerror, OF_THE_DISK[error.errno])
     return 1
+
+
+# What an installed package has as commands: the files that a checkout runs with `python`.
+
+
+def train() -> None:
+    """Run `main.py`."""
+    _run("main.py")
+
+
+def txt2img() -> None:
+    """Run `scripts/stable_txt2img.py`."""
+    _run("scripts/stable_txt2img.py")
+
+
+def convert() -> None:
+    """Run `scripts/convert.py`."""
+    _run("scripts/convert.py")
+
+
+def _run(name: str) -> None:
+    runpy.run_path(str(PROJECT / name), run_name="__main__")

@@ -20,6 +20,10 @@ from ldm.util import check_mapping, check_params, get_obj_from_str, legacy_keys
 
 log = logging.getLogger(__name__)
 
+_PACKAGE = Path(__file__).resolve().parent
+# The folder with `main.py`, `configs/`, `scripts/` and `models/`: the checkout, or what an installed wheel brings.
+PROJECT = _PACKAGE / "project" if (_PACKAGE / "project").is_dir() else _PACKAGE.parent
+
 # Keys outside of `params`, which the signatures of their targets check.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "": ("model", "data", "lightning", "run"),

@@ -11,8 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import ParameterError, UserError, nearest, under
 
-# Modules that have moved: a target in a YAML or a saved run may still name the old place.
+# What has moved: a target in a YAML or a saved run may still name the old place. Modules, and single targets.
 RENAMED = {
+    "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
+    "main.ImageLogger": "ldm.callbacks.image_logger.ImageLogger",
+    "main.SetupCallback": "ldm.callbacks.setup.SetupCallback",
     "ldm.lr_scheduler": "ldm.optim.schedules",
     "ldm.data.world": "ldm.tiny.world",
     "ldm.models.clip": "ldm.tiny.clip",
@@ -55,7 +58,7 @@ LEGACY: dict[str, dict[str, str]] = {
 
 def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
     """Return the object that a dotted path such as `ldm.models.autoencoder.AutoencoderKL` names."""
-    module_name, _, name = str(target).rpartition(".")
+    module_name, _, name = RENAMED.get(str(target), str(target)).rpartition(".")
     module_name = RENAMED.get(module_name, module_name)
     if not module_name or not all(part.isidentifier() for part in str(target).split(".")):
         raise ParameterError(where, f"'{target}' is not a dotted path such as 'package.module.Class'")

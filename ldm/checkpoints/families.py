@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ldm.config import PROJECT
 from ldm.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "stable-diffusion"
+CONFIGS = PROJECT / "configs" / "stable-diffusion"
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from ldm.config import PROJECT
 from ldm.errors import UserError
 from ldm.sampling.text_to_image import Recipe, image_seed, load_model, text_to_image
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = PROJECT
 WEIGHTS = ROOT / "models/tiny/sd-tiny.safetensors"
 CLIP_IMAGES = ROOT / "models/tiny/clip-image.safetensors"
 SUBJECTS = ROOT / "models/tiny/subjects"

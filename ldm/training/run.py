@@ -18,6 +18,10 @@ from ldm.errors import UserError
 STAMP_VARIABLE = "DREAMBOOTH_RUN_STAMP"
 
 
+LONGEST_NAME = 255 - 40  # of any file, without `-fp16.safetensors` and the like behind it
+LONGEST_STAMP = "2026-01-02T03-04-05_00"
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run's files are, and the checkpoint that it goes on from."""
@@ -70,8 +74,20 @@ def new_run(args: argparse.Namespace) -> Run:
     def folder(stamp: str) -> Path:
         return parent / f"{data}{stamp}_{name}{args.postfix}"
 
+    _check_length(folder(LONGEST_STAMP).relative_to(parent))
     stamp = time_stamp(lambda stamp: folder(stamp).exists())
     return Run(folder(stamp), stamp)
+
+
+def _check_length(name: Path) -> None:
+    """Raise a `UserError` if a run's name is too long for a file system, with what files add that have it in theirs."""
+    for part in name.parts:
+        length = len(os.fsencode(part))
+        if length > LONGEST_NAME:
+            raise UserError(
+                f"--name, --postfix and --data_root give a run folder whose name has {length} bytes, of {LONGEST_NAME} "
+                f"that it may have ({part[:60]}...): give a shorter --name, or --datadir_in_name false"
+            )
 
 
 def resumed_run(resume: str) -> Run:

@@ -28,7 +28,7 @@ from ldm.training.prepare import prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
-from ldm.training.trainer import build_trainer, check_in_backward, quiet_lightning
+from ldm.training.trainer import build_trainer, check_optimizer, quiet_lightning
 from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     data.check()  # images that do not decode, before the minutes that a large model takes to build
     config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
-    check_in_backward(config, trainer)
+    check_optimizer(config, trainer)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
     if is_sharded(trainer):
         check_shardable(model)

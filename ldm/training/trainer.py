@@ -14,8 +14,9 @@ from ldm.callbacks.csv_log import RowsFirst
 from ldm.callbacks.keep_settings import KeepSettings
 from ldm.callbacks.setup import SetupCallback
 from ldm.config import RunConfig
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError, under
 from ldm.optim.in_backward import SUFFIX
+from ldm.optim.registry import check_name
 from ldm.training import defaults
 from ldm.training.loggers import make_loggers
 from ldm.training.run import Run
@@ -68,13 +69,16 @@ def build_trainer(config: RunConfig, run: Run) -> Any:
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
 
 
-def check_in_backward(config: RunConfig, trainer: Any) -> None:
-    """Raise a `UserError` for what needs all gradients at once where the optimizer keeps none."""
-    optimizer = str(config.get("model.params.optimizer"))
-    if not optimizer.endswith(SUFFIX):
+def check_optimizer(config: RunConfig, trainer: Any) -> None:
+    """Raise a `UserError` for an unknown optimizer, or for what needs all gradients where it keeps none."""
+    optimizer = config.get("model.params.optimizer")
+    if optimizer is None:
         return
-    if found := needs_gradients(trainer):
-        raise UserError(f"model.params.optimizer: {optimizer} keeps no gradients, so not with {', '.join(found)}")
+    with under("model.params"):
+        check_name(optimizer)
+        found = needs_gradients(trainer) if optimizer.endswith(SUFFIX) else []
+        if found:
+            raise ParameterError("optimizer", f"{optimizer} keeps no gradients, so not with {', '.join(found)}")
 
 
 def needs_gradients(trainer: Any) -> list[str]:

@@ -10,7 +10,7 @@ from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.optim.in_backward import AdamWInBackward
 from ldm.optim.registry import make_optimizer
-from ldm.training.trainer import check_in_backward
+from ldm.training.trainer import check_optimizer
 from tests.models.test_diffusion import build
 from tests.support import runs
 from tests.support.runs import Workspace, checkpoint, metrics, same
@@ -122,5 +122,5 @@ def test_clipping_fp16_needs_an_optimizer_that_leaves_unscaling_to_lightning(pre
 def test_fp16_in_backward_is_refused():
     trainer = SimpleNamespace(precision="16-mixed", gradient_clip_val=None, accumulate_grad_batches=1, world_size=2)
     with pytest.raises(UserError, match="precision: 16-mixed, several processes"):
-        check_in_backward(RunConfig({"model": {"params": {"optimizer": "adamw_in_backward"}}}), trainer)
-    check_in_backward(RunConfig({"model": {"params": {"optimizer": "adamw"}}}), trainer)
+        check_optimizer(RunConfig({"model": {"params": {"optimizer": "adamw_in_backward"}}}), trainer)
+    check_optimizer(RunConfig({"model": {"params": {"optimizer": "adamw"}}}), trainer)

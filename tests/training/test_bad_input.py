@@ -167,3 +167,39 @@ def test_sampling_what_cannot_be_sampled(workspace, arguments, message, caplog, 
     assert stable_txt2img.main(["--outdir", str(tmp_path / "out"), *arguments]) == 1
     error = caplog.records[-1].getMessage()
     assert error.startswith("error: ") and message in error and "\n" not in error
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--logger", "wandb"], "lightning.trainer.logger: wandb needs its package: pip install wandb"),
+    (["--logger", "wandby"], "lightning.trainer.logger: unknown 'wandby' (did you mean 'wandb'?)"),
+    (["--profiler", "xla"], "lightning.trainer: Requirement 'torch_xla"),
+    (["--accelerator", "tpu"], "lightning.trainer: Requirement 'torch_xla"),
+    (["lightning.modelcheckpoint.params.every_n_train_steps=-1"], "lightning.modelcheckpoint.params: "),
+    (["lightning.callbacks.first_step=3"], "lightning.callbacks.first_step: expected a mapping, got 3"),
+    (["lightning.callbacks.t={target: pytorch_lightning.callbacks.Timer, params: {duration: abc}}"],
+     "lightning.callbacks.t.params: Timer: "),
+    (["lightning.modelcheckpoint.params.monitor=val/loss_simple_ema"],
+     "'val/loss_simple_ema' is of the validation, but the config has no data.params.validation"),
+    (["lightning.modelcheckpoint.params.monitor=train/los"], "nothing logs 'train/los' (did you mean 'train/loss'?)"),
+    (["model.params.monitor=val/los_simple"], "model.params.monitor: nothing logs 'val/los_simple' (did you mean"),
+    (["lightning.callbacks.s={target: pytorch_lightning.callbacks.EarlyStopping, params: {monitor: val/none}}"],
+     "monitor of EarlyStopping: nothing logs 'val/none'"),
+    (["model.base_learning_rate=.nan"], "model.base_learning_rate: expected a positive number, got nan"),
+    (["data.params.train=null"], "data.params.train: needed to train"),
+    (["model.params.optimizer=adamv"], "model.params.optimizer: unknown 'adamv' (did you mean 'adamw'?)"),
+    (["data.params.train.params.repeats=0"], "data.params.train.params.repeats: expected at least 1, got 0"),
+    (["model.params.unet_config.params.num_heads=5"], "model.params.unet_config.params.num_heads: 32 channels cannot"),
+])  # fmt: skip
+def test_what_would_be_silently_something_else(refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_a_validation_that_never_comes_cannot_be_monitored(refused):
+    validation = "data.params.validation={target: ldm.data.personalized.PersonalizedBase, params: {size: 32, set: val}}"
+    monitor = "lightning.modelcheckpoint.params.monitor=val/loss_simple_ema"
+    assert "the first one comes after step 6 and max_steps is 4" in refused(validation, monitor)
+
+
+def test_an_identifier_of_several_tokens_is_said(workspace, caplog):
+    workspace.train("identifier", "--max_steps", "1", "data.params.train.params.identifier=mydogxyz")
+    assert "identifier: 'mydogxyz' is 4 tokens" in caplog.text

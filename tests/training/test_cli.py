@@ -17,6 +17,7 @@ REFERENCE_COMMAND = [
     *["--base", V1, "-t", "--actual_resume", "sd-v1-4-full-ema.ckpt", "-n", "my-dog", "--gpus", "0,"],
     *["--data_root", "photos/", "--reg_data_root", "class_images/", "--class_word", "dog"],
 ]
+NEW = ["--base", V1, "-t"]
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,32 @@ def test_overrides_are_not_taken_for_the_value_of_a_flag():
     assert config.get("model.params.reg_weight") == 0.5 and config.content["data"]["params"]["batch_size"] == 2
 
 
+def test_several_bases_merge_in_their_order(tmp_path):
+    """Behind one flag or behind several."""
+    for name, value in (("a", 3), ("b", 4)):
+        (tmp_path / f"{name}.yaml").write_text(f"model: {{params: {{reg_weight: {value}, {name}: 1}}}}")
+    a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
+    for flags in (["--base", V1, a, b], ["--base", V1, "-b", a, "--base", b], ["-b", V1, "-b", a, "-t", "-b", b]):
+        config, _ = cli.prepare(cli.parse_args(["-t", *flags]))
+        params = config.section("model.params")
+        assert (params["reg_weight"], params["a"], params["b"], "unet_config" in params) == (4, 1, 1, True)
+
+
+def test_a_flag_that_is_given_twice_is_said(caplog):
+    assert cli.parse_args(["--data_root", "a", "--data_root=b", "--max_steps", "3"]).data_root == "b"
+    assert caplog.messages == ["--data_root is given 2 times: the last one counts"]
+
+
+def test_the_value_of_a_flag_may_look_like_an_override():
+    args = cli.parse_args(["--data_root", "photos.v2=final", "-t", "model.params.reg_weight=2"])
+    assert args.data_root == "photos.v2=final" and args.overrides == ["model.params.reg_weight=2"]
+
+
+def test_a_null_of_the_trainer_is_not_left_out():
+    config, _ = cli.prepare(cli.parse_args([*NEW, "--max_epochs", "null"]))
+    assert "max_epochs" in config.trainer and config.trainer["max_epochs"] is None
+
+
 def test_trainer_arguments_are_flags():
     args = cli.parse_args(["--base", V1, "-t", "--max_steps", "7", "--precision=bf16-mixed"])
     config, _ = cli.prepare(args)
@@ -145,6 +172,11 @@ def test_ctrl_c(caplog, debug):
         (["-n", "a", "stray"], "'stray' is neither a flag nor key.path=value"),
         (["-t", "--max_steps", "[1"], "argument --max_steps: '[1' is not a YAML value"),
         (["-s", "many"], "invalid int value: 'many'"),
+        (["--class_word", ""], "--class_word: is empty; give a value, or leave the flag out"),
+        (["--actual_resume", ""], "--actual_resume: is empty"),
+        (["-r", " "], "--resume: is empty"),
+        (["--gpus", ""], "--gpus: is empty"),
+        (["--max_steps", ""], "argument --max_steps: is empty"),
     ],
 )
 def test_what_does_not_parse(argv, message):
@@ -160,6 +192,27 @@ def test_what_does_not_parse(argv, message):
         (["-t"], "no config: give one with --base"),
         (["-t", "--base", "no.yaml"], "no.yaml: no such config file"),
         (["-r", "no/run"], "--resume no/run: there is no such run folder"),
+        ([*NEW, "--seed", "-1"], "run.seed .--seed.: expected a whole number from 0 to 4294967295, got -1"),
+        ([*NEW, "run.seed=4294967296"], "expected a whole number from 0 to 4294967295, got 4294967296"),
+        ([*NEW, "run.seed=1.5"], "expected a whole number from 0 to 4294967295, got 1.5"),
+        ([*NEW, "run.scale_lr=maybe"], "run.scale_lr .--scale_lr.: expected true or false, got 'maybe'"),
+        ([*NEW, "run.export=fp8"], "run.export: unknown 'fp8'; accepted: fp32, fp16, bf16"),
+        ([*NEW, "--max_steps", "0"], "lightning.trainer.max_steps: expected a whole number, 1 or more, or -1 .* got 0"),
+        ([*NEW, "--max_steps", "-5"], "lightning.trainer.max_steps: .* got -5"),
+        ([*NEW, "--max_steps", "1.5"], "lightning.trainer.max_steps: .* got 1.5"),
+        ([*NEW, "--max_steps", "many"], "lightning.trainer.max_steps: .* got 'many'"),
+        ([*NEW, "--max_epochs", "0"], "lightning.trainer.max_epochs: .* got 0"),
+        ([*NEW, "--limit_train_batches", "0"], "lightning.trainer.limit_train_batches: .* got 0"),
+        (
+            [*NEW, "--accumulate_grad_batches", "0"],
+            "accumulate_grad_batches: .* 1 or more, got 0",
+        ),
+        ([*NEW, "--log_every_n_steps", "-1"], "lightning.trainer.log_every_n_steps: .* got -1"),
+        ([*NEW, "--gradient_clip_val", "-1"], "lightning.trainer.gradient_clip_val: expected a number, 0 or more"),
+        ([*NEW, "--deterministic", "perhaps"], "lightning.trainer.deterministic: expected true, false or warn"),
+        ([*NEW, "--benchmark", "perhaps"], "lightning.trainer.benchmark: expected true or false"),
+        ([*NEW, "-n", "x" * 200], "whose name has 223 bytes, of 215 that it may have"),
+        ([*NEW, "-n", "ä" * 120], "whose name has 263 bytes"),
     ],
 )
 def test_what_cannot_be_prepared(argv, message):
