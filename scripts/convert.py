@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,9 +40,7 @@ OF_MODELS = ("keep_ema", "lora", "vae", "only")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, type=Path, help="a checkpoint file or a diffusers pipeline folder")
-    parser.add_argument(
-        "--output", required=True, type=Path, help="a .safetensors or .ckpt file, or a folder for diffusers"
-    )
+    parser.add_argument("--output", required=True, help="a .safetensors or .ckpt file, or a folder for diffusers")
     parser.add_argument("--config", type=Path, help="the model's YAML (default: the checkpoint's own, or its family's)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the matrices and convolutions (default: as they are)")
     parser.add_argument("--weights", choices=WEIGHTS, help="default: the averaged ones, if the checkpoint has them")
@@ -94,8 +93,9 @@ def convert(args: argparse.Namespace) -> None:
 def check_flags(args: argparse.Namespace) -> None:
     """Raise a `UserError` for what can be refused before anything is read."""
     is_folder = args.output.suffix not in SUFFIXES
-    if args.output.suffix not in ("", *SUFFIXES):
-        raise UserError(f"--output {args.output}: expected a .safetensors or .ckpt file, or a folder for diffusers")
+    if args.output.suffix not in ("", *SUFFIXES) and not args.ends_in_slash:
+        expected = "a .safetensors or .ckpt file, or a folder for diffusers: end its name with a slash"
+        raise UserError(f"--output {args.output}: expected {expected}")
     if is_folder:
         check_new_folder(args.output)
     elif args.output.is_dir():
@@ -173,6 +173,9 @@ def write(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
+    # A folder may have a dot in its name. A slash says so, of which a path keeps none.
+    args.ends_in_slash = args.output.endswith(("/", os.sep))
+    args.output = Path(args.output)
     return exit_status(lambda: convert(args))
 
 

@@ -1,5 +1,6 @@
 """A run that goes on: the config's settings hold, the checkpoint's progress is kept, the rest is refused or shown."""
 
+import logging
 import os
 import shutil
 
@@ -8,11 +9,21 @@ import torch
 from omegaconf import OmegaConf
 
 import main
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from tests.support import runs
 from tests.support.runs import checkpoint, metrics, same
 
 DECAY = ["model.params.scheduler_config.target=ldm.optim.schedules.WarmupDecay"]
 RATE = 1e-3  # of `runs.config`
+
+
+class Other(LatentDiffusion):
+    """Another model with the same params."""
+
+
+@pytest.fixture(autouse=True)
+def say_all(caplog):
+    caplog.set_level(logging.INFO)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +90,7 @@ def test_the_text_encoders_rate_is_the_given_one(workspace):
     assert rates(run)[0] == [RATE, 3e-5]
 
 
-def test_without_a_change_nothing_changes(run, workspace, finished):
+def test_without_a_change_nothing_changes(workspace):
     """Bit for bit that of a run that was not interrupted, with the last rate not 0."""
     straight = workspace.train("straight", "--max_steps", "3", *DECAY, "model.params.scheduler_config.params.steps=9")
     first = workspace.train("first", "--max_steps", "1", *DECAY, "model.params.scheduler_config.params.steps=9")
@@ -118,7 +129,7 @@ def test_what_an_earlier_command_changed_is_shown(run, workspace, caplog):
     ("model.params.lora.rank=4", "model.params.lora: None in the run, now {'rank': 4}: the adapters are part"),
     ("model.params.text_encoder_lr=1e-4", "model.params.text_encoder_lr: None in the run, now 0.0001"),
     ("model.params.optimizer=muon", "model.params.optimizer: adamw in the run, now muon: it cannot go on from"),
-    ("model.target=ldm.models.autoencoder.AutoencoderKL", "model.target: ldm.models.diffusion.ddpm.LatentDiffusion in"),
+    (f"model.target={__name__}.Other", "model.target: ldm.models.diffusion.ddpm.LatentDiffusion in the run, now"),
     ("lightning.trainer.max_steps=1", "lightning.trainer.max_steps: 1, but the run has done 2 steps"),
 ])  # fmt: skip
 def test_what_cannot_change_is_refused_by_name_and_leaves_no_trace(finished, caplog, change, message):
@@ -149,18 +160,17 @@ def test_a_run_goes_on_from_another_folder_and_after_it_was_moved(tmp_path, monk
     monkeypatch.chdir(home)
     workspace = runs.Workspace(home)
     arguments = workspace.arguments("moved", "--max_steps", "1")
-    here = [os.path.relpath(word, home) if word.startswith(str(home)) else word for word in arguments]
-    assert main.main(here) == 0
-    moved = shutil.move(workspace.run("moved"), tmp_path / "elsewhere.v2")
+    assert main.main([os.path.relpath(word) if word.startswith(str(home)) else word for word in arguments]) == 0
+    run = workspace.run("moved").relative_to(home)
+    # The whole workspace is renamed: what was relative to it still is.
+    home = home.rename(tmp_path / "new_home")
+    monkeypatch.chdir(home)
+    workspace.resume(run, "--max_steps", "2")
+    # The run alone is moved, and the command given in a third folder.
+    moved = (home / run).rename(tmp_path / "elsewhere.v2")
     monkeypatch.chdir(tmp_path)
-    workspace.resume(moved, "--max_steps", "2")
-    assert checkpoint(moved)["global_step"] == 2 and not list(home.glob("logs/*"))
-    # And the whole workspace.
-    home.rename(tmp_path / "new_home")
-    moved = shutil.move(moved, tmp_path / "new_home/logs/run")
-    monkeypatch.chdir(tmp_path / "new_home")
     workspace.resume(moved, "--max_steps", "3")
-    assert checkpoint(moved)["global_step"] == 3
+    assert checkpoint(moved)["global_step"] == 3 and not list(home.glob("logs/*"))
 
 
 def test_names_that_look_like_something_else(tmp_path, monkeypatch):
@@ -176,3 +186,28 @@ def test_names_that_look_like_something_else(tmp_path, monkeypatch):
     (saved, *_) = sorted(run.glob("configs/*-project.yaml"))
     params = OmegaConf.to_container(OmegaConf.load(saved), resolve=True)["data"]["params"]["train"]["params"]
     assert params["data_root"] == str(photos)
+
+
+# Runs of older code
+
+
+def name_old_targets(value):
+    """Nested containers that name targets as runs before the moves did."""
+    if isinstance(value, dict):
+        return {key: name_old_targets(inner) for key, inner in value.items()}
+    return value.replace("ldm.optim.schedules.", "ldm.lr_scheduler.") if isinstance(value, str) else value
+
+
+def test_a_run_that_names_old_targets_goes_on(run, workspace, caplog):
+    for path in run.glob("configs/*.yaml"):
+        path.write_text(path.read_text().replace("ldm.optim.schedules.", "ldm.lr_scheduler."))
+    content = checkpoint(run)
+    content["config"] = name_old_targets(content["config"])
+    last = run / "checkpoints" / "last.ckpt"
+    last.unlink()
+    torch.save(content, last)
+    assert "ldm.lr_scheduler.WarmupDecay" in (next(run.glob("configs/*-project.yaml"))).read_text()
+    workspace.resume(run, "--max_steps", "3")
+    assert checkpoint(run)["global_step"] == 3
+    target = "model.params.scheduler_config.target=ldm.lr_scheduler.Lost"
+    assert "unknown target 'ldm.lr_scheduler.Lost'" in refused(caplog, "-r", str(run), "--max_steps", "4", target)
