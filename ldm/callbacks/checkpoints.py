@@ -64,6 +64,17 @@ class CheckpointKeeper(ModelCheckpoint):
             os.link(last, kept := last.with_name(f"last-of-{stamp}.ckpt"))
             log.info("%s is kept as %s", last, kept.name)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore which checkpoints there are, also in a run folder that was moved."""
+        here, there = str(self.dirpath), str(state_dict.get("dirpath"))
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {moved(key): moved(inner) for key, inner in value.items()}
+            return value.replace(there, here, 1) if isinstance(value, str) and value.startswith(there) else value
+
+        super().load_state_dict(moved(state_dict))
+
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         self._newest = (trainer.global_step, filepath)
