@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,12 @@ class LitEma(nn.Module):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.register_buffer(self._shadow_name[name], parameter.detach().clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the averages; their `decay` stays the one that was asked for, not that of a checkpoint."""
+        if f"{prefix}decay" in state_dict and not self.decay.is_meta:
+            state_dict[f"{prefix}decay"] = self.decay
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, nn.Parameter]]:
         for name, parameter in model.named_parameters():

@@ -100,6 +100,13 @@ def test_without_a_change_nothing_changes(workspace):
     assert [row["train/loss_total"] for row in metrics(first)] == [row["train/loss_total"] for row in metrics(straight)]
 
 
+def test_the_averages_decay_is_the_given_one(workspace):
+    run = workspace.train("averaged", "--max_steps", "1", "model.params.use_ema=true", "model.params.ema_decay=0.9")
+    workspace.resume(run, "--max_steps", "2", "model.params.ema_decay=0.5")
+    state = checkpoint(run)["state_dict"]
+    assert float(state["model_ema.decay"]) == 0.5 and int(state["model_ema.num_updates"]) == 2
+
+
 def test_a_callbacks_argument_is_the_given_one(run, workspace):
     stopping = ["lightning.callbacks.stop.target=pytorch_lightning.callbacks.EarlyStopping"]
     stopping += ["lightning.callbacks.stop.params.monitor=train/loss", "lightning.callbacks.stop.params.patience=3"]
