@@ -205,6 +205,10 @@ class RunConfig:
             raise UserError(f"run.export: unknown '{precision}'; accepted: {', '.join(EXPORTS)}")
         return precision
 
+    def check_settings(self) -> None:
+        """Raise a `UserError` for a setting of the run that is out of range."""
+        _ = self.seed, self.scale_lr, self.export
+
     @property
     def base_learning_rate(self) -> float:
         """The learning rate before it is scaled.

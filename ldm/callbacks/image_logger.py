@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.callbacks.panel import NAME, can_draw, make_panel
 from ldm.distributed import computes
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError
 from ldm.util import check_params
 
 WHERE = "lightning.callbacks.image_logger.params"
@@ -53,6 +53,8 @@ class ImageLogger(pl.Callback):
         log_images_kwargs: dict[str, Any] | None = None,
         panel: Mapping[str, Any] | bool | None = True,
     ):
+        if max_images < 1:
+            raise ParameterError("max_images", f"expected 1 or more, got {max_images}")
         self.batch_frequency = batch_frequency
         self.max_images = max_images
         self.clamp = clamp

@@ -196,6 +196,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         for key, value in (("batch_size", batch_size - 1), ("num_workers", num_workers or 0)):
             if value < 0:
                 raise ParameterError(key, f"expected {'at least 1' if key == 'batch_size' else '0 or more'}")
+        if num_class_images < 0:
+            raise ParameterError("num_class_images", f"expected 0 or more, got {num_class_images}")
         if num_class_images and reg is None:
             raise ParameterError("num_class_images", "needs data.params.reg, which says where they go")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed

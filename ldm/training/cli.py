@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -184,11 +185,12 @@ def _overrides_apart(parser: argparse.ArgumentParser, words: Sequence[str]) -> t
 
 def _say_what_is_given_twice(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Warn of a flag whose first value is lost; that of --base is not."""
-    names = {flag: action for action in parser._actions for flag in action.option_strings}
-    given = [names[flag] for word in words if (flag := word.partition("=")[0]) in names]
-    for action in dict.fromkeys(given):
-        if given.count(action) > 1 and action.dest != "base":
-            log.warning("%s is given %d times: the last one counts", action.option_strings[-1], given.count(action))
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    flags = [word.partition("=")[0] for word in words]
+    times = Counter(actions[flag] for flag in flags if flag in actions)
+    for action, number in times.items():
+        if number > 1 and action.dest != "base":
+            log.warning("%s is given %d times: the last one counts", action.option_strings[-1], number)
 
 
 def prepare(args: argparse.Namespace) -> tuple[RunConfig, Run]:
@@ -221,17 +223,19 @@ def with_flags(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     Raises:
         UserError: a value that cannot be used, or a section that is no mapping.
     """
-    run = {"seed": args.seed, "scale_lr": args.scale_lr, "export": args.export}
-    values: dict[str, Any] = {f"run.{key}": value for key, value in run.items() if value is not None}
-    values["run.working_folder"] = os.getcwd()
-    values |= {f"lightning.trainer.{key}": value for key, value in args.trainer.items()}
-    config = config.having(values)
-    config = config.having({"run.seed": config.seed, **_device(config, args)})
+    # The run's own settings.
+    given = {"seed": args.seed, "scale_lr": args.scale_lr, "export": args.export}
+    values: dict[str, Any] = {f"run.{key}": value for key, value in given.items() if value is not None}
+    config = config.having({**values, "run.working_folder": os.getcwd()})
+    config = config.having({"run.seed": config.seed})
+    # Lightning's arguments: which device and precision depends on those that are given.
+    config = config.having({f"lightning.trainer.{key}": value for key, value in args.trainer.items()})
+    config = config.having(_device(config, args))
+    # The images.
     config = config.having(_images(config, args))
     if _needs_no_class_images(config):
         config = config.without("data.params.reg", "data.params.num_class_images")
-    # Read once here, so that a value that is out of range is refused before anything is made.
-    _ = config.export, config.scale_lr
+    config.check_settings()
     check_trainer_values(config.trainer)
     return config
 
@@ -275,14 +279,19 @@ def _needs_no_class_images(config: RunConfig) -> bool:
 
 
 def start_of(args: argparse.Namespace) -> Start:
-    """The initial weights and embeddings that the flags name."""
+    """Return the initial weights and embeddings that the flags name.
+
+    Raises:
+        UserError: a file that is not there, or --weights without one.
+    """
     from ldm.training.train import Start
 
-    files = {"--actual_resume": args.actual_resume, "--embedding_manager_ckpt": args.embedding_manager_ckpt}
-    for flag, file in files.items():
-        if file and not Path(file).is_file():
-            raise UserError(f"{flag} {file}: no such file")
-    weights, embeddings = (Path(file) if file else None for file in files.values())
+    weights = Path(args.actual_resume) if args.actual_resume else None
+    if weights and not weights.exists():  # a file, or a diffusers folder
+        raise UserError(f"--actual_resume {weights}: no such file or folder")
+    embeddings = Path(args.embedding_manager_ckpt) if args.embedding_manager_ckpt else None
+    if embeddings and not embeddings.is_file():
+        raise UserError(f"--embedding_manager_ckpt {embeddings}: no such file")
     if args.weights and not weights:
         raise UserError("--weights: says which of the weights of --actual_resume, which is not given")
     return Start(weights, args.weights, embeddings, args.init_word)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
@@ -121,6 +122,8 @@ def _fit(trainer: Any, model: Any, data: Any) -> None:
     torch.set_autocast_cache_enabled(False)
     try:
         trainer.fit(model, datamodule=data, weights_only=False)
+    except MisconfigurationException as error:
+        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
     except ParameterError as error:  # of one of the model's hooks, unless it says its whole path already
         located = error.parameter.partition(".")[0] in SECTIONS[""]
         raise error if located else error.under("model.params") from error
