@@ -131,10 +131,10 @@ def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:
 
     Our own classes raise a `UserError` for that; any other error of theirs is a defect and keeps its traceback.
     """
-    ours = str(cls.__module__).partition(".")[0] in ("ldm", "main")
-    return not ours and (
-        isinstance(error, (ValueError, TypeError, ImportError)) or type(error).__name__ == "MisconfigurationException"
-    )
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, also where ours derive from its classes
+        return True
+    is_ours = str(cls.__module__).partition(".")[0] in ("ldm", "main")
+    return not is_ours and isinstance(error, (ValueError, TypeError, ImportError))
 
 
 def check_mapping(value: Any, where: str) -> None:

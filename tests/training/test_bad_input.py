@@ -186,7 +186,7 @@ def test_sampling_what_cannot_be_sampled(workspace, arguments, message, caplog, 
      "monitor of EarlyStopping: nothing logs 'val/none'"),
     (["model.base_learning_rate=.nan"], "model.base_learning_rate: expected a positive number, got nan"),
     (["data.params.train=null"], "data.params.train: needed to train"),
-    (["model.params.optimizer=adamv"], "model.params.optimizer: unknown 'adamv' (did you mean 'adamw'?)"),
+    (["model.params.optimizer=adamv"], "model.params.optimizer: unknown 'adamv' (did you mean 'adam'?)"),
     (["data.params.train.params.repeats=0"], "data.params.train.params.repeats: expected at least 1, got 0"),
     (["model.params.unet_config.params.num_heads=5"], "model.params.unet_config.params.num_heads: 32 channels cannot"),
 ])  # fmt: skip
