@@ -13,12 +13,22 @@ from torch import Tensor, nn
 
 from ldm.util import LEGACY
 
+
+def _without_legacy(params: dict[str, Any], target: str) -> dict[str, Any]:
+    """The params of a target without those that have no effect here, also inside: what a constructor takes."""
+    kept = {key: value for key, value in params.items() if key not in LEGACY.get(target, {})}
+    for key, value in kept.items():
+        if isinstance(value, dict) and "target" in value:
+            kept[key] = {**value, "params": _without_legacy(value.get("params", {}), value["target"])}
+    return kept
+
+
 DATA = Path(__file__).parents[1] / "data"
 META: dict[str, Any] = json.loads((DATA / "tiny_meta.json").read_text())
 _SETUP: dict[str, Any] = json.loads((DATA / "tiny_config.json").read_text())
 TARGET = "ldm.models.diffusion.ddpm.LatentDiffusion"
 RECORDED: dict[str, Any] = _SETUP["config"]  # the reference's params
-CONFIG: dict[str, Any] = {key: value for key, value in RECORDED.items() if key not in LEGACY[TARGET]}
+CONFIG: dict[str, Any] = _without_legacy(RECORDED, TARGET)
 TEXT_CONFIG: dict[str, Any] = _SETUP["clip_text"]
 
 # What float32 rounds, here and in the recording: the noise floors between library versions are 2e-6, 3e-6, 5e-6 and
