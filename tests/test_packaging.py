@@ -48,41 +48,37 @@ def installed(tmp_path_factory):
 
 
 def run(python, *arguments, cwd):
+    """What a command of that Python prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    return subprocess.run(
-        [str(python), *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_wheel_samples_the_miniature_outside_of_the_checkout(installed, tmp_path):
-    command = "from ldm.commands import txt2img; txt2img()"
-    locate = "from ldm.tiny.miniature import WEIGHTS; print(WEIGHTS)"
-    weights = run(installed, "-c", locate, cwd=tmp_path).stdout.strip()
-    assert not Path(weights).is_relative_to(ROOT)
-    flags = ["--ckpt", weights, "--prompt", "photo of a dog", "--ddim_steps", 2, "--n_samples", 1, "--n_iter", 1]
-    result = run(installed, "-c", command, *flags, "--H", 64, "--W", 64, cwd=tmp_path)
+    command = [str(python), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    (picture,) = tmp_path.rglob("samples/*.png")
-    assert Image.open(picture).size == (64, 64)
+    return result.stdout
 
 
-def test_a_wheel_knows_the_families_of_stable_diffusion(installed, tmp_path):
+FACTS = """
+from ldm.checkpoints.families import config_for
+from ldm.checkpoints.reading import read_checkpoint
+from ldm.config import load_config, to_plain
+from ldm.util import get_obj_from_str
+path = config_for(read_checkpoint("foreign.safetensors"), "foreign.safetensors")
+print(path, to_plain(load_config([path]))["model"]["target"], get_obj_from_str("main.DataModuleFromConfig").__module__)
+"""
+
+
+def test_a_wheel_knows_the_families_and_what_yamls_name_in_main(installed, tmp_path):
     state = {f"{KEYS}.0.0.weight": torch.zeros(320, 4, 3, 3)}
     state[f"{KEYS}.1.1.transformer_blocks.0.attn2.to_k.weight"] = torch.zeros(320, 768)
     save_file(state, tmp_path / "foreign.safetensors")
-    code = (
-        "from ldm.checkpoints.reading import read_checkpoint; from ldm.checkpoints.families import config_for; "
-        "from ldm.config import check_config, load_config, to_plain; "
-        "path = config_for(read_checkpoint('foreign.safetensors'), 'foreign.safetensors'); "
-        "print(path, to_plain(load_config([path]))['model']['target'])"
-    )
-    result = run(installed, "-c", code, cwd=tmp_path)
-    path, target = result.stdout.split()
+    path, target, module = run(installed, "-c", FACTS, cwd=tmp_path).split()
     assert Path(path).name == "v1-inference.yaml" and not Path(path).is_relative_to(ROOT)
-    assert target == "ldm.models.diffusion.ddpm.LatentDiffusion"
+    assert (target, module) == ("ldm.models.diffusion.ddpm.LatentDiffusion", "ldm.data.datamodule")
 
 
-def test_a_wheel_has_what_yamls_name_in_main(installed, tmp_path):
-    code = "from ldm.util import get_obj_from_str as get; print(get('main.DataModuleFromConfig').__module__)"
-    assert run(installed, "-c", code, cwd=tmp_path).stdout.strip() == "ldm.data.datamodule"
+def test_a_wheel_samples_the_miniature_outside_of_the_checkout(installed, tmp_path):
+    (weights,) = installed.parents[1].glob("lib/python*/site-packages/ldm/project/models/tiny/sd-tiny.safetensors")
+    flags = ["--ckpt", weights, "--prompt", "photo of a dog", "--ddim_steps", 2, "--n_samples", 1, "--n_iter", 1]
+    run(installed, "-c", "from ldm.commands import txt2img; txt2img()", *flags, "--H", 64, "--W", 64, cwd=tmp_path)
+    (picture,) = tmp_path.rglob("samples/*.png")
+    assert Image.open(picture).size == (64, 64)
