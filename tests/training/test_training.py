@@ -291,8 +291,9 @@ def test_sigusr1_writes_a_checkpoint_and_ctrl_c_stops_with_one(workspace):
         assert process.wait(60) == 130, process.stdout.read()
     finally:
         process.kill()
-    assert checkpoint(workspace.run("signals"))["global_step"] > saved
-    workspace.resume(workspace.run("signals"), "--max_steps", str(saved))  # what was written can be gone on with
+    done = checkpoint(workspace.run("signals"))["global_step"]
+    assert done > saved
+    workspace.resume(workspace.run("signals"), "--max_steps", str(done))  # what was written can be gone on with
 
 
 def test_one_command_starts_two_processes(workspace):
