@@ -89,7 +89,7 @@ def test_what_shows_another_picture_each_time_is_refused(workspace, caplog):
         "crop", "data.params.latent_cache=true", "data.params.train.params.resize=random_crop"
     )
     assert runs.main.main(arguments) == 1
-    assert "latent_cache: data.params.train.params.resize: random_crop" in caplog.text
+    assert "latent_cache: train.params.resize: random_crop" in caplog.text
     assert not list(workspace.logs.glob("*_crop"))
 
 
