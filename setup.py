@@ -1,6 +1,6 @@
-"""The part of the build that pyproject.toml cannot say: a wheel brings along what a checkout has beside `ldm/`.
+"""What pyproject.toml cannot say: a wheel brings along the files that a checkout has beside `ldm/`.
 
-`ldm.config.PROJECT` finds the files in either place.
+`ldm.config.PROJECT` finds them in either place.
 """
 
 from __future__ import annotations

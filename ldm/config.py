@@ -1,4 +1,4 @@
-"""Configs: YAML files and `key.path=value` overrides, merged left to right, checked before anything is built."""
+"""Configs: YAML files and `key.path=value`, merged left to right, checked, and asked by `RunConfig`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ldm.util import check_mapping, check_params, get_obj_from_str, legacy_keys
 log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parent
-# The folder with `main.py`, `configs/`, `scripts/` and `models/`: the checkout, or what an installed wheel brings.
+# The folder with `main.py`, `configs/`, `scripts/` and `models/`: the checkout, or what a wheel brings.
 PROJECT = _PACKAGE / "project" if (_PACKAGE / "project").is_dir() else _PACKAGE.parent
 
 # Keys outside of `params`, which the signatures of their targets check.
@@ -98,7 +98,7 @@ def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_yaml(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write plain containers as YAML that `load_yaml` reads back, also where a text has `${` in it."""
+    """Write plain containers as YAML that `load_yaml` reads back, also a text with `${` in it."""
     OmegaConf.save(OmegaConf.create(_escaped(content)), path)
 
 
@@ -119,7 +119,7 @@ def _escaped(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a config says, for those who build a run from it. It is not changed: `having` gives another one.
+    """Answers what is asked of a config. It is never changed: `having` returns another one.
 
     Args:
         content: the config as plain containers, with the sections model, data, lightning and run.
@@ -128,7 +128,7 @@ class RunConfig:
     content: Mapping[str, Any]
 
     def get(self, path: str, default: Any = None) -> Any:
-        """Return the value at a dotted path, or the default where the path ends early or at null."""
+        """Return the value at a dotted path, or the default where there is none, or null."""
         value: Any = self.content
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -141,7 +141,7 @@ class RunConfig:
         return found
 
     def having(self, values: Mapping[str, Any]) -> RunConfig:
-        """Return the config with other values at some dotted paths; the sections on the way are made."""
+        """Return the config with other values at some dotted paths, whose sections are made."""
         content = deepcopy(dict(self.content))
         for path, value in values.items():
             *parents, last = path.split(".")
@@ -231,7 +231,7 @@ class RunConfig:
 
 
 def check_config(config: Mapping[str, Any], trainer_keys: Sequence[str] = ()) -> None:
-    """Check every key that a section or the signature of a `target` decides on; say which have no effect.
+    """Check every key by its section or the signature of its `target`; say which have no effect.
 
     Raises:
         UserError: names the key's path in the YAML, the nearest valid key and the accepted ones.

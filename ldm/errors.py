@@ -9,17 +9,18 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message is one line that names it and the way out.
+    """Something that the user gave cannot be used.
 
-    The command-line entry points print the message alone (no traceback) and exit with status 1.
+    The message is one line that names it and the way out. The commands print it alone, without a
+    traceback, and exit with status 1.
     """
 
 
 class ParameterError(UserError):
     """A parameter has a value that cannot be used.
 
-    Code names its own parameter and knows no more. Where the parameter stands in the YAML is known to who
-    instantiates: `ldm.util.instantiate_from_config` adds the path, once for each level of the config.
+    Code names its own parameter alone. `ldm.util.instantiate_from_config`, which knows where the
+    parameter stands in the YAML, adds the path: each level of a config adds its part, once.
 
     Args:
         parameter: the name, such as `repeats`; a dotted path inside a parameter that is a mapping.

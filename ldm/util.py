@@ -1,4 +1,4 @@
-"""`instantiate_from_config`: a YAML's `target` and `params` become an object, or an error that helps."""
+"""`instantiate_from_config`: a `target` and its `params` become an object, or an error that helps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import ParameterError, UserError, nearest, under
 
-# What has moved: a target in a YAML or a saved run may still name the old place. Modules, and single targets.
+# What has moved, modules and single targets: a YAML or a saved run may still name the old place.
 RENAMED = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
     "main.ImageLogger": "ldm.callbacks.image_logger.ImageLogger",
@@ -27,8 +27,8 @@ RENAMED = {
 # LDM's YAML files have this beside a model's `target` and `params`. It is for the training command.
 SIBLINGS = ("base_learning_rate",)
 
-# Keys of older configs that are accepted without effect: for each class its keys, with what to use instead.
-# Instantiation leaves them out, and `ldm.config.check_config` says once a run which ones a config has.
+# Keys of older configs that are accepted without effect: by class, each with what to use instead.
+# Instantiation leaves them out; `ldm.config.check_config` says once a run which ones there are.
 LEGACY: dict[str, dict[str, str]] = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": {
         "personalization_config": "the identifier is a token that exists; see --init_word",
@@ -79,7 +79,7 @@ def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
 
 
 def instantiate_from_config(config: Mapping[str, Any], where: str = "config", **overrides: Any) -> Any:
-    """Build the object that `config["target"]` names from `config["params"]`, updated with `overrides`.
+    """Build the object that a config's `target` names from its `params`, updated with `overrides`.
 
     `LEGACY` keys are left out. A `base_learning_rate` beside the two, as in LDM's files, is let be.
 
@@ -88,8 +88,8 @@ def instantiate_from_config(config: Mapping[str, Any], where: str = "config", **
         where: its path in the YAML, for messages; inside a constructor, the name of the parameter.
 
     Raises:
-        UserError: no or unknown target, or params that its signature or its constructor refuses. The message
-            names the YAML path, the key and the accepted ones.
+        UserError: no or unknown target, or params that its signature or constructor refuses. The
+            message names the YAML path, the key and the accepted ones.
     """
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def instantiate_from_config(config: Mapping[str, Any], where: str = "config", **
 
 
 def legacy_keys(cls: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, str]:
-    """Return those of the params that `LEGACY` has for a class or its bases, each with what to use instead."""
+    """Return the params without effect for a class or its bases, each with what to use instead."""
     found: dict[str, str] = {}
     for base in getattr(cls, "__mro__", ()):
         known = LEGACY.get(f"{base.__module__}.{base.__qualname__}", {})
@@ -129,7 +129,8 @@ def legacy_keys(cls: Callable[..., Any], params: Mapping[str, Any]) -> dict[str,
 def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:
     """Return whether an error is a foreign class's way to refuse what it was given.
 
-    Our own classes raise a `UserError` for that; any other error of theirs is a defect and keeps its traceback.
+    Our own classes raise a `UserError` for that: any other error of theirs is a defect, and keeps
+    its traceback.
     """
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, also where ours derive from its classes
         return True
@@ -165,7 +166,8 @@ def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str)
     required = [
         p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
-    if missing := [name for name in required if name not in params]:
+    missing = [name for name in required if name not in params]
+    if missing:
         raise ParameterError(where, f"{cls.__qualname__} needs {', '.join(missing)}")
 
 
@@ -173,7 +175,7 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float
 
 
 def _check_type(value: Any, annotation: Any, where: str) -> None:
-    """Raise a `UserError` if a value is not of a plain type that the signature asks for; others are not checked."""
+    """Raise a `UserError` if a value is not of the plain type that an annotation asks for, if any."""
     names = [name.strip() for name in str(getattr(annotation, "__name__", annotation)).split("|")]
     if not all(name in _PLAIN_TYPES or name == "None" for name in names):
         return

@@ -15,11 +15,12 @@ NOT_SETTINGS = ("params", "fused", "foreach", "capturable", "differentiable")
 
 
 class KeepSettings(pl.Callback):
-    """Undo what Lightning restores of settings: learning rates, a schedule's length, a callback's patience.
+    """Put the config's settings back after Lightning has restored a checkpoint.
 
-    A checkpoint holds settings beside progress, and Lightning restores both: what the config says now would be
-    without effect. This callback notes the settings before a checkpoint is restored and puts them back behind
-    it. Moments, step counts and the like stay as restored. If the config has not changed, neither do the values.
+    A checkpoint holds settings beside progress: learning rates, a schedule's length, a callback's
+    patience. Lightning restores both, so that what the config says now would be without effect.
+    This callback notes the settings before that, and puts them back afterwards. Moments, step
+    counts and best scores stay as restored. Where the config has not changed, no value does.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class KeepSettings(pl.Callback):
         self._restored_schedules = len(checkpoint.get("lr_schedulers") or [])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the settings of the optimizers and schedules: they are made, and not restored yet."""
+        """Note the settings of the optimizers and schedules, which are not restored yet."""
         self._optimizers = [(optimizer, _settings(optimizer)) for optimizer in trainer.optimizers]
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         self._schedules = [_Schedule.of(schedule) for schedule in schedules if isinstance(schedule, LambdaLR)]
@@ -61,7 +62,7 @@ class KeepSettings(pl.Callback):
 
 @dataclass(frozen=True)
 class _Schedule:
-    """The settings of a learning rate's schedule: the full rates, and the attributes of the functions of the step."""
+    """The settings of a schedule: the full rates, and the attributes of the functions of a step."""
 
     scheduler: LambdaLR
     rates: list[Any]
@@ -94,7 +95,7 @@ def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def _arguments(callback: pl.Callback) -> dict[str, Any]:
-    """Return the plain values that a callback keeps of its constructor's arguments, by their names."""
+    """Return the plain values that a callback keeps of its arguments, by their names."""
     kept = vars(callback)
     plain = (bool, int, float, str, type(None))
     return {name: kept[name] for name in signature(type(callback)).parameters if isinstance(kept.get(name, ...), plain)}

@@ -1,4 +1,4 @@
-"""Optimizers inside the backward pass: no gradient waits for another, so that none of them take memory together."""
+"""Optimizers that update each parameter during the backward pass and free its gradient at once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SUFFIX = "_in_backward"  # of their names in `ldm.optim.registry.OPTIMIZERS`
 
 
 class InBackward:
-    """Before an optimizer among the bases, has it update each parameter as soon as backward has its gradient.
+    """Update each parameter as soon as its gradient is there, then free the gradient.
 
-    The gradient is freed then. The numbers and the state are those of the optimizer. All gradients of a model are never
-    there at once, so nothing that needs them all works with it: clipping, accumulated batches, a mean over processes,
-    an inspection of gradients. `step` needs the closure that computes the loss and calls `backward`, as Lightning's
-    automatic optimization does.
+    Name it before an optimizer among a class's bases. The numbers and the state are those of that
+    optimizer. The gradients of a model are never all there at once, so nothing works that needs
+    them all: clipping, accumulated batches, a mean over processes, an inspection of gradients.
+    `step` needs the closure that computes the loss and calls `backward`, as Lightning gives it.
     """
 
     param_groups: list[dict[str, Any]]

@@ -15,10 +15,10 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @torch.no_grad()
 def orthogonalized(update: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor, "m n"]:
-    """About the nearest matrix with orthonormal rows or columns, by Newton-Schulz iteration (Jordan, 2024).
+    """Return about the nearest matrix with orthonormal rows or columns (Jordan, 2024).
 
-    A step multiplies x by a polynomial in x x^T. The product of these is found with the small square matrices
-    alone, and multiplied by the long x once.
+    Each step of the Newton-Schulz iteration multiplies x by a polynomial in x x^T. The product of
+    the polynomials is found with small square matrices alone, and multiplied by the long x once.
     """
     a, b, c = NS_COEFFICIENTS
     tall = update.shape[0] > update.shape[1]
@@ -37,8 +37,9 @@ def orthogonalized(update: Float[Tensor, "m n"], steps: int = 5) -> Float[Tensor
 class Muon(Optimizer):
     """Muon for hidden weight matrices and convolutions, AdamW for all else, in one optimizer.
 
-    torch.optim.Muon takes matrices only and neither convolutions nor the other parameters. Updates are scaled to
-    AdamW's size, `0.2 sqrt(max(m, n))` (Liu et al., 2502.16982), so that one learning rate serves both.
+    torch.optim.Muon takes matrices only, neither convolutions nor the other parameters. Updates are
+    scaled to AdamW's size, `0.2 sqrt(max(m, n))` (Liu et al., 2502.16982), so that one learning
+    rate serves both.
 
     Args:
         params: parameter groups, each with `muon: bool`; see `muon_groups`.
@@ -62,7 +63,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient, once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -98,9 +99,10 @@ class Muon(Optimizer):
 
 
 def muon_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """A module's trained parameters: hidden matrices for Muon; embeddings, norms, biases and ends for AdamW.
+    """Share a module's trained parameters out: hidden matrices to Muon, all others to AdamW.
 
-    An end is a convolution from or to few channels (pixels, latents): its gradient has few directions.
+    The others are embeddings, norms, biases, and convolutions from or to few channels (pixels,
+    latents), whose gradients have few directions.
     """
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     groups: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -1,4 +1,4 @@
-"""Muon for the miniature's training from scratch: fewer steps than AdamW for the same loss."""
+"""The optimizers by the names that a config gives them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Part = nn.Module | Mapping[str, Any]  # a network, or a parameter group with its
 
 
 def _muon_groups(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """`muon_groups` of networks together, or of each named part."""
+    """Return the `muon_groups` of networks together, or of each named part."""
     groups = []
     for part in _named(parts):
         for group in muon_groups(nn.ModuleList(part["modules"])):
@@ -52,11 +52,12 @@ def shares_state(first: str, second: str) -> bool:
 
 
 def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -> Optimizer:
-    """An optimizer over the trained parameters of some networks; `adam` are arguments of Adam's kind.
+    """Make an optimizer over the trained parameters of some networks.
 
     Args:
-        modules: the networks, which make one parameter group; or for each group a mapping with its `modules`, its
-            `name` and whatever of the optimizer's settings is its own, such as `lr`.
+        modules: the networks, which make one parameter group; or for each group a mapping with its
+            `modules`, its `name` and the settings that are its own, such as `lr`.
+        adam: arguments of Adam's kind, such as `betas`.
 
     Raises:
         UserError: a name that is not in `OPTIMIZERS`.
@@ -69,7 +70,7 @@ FUSED = ("cpu", CUDA, "mps", "xpu")  # devices that torch has fused kernels for
 
 
 def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Optimizer:
-    """One of torch's optimizers, as one kernel over all parameters where there is one."""
+    """Make one of torch's optimizers, as one kernel over all parameters where there is one."""
     groups = _trained(modules)
     parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
     fused = all(p.device.type in FUSED and p.is_floating_point() for p in parameters) or None
@@ -77,7 +78,10 @@ def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Op
 
 
 def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: Any) -> Optimizer:
-    """AdamW with moments of 8 bits in blocks (Dettmers et al., 2110.02861): 2 bytes a parameter instead of 8."""
+    """Make AdamW with moments of 8 bits in blocks (Dettmers et al., 2110.02861).
+
+    Its state takes 2 bytes a parameter instead of 8.
+    """
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -87,7 +91,7 @@ def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: Any) -> Op
 
 
 def _trained(modules: Sequence[Part]) -> list[Any]:
-    """The trained parameters of networks, or the parameter groups of named parts."""
+    """Return the trained parameters of networks, or the parameter groups of named parts."""
     if any(isinstance(part, Mapping) for part in modules):
         return [{**_settings(part), "params": _trained(part["modules"])} for part in _named(modules)]
     networks = [part for part in modules if isinstance(part, nn.Module)]
@@ -95,7 +99,7 @@ def _trained(modules: Sequence[Part]) -> list[Any]:
 
 
 def _named(parts: Sequence[Part]) -> list[Mapping[str, Any]]:
-    """Parts as mappings, networks together as one without a name."""
+    """Return parts as mappings, networks together as one without a name."""
     mappings = [part for part in parts if isinstance(part, Mapping)]
     assert not mappings or len(mappings) == len(parts), "networks and named parts do not mix"
     return mappings or [{"modules": parts}]

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.errors import ParameterError, nearest
 from ldm.util import get_obj_from_str, instantiate_from_config
 
-# From the share of the decay that is left (1 or more before it begins, 0 at its end) to how much of the rate is.
+# From the share of the decay that is left (1 or more before it begins, 0 at its end) to the factor.
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
     "cosine": lambda left: (1 - math.cos(math.pi * min(1.0, left))) / 2,  # Loshchilov & Hutter, 1608.03983, eq. 5
@@ -21,10 +21,10 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 class WarmupDecay:
-    """A factor for the learning rate: up from zero over `warmup_steps`, then 1, down to `final` at `steps`.
+    """A factor for the learning rate: up over `warmup_steps`, then 1, then down to `final`.
 
     Args:
-        steps: training steps in all, by default the run's `max_steps`; later ones have the rate of the last.
+        steps: training steps in all, by default the run's `max_steps`; later ones have the last rate.
         warmup_steps: steps until the full rate.
         decay: the share of `steps`, at the end, over which the rate falls; with 0 it stays.
         final: the factor that it ends at.
@@ -53,7 +53,7 @@ class WarmupDecay:
         self.shape = shape  # by name: a checkpoint holds these attributes
 
     def __call__(self, step: int) -> float:
-        """The factor of optimizer step `step`, from 0."""
+        """Return the factor of optimizer step `step`, from 0."""
         up = (step + 1) / (self.warmup_steps + 1)
         if self.decay == 0:
             return min(up, 1.0)
@@ -75,7 +75,7 @@ WarmupLinearDecay = WarmupDecay  # as configs name it that are older than the ot
 
 
 def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None, max_steps: int = -1) -> Any:
-    """What `configure_optimizers` returns: the optimizer, with a rate that each step changes if a config says how.
+    """Return an optimizer for `configure_optimizers`, with a schedule if a config says how.
 
     Args:
         max_steps: of the run, for a schedule that does not say how many `steps` it is for.

@@ -1,4 +1,4 @@
-"""The training command line: flags as the reference has them, with errors for what it would swallow."""
+"""The training command line: the reference's flags, with errors for what it would swallow."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train a model from YAML: DreamBooth on Stable Diffusion, or whatever the config names.
 
-  python main.py --base configs/stable-diffusion/v1-finetune_unfrozen.yaml -t --actual_resume sd-v1-4.ckpt \\
-      -n my-dog --gpus 0, --data_root photos/ --reg_data_root class_images/ --class_word dog
+  python main.py --base configs/stable-diffusion/v1-finetune_unfrozen.yaml -t \\
+      --actual_resume sd-v1-4.ckpt -n my-dog --gpus 0, \\
+      --data_root photos/ --reg_data_root class_images/ --class_word dog
 """
 EPILOG = """\
-Any key of the YAML can be set behind the flags: model.params.reg_weight=0.5 data.params.batch_size=2.
-Every argument of Lightning's Trainer is a key of lightning.trainer and also a flag: --max_steps 800.
+Any key of the YAML can be set behind the flags: model.params.reg_weight=0.5.
+Every argument of Lightning's Trainer is a key of lightning.trainer, and a flag: --max_steps 800.
 """
 
 
@@ -49,7 +50,7 @@ MAY_BE_EMPTY = ("name", "postfix")
 
 
 def str2bool(text: str) -> bool:
-    """yes/true/1 and no/false/0 in any case."""
+    """Read yes/true/1 and no/false/0 in any case."""
     value = {"yes": True, "true": True, "t": True, "y": True, "1": True}.get(text.lower())
     if value is None and text.lower() not in ("no", "false", "f", "n", "0"):
         raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
@@ -57,7 +58,7 @@ def str2bool(text: str) -> bool:
 
 
 def trainer_value(text: str) -> Any:
-    """The value of one of Lightning's flags, as YAML would have it."""
+    """Read the value of one of Lightning's flags as YAML would."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
     if ":" in text:  # a duration such as 00:12:00:00, which YAML takes for a number to the base of 60
@@ -70,7 +71,7 @@ def trainer_value(text: str) -> Any:
 
 
 def _number(text: str) -> int | float | str:
-    """1e4 and the like are text to YAML."""
+    """Return the number that a text is; 1e4 and the like are text to YAML."""
     try:
         number = float(text)
     except ValueError:
@@ -86,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser without Lightning's own flags, which `parse_args` adds unseen."""
+    """Make the parser without Lightning's own flags, which `parse_args` adds unseen."""
     parser = Parser(
         prog="main.py",
         description=DESCRIPTION,
@@ -132,10 +133,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; `trainer` holds what was given of Lightning's flags, `overrides` the key.path=value.
+    """Parse the command line.
+
+    Returns:
+        the flags; `trainer` holds those of Lightning that were given, `overrides` the key.path=value.
 
     Raises:
-        UserError: an unknown flag (with the nearest valid one), a value that does not parse, or a stray word.
+        UserError: an unknown flag (with the nearest valid one), a value that does not parse, or a
+            stray word.
     """
     parser = build_parser()
     visible = set(_flags(parser))
@@ -152,7 +157,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flag = word.partition("=")[0]
         hint = nearest(flag, visible | {f"--{key}" for key in TRAINER_KEYS})
         raise UserError(f"unknown flag {flag}{hint}; see --help")
-    # What is empty is a variable of the shell that was not set, or a mistake: it is never "not given".
+    # What is empty is a shell variable that was not set, or a mistake: it is never "not given".
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip() and name not in MAY_BE_EMPTY:
             raise UserError(f"--{name.removeprefix('trainer.')}: is empty; give a value, or leave the flag out")
@@ -171,8 +176,9 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _overrides_apart(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words of the form `key.path=value`, and the others.
 
-    argparse would take an override for the value of a flag before it that may have one. What follows a flag that
-    must have one is that value, whatever it looks like: a folder may be called `photos.v2=final`.
+    argparse would take an override for the value of a flag before it that may have one. What
+    follows a flag that must have one is its value, whatever it looks like: a folder may be called
+    `photos.v2=final`.
     """
     takes_one = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
     overrides: list[str] = []
@@ -257,7 +263,7 @@ def _device(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _images(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the folders of images and the class word that the flags give, by the keys of the datasets."""
+    """Return the folders of images and the class word of the flags, by the keys of the datasets."""
     values: dict[str, Any] = {}
     roots = {"train": args.data_root, "reg": args.reg_data_root, "validation": args.data_root}
     for name, root in roots.items():

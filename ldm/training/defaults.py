@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# The arguments of Lightning's Trainer, as the keys of lightning.trainer. Written down, because importing
-# Lightning takes seconds that `--help` and a mistyped flag need not wait for; a test compares.
+# The arguments of Lightning's Trainer, as the keys of lightning.trainer. Written down, because
+# importing Lightning takes seconds that `--help` and a mistyped flag need not wait for; a test
+# compares.
 TRAINER_KEYS: tuple[str, ...] = (
     "accelerator",
     "strategy",
@@ -64,8 +65,9 @@ TRAINER: dict[str, Any] = {
 # Lightning refuses a barebones Trainer that is told anything about logging or validation.
 BAREBONES_TRAINER: dict[str, Any] = {"use_distributed_sampler": False}
 
-# Merged under lightning.callbacks; a config changes the params of one by its name. In this order, and before what
-# writes checkpoints: a loss that is not finite stops the run before anything else is done with it.
+# Merged under lightning.callbacks; a config changes the params of one by its name. In this order,
+# and before what writes checkpoints: a loss that is not finite stops the run before anything else
+# is done with it.
 CALLBACKS: dict[str, Any] = {
     "non_finite": {"target": "ldm.callbacks.non_finite.StopOnNonFinite"},
     "first_step": {"target": "ldm.callbacks.first_step.FirstStepCheck"},

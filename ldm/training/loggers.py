@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: TensorBoard and CSV in its folder, and what `lightning.trainer.logger` names."""
+"""Where a run's numbers go: TensorBoard and CSV in its folder, and `lightning.trainer.logger`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm.util import instantiate_from_config
 
 WHERE = "lightning.trainer.logger"
 OWN = ("tensorboard", "csv")  # always there
-# Lightning's loggers by the names that people give them, with the arguments that put them into the run's folder.
+# Lightning's loggers by the names that people give them, and the arguments that name the run.
 SERVICES = {
     "wandb": ("pytorch_lightning.loggers.WandbLogger", lambda run: {"name": run.folder.name, "save_dir": run.folder}),
     "mlflow": ("pytorch_lightning.loggers.MLFlowLogger", lambda run: {"run_name": run.folder.name}),
@@ -27,8 +27,9 @@ def make_loggers(given: Any, run: Run) -> Any:
     """Make the loggers of a run: its own two, and others that the config names.
 
     Args:
-        given: true for the run's own; false or null for none; the name of a service such as `wandb`, a mapping
-            with a `target` and `params`, or a list of these, which come to the run's own.
+        given: true for the run's own; false or null for none; the name of a service such as
+            `wandb`, a mapping with a `target` and `params`, or a list of these, which come to the
+            run's own.
 
     Raises:
         UserError: an unknown name, or a service whose package is not installed.

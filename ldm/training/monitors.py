@@ -1,4 +1,4 @@
-"""What a run is asked to watch and to bind: metrics that something logs, an identifier that is one token."""
+"""What a run watches and binds: metrics that something logs, an identifier of one token."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _is_known(callback: pl.Callback) -> bool:
 
 
 def _watched(trainer: Any) -> Iterator[tuple[str, str, bool]]:
-    """Yield where a metric is named, the metric, and whether its callback does nothing without it."""
+    """Yield where a metric is named, the metric, and whether its callback is idle without it."""
     for callback in trainer.callbacks:
         name = type(callback).__name__
         if isinstance(monitor := getattr(callback, "monitor", None), str):
@@ -87,7 +87,7 @@ def check_identifier(identifier: str, prompts: Sequence[str]) -> None:
     tokens = tokenizer.encode(identifier)
     if len(tokens) > 1 and any(identifier in prompt for prompt in prompts):
         log.warning(
-            "data.params.train.params.identifier: '%s' is %d tokens (%s), which other words share: a rare word of one "
-            "token, such as sks, is bound more easily",
+            "data.params.train.params.identifier: '%s' is %d tokens (%s), which other words share: "
+            "a rare word of one token, such as sks, is bound more easily",
             *(identifier, len(tokens), " ".join(map(str, tokens))),
         )

@@ -1,4 +1,4 @@
-"""What a run that goes on may change: what its checkpoint decides is refused by name, all else is shown."""
+"""What may change when a run goes on: what its checkpoint decides is refused, the rest is shown."""
 
 from __future__ import annotations
 
@@ -53,15 +53,16 @@ class Resumed:
 
 
 def check_resume(config: RunConfig, run: Run) -> Resumed:
-    """Compare what a run is to go on with with what it has done, before anything is built or written.
+    """Compare what a run is to do with what it has done, before anything is built or written.
 
     Raises:
-        UserError: a change that would be without effect, or would not fit the checkpoint; it is named.
+        UserError: names a change that would have no effect, or would not fit the checkpoint.
     """
     assert run.resume_from is not None
     checkpoint = read_checkpoint(run.resume_from)  # mapped: its tensors are not read
     if "optimizer_states" not in checkpoint:
-        raise UserError(f"{run.resume_from}: has weights alone, and no run goes on from these: use --actual_resume")
+        problem = "has weights alone, and no run goes on from these: use --actual_resume"
+        raise UserError(f"{run.resume_from}: {problem}")
     step, epoch = int(checkpoint.get("global_step") or 0), int(checkpoint.get("epoch") or 0)
     _check_lengths(config, step, epoch)
     saved = saved_config(run)
@@ -95,13 +96,13 @@ def _check_fixed(before: RunConfig, now: RunConfig) -> None:
 
 
 def _refusal(key: str, was: Any, now: Any) -> str:
-    """Return why a param cannot change from one value to another; an empty text if it can, or has not changed."""
+    """Return why a param cannot change to another value; an empty text if it can, or has not."""
     if (was or None) == (now or None):
         return ""
     if key == "optimizer" and not shares_state(was, now):
         return "it cannot go on from the other's state"
     if key == "text_encoder_lr" and None in (was, now):
-        return "a text encoder with a rate of its own is a group of its own in the checkpoint's optimizer"
+        return "a text encoder with its own rate is a group of its own in the checkpoint's optimizer"
     return FIXED.get(key, "")
 
 

@@ -27,7 +27,7 @@ def first_config(run: Run) -> RunConfig:
 
 def _read(run: Run, paths: list[Path]) -> RunConfig:
     config = RunConfig(to_plain(load_config(paths)))
-    # A relative path is relative to where the run was started. A workspace may have moved as a whole.
+    # A relative path is one from where the run was started; a workspace may have moved as a whole.
     folders = [Path.cwd(), run.folder.resolve().parent.parent]
     started = config.get("run.working_folder")
     if started is not None:
@@ -36,7 +36,7 @@ def _read(run: Run, paths: list[Path]) -> RunConfig:
 
 
 def _found(value: Any, folders: list[Path], key: str = "") -> Any:
-    """Return nested containers in which relative paths that are not found from here are absolute."""
+    """Return nested containers in which relative paths that are elsewhere are absolute."""
     if isinstance(value, Mapping):
         return {name: _found(inner, folders, str(name)) for name, inner in value.items()}
     if isinstance(value, list):

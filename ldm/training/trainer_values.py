@@ -1,7 +1,7 @@
 """Which values the arguments of Lightning's Trainer may have.
 
-Lightning accepts some that are mistakes: it then trains nothing, divides by zero or ignores them. Only such arguments
-are listed. The others it checks itself.
+Lightning accepts some that are mistakes: it then trains nothing, divides by zero or ignores them.
+Only such arguments are listed. It checks the others itself.
 """
 
 from __future__ import annotations
