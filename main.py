@@ -9,12 +9,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ldm import signals
+
+if __name__ == "__main__":
+    signals.hold()  # a signal may come while the rest is imported
+
 from ldm import host
-from ldm.commands import INTERRUPTED, exit_status
+from ldm.commands import exit_status
 from ldm.config import check_config
-from ldm.distributed import is_first
+from ldm.distributed import is_child, is_first
 from ldm.training import cli, defaults
-from ldm.training.run import forget_stamp
+from ldm.training.run import forget_stamp, held
 
 # What YAML files name as main.*, imported when asked for.
 EXPORTS = {
@@ -31,17 +36,19 @@ def __getattr__(name: str) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check and train; the exit status."""
+    """Check the config and train; return the exit status."""
+    if is_child():
+        host.end_with_parent()
     config, folder = cli.prepare(args)
-    with host.environment_with(
-        host.huge_pages_environment(config.content)
-    ):  # before Lightning, whose import makes a tensor
+    # The folder is this command's alone; huge pages come before Lightning, whose import makes a tensor.
+    pages = host.huge_pages_environment(config.content)
+    with held(folder), host.environment_with(pages):
         check_config(config.content, defaults.TRAINER_KEYS)
         # Lightning takes seconds to import, which a mistyped flag or key need not wait for.
         from ldm.training.train import train
 
-        trained = train(config, folder, cli.start_of(args), test=not args.no_test)
-    return INTERRUPTED if trained.interrupted else 0
+        train(config, folder, cli.start_of(args), test=not args.no_test)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

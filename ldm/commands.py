@@ -1,4 +1,4 @@
-"""How the command-line entry points end: what a user can mend is one line, and a status that is not 0."""
+"""How the command-line entry points end: one line for what a user can mend, and a status that is not 0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import runpy
 import signal
 from collections.abc import Callable
 
+from ldm import signals
 from ldm.config import PROJECT
+from ldm.distributed import has_told_failure, is_first
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -18,35 +20,49 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit status of a program that Ctrl-C en
 OF_THE_DISK = {
     errno.ENOSPC: "make room there, or write elsewhere",
     errno.EDQUOT: "make room there, or write elsewhere",
+    errno.EFBIG: "files of this size are not allowed there; write elsewhere",
     errno.EROFS: "write elsewhere",
     errno.EACCES: "change its permissions, or use another",
     errno.EPERM: "change its permissions, or use another",
     errno.ENOTDIR: "a file stands where a folder is needed",
     errno.EEXIST: "a file stands where a folder is needed",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 
 def exit_status(command: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> int:
-    """Run a command; its status, or 1 with one line for a `UserError` or a disk that refuses, 130 for Ctrl-C.
+    """Run a command and return its exit status.
 
-    Other errors, and all while `debug()`, keep their traceback.
+    A `UserError` or a disk that refuses is one line and status 1. A stop signal is one line and 128
+    plus its number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. Other errors, and all of them
+    while `debug()`, keep their traceback.
     """
-    try:
-        return command() or 0
-    except KeyboardInterrupt:
-        if debug():
-            raise
-        log.error("interrupted")
-        return INTERRUPTED
-    except UserError as error:
-        if debug():
-            raise
-        log.error("error: %s", error)
-    except OSError as error:
-        if debug() or error.errno not in OF_THE_DISK:
-            raise
-        log.error("error: %s: %s: %s", error.filename or "writing", error.strerror, OF_THE_DISK[error.errno])
-    return 1
+    with signals.handled():
+        try:
+            signals.act_on_held()
+            return command() or 0
+        except (signals.Interrupted, KeyboardInterrupt) as stop:
+            signals.be_deaf()
+            if debug():
+                raise
+            if not is_first():  # Lightning kills the first process when another's status is not 0
+                return 0
+            log.error("%s", stop if isinstance(stop, signals.Interrupted) else "interrupted")
+            return stop.status if isinstance(stop, signals.Interrupted) else INTERRUPTED
+        except UserError as error:
+            if debug():
+                raise
+            log.error("error: %s", error)
+        except OSError as error:
+            if debug() or error.errno not in OF_THE_DISK:
+                raise
+            where, advice = error.filename or "writing", OF_THE_DISK[error.errno]
+            log.error("error: %s: %s: %s", where, error.strerror, advice)
+        except Exception:
+            if not has_told_failure():
+                raise
+            log.exception("error:")
+        return 0 if has_told_failure() else 1
 
 
 # What an installed package has as commands: the files that a checkout runs with `python`.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -89,6 +90,80 @@ def first_alone(act: Callable[[], object]) -> None:
         return "done"
 
     agreed(decide)
+
+
+def is_child() -> bool:
+    """Return whether Lightning has started this process beside the one that the user has started."""
+    others = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & set(os.environ)
+    return not others and int(os.environ.get("LOCAL_RANK") or 0) > 0
+
+
+# One process of a training fails
+
+
+FAILURE = "dreambooth/failure"  # where the group's store keeps what the first failing process says
+_has_told = False
+
+
+def tell_failure(trainer: Any, error: BaseException) -> None:
+    """Tell the first process why this one leaves the training, unless another one has said it.
+
+    The first process learns of it when what it waits for fails. This process can then end with
+    status 0, for its launcher would otherwise kill the first one while that saves a checkpoint.
+    NCCL does not notice that a process is gone: there a launcher has to end the others.
+    """
+    global _has_told
+    store = _group_store()
+    if store is None or trainer.strategy.process_group_backend != "gloo":
+        return
+    with suppress(Exception):  # the store is gone with the first process
+        if not store.check([FAILURE]):
+            text = " ".join(str(error).split()) or type(error).__name__
+            store.set(FAILURE, f"process {trainer.global_rank}: {text}")
+        _has_told = True
+
+
+def has_told_failure() -> bool:
+    """Return whether the first process knows that this one has failed, and will say so itself."""
+    return _has_told
+
+
+def failure_of_others() -> str:
+    """Return what another process of the group has said before it left, or nothing."""
+    store = _group_store()
+    with suppress(Exception):
+        if store is not None and store.check([FAILURE]):
+            return store.get(FAILURE).decode()
+    return ""
+
+
+def _group_store() -> Any | None:
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def take_children(trainer: Any) -> list[Any]:
+    """Return the processes that Lightning has started, and have it watch them no more.
+
+    It would kill this process as soon as one of them has failed.
+    """
+    processes = getattr(trainer.strategy.launcher, "procs", [])
+    children = list(processes)
+    processes.clear()
+    return children
+
+
+def end_children(children: Iterable[Any], patience: float = 5.0) -> None:
+    """Wait for processes that end by themselves, and kill those that do not."""
+    deadline = time.monotonic() + patience
+    for child in children:
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL)
+        if child.poll() is None:
+            child.kill()
 
 
 def is_sharded(trainer: Any) -> bool:

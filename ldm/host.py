@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,3 +144,14 @@ def environment_with(variables: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in new:
             del os.environ[name]
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it ends, whatever ends that one.
+
+    A process of a group would wait half an hour for one that is gone.
+    """
+    pr_set_pdeathsig = 1  # of prctl(2)
+    libc = _glibc()
+    if libc is not None and platform.system() == "Linux":
+        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)

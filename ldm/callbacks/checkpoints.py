@@ -1,4 +1,4 @@
-"""Checkpoints that are never lost: written whole or not at all, kept, and written on Ctrl-C and SIGUSR1."""
+"""Checkpoints that are never lost: written whole or not at all, and kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime
 import logging
 import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.files import save_checkpoint, write_atomically
-from ldm.optim.boundary import at_step_boundary
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +43,7 @@ class CheckpointKeeper(ModelCheckpoint):
         self.score = score
         self.keep_last = save_last
         self.scores: dict[str, float] = {}
+        self.last_step: int | None = None  # of `last.ckpt`, if this start of the run has written it
         self._newest: tuple[int, str] = (-1, "")
         self._validated = -2  # the step of the latest validation
 
@@ -81,6 +80,7 @@ class CheckpointKeeper(ModelCheckpoint):
         self._score_newest(trainer)
         if self.keep_last and trainer.is_global_zero:
             _link(Path(filepath), self.last_path)
+        self.last_step = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -97,9 +97,22 @@ class CheckpointKeeper(ModelCheckpoint):
 
     def save_last_now(self, trainer: pl.Trainer) -> None:
         """Write `last.ckpt`, unless the newest checkpoint already is of this step; on all ranks."""
-        if self.keep_last and self._last_global_step_saved != trainer.global_step:
+        if self.keep_last and self.last_step != trainer.global_step:
             trainer.save_checkpoint(self.last_path, self.save_weights_only)
-            self._last_global_step_saved = trainer.global_step
+            self.last_step = self._last_global_step_saved = trainer.global_step
+
+    def save_at(self, trainer: pl.Trainer, positions: dict[str, Any]) -> None:
+        """Write `last.ckpt` from the weights as they are, with a training's `positions` from before.
+
+        Call it on the first process alone: it asks nothing of the others.
+        """
+        if self.keep_last:
+            content = trainer._checkpoint_connector.dump_checkpoint(bool(self.save_weights_only))
+            trainer.strategy.save_checkpoint({**content, **positions}, self.last_path)
+            self.last_step = self._last_global_step_saved = positions["global_step"]
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave it to `KeepWholeSteps`, which knows whether the weights are of a whole step."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,50 +144,7 @@ def _link(source: Path, target: Path) -> None:
         write_atomically(target, lambda path: shutil.copyfile(source, path), source.stat().st_size)
 
 
-class InterruptHandler(pl.Callback):
-    """Ctrl-C ends the run after the current step, with `last.ckpt` written; SIGUSR1 writes it and goes on.
-
-    A second Ctrl-C stops at once, without writing.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._save_requested = False
-        self._previous: dict[int, Any] = {}
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        handlers = {signal.SIGINT: self._on_interrupt}
-        if hasattr(signal, "SIGUSR1"):  # not on Windows
-            handlers[signal.SIGUSR1] = self._on_save_request
-        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _on_interrupt(self, number: int, frame: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        log.warning("interrupted: finishing this step and writing %s (Ctrl-C again stops at once)", LAST)
-
-    def _on_save_request(self, number: int, frame: Any) -> None:
-        self._save_requested = True
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not at_step_boundary(trainer, batch_idx):
-            return
-        # Every rank must take the same way, wherever the signal arrived.
-        decide = trainer.strategy.reduce_boolean_decision
-        stop = decide(self.interrupted, all=False)
-        if stop or decide(self._save_requested, all=False):
-            for keeper in trainer.checkpoint_callbacks:
-                if isinstance(keeper, CheckpointKeeper):
-                    keeper.save_last_now(trainer)
-                    log.info("step %d: %s written", trainer.global_step, keeper.last_path)
-            self._save_requested = False
-            trainer.should_stop |= stop
-            self.interrupted |= stop
+def keeper_of(trainer: pl.Trainer) -> CheckpointKeeper | None:
+    """Return what keeps a run's checkpoints, or None where the config switched it off."""
+    keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, CheckpointKeeper)]
+    return keepers[0] if keepers else None

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ldm.files import write_atomically
@@ -59,19 +60,39 @@ class _Writer(ExperimentWriter):
 
 
 class RowsFirst(pl.Callback):
-    """Writes a step's row before its checkpoint: Lightning logs behind it, and a kill in between would lose the row.
+    """Write a step's row before its checkpoint, and before an error ends the run.
 
-    It has to come before what writes checkpoints.
+    Lightning logs behind the checkpoint: a kill in between would lose the row. This has to come
+    before what writes checkpoints.
     """
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        connector = trainer._logger_connector
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, CsvLog)]
-        if not loggers or not connector.should_update_logs or not at_step_boundary(trainer, batch_idx):
-            return
-        if values := connector.metrics["log"]:
-            row = {name: float(value) for name, value in values.items()} | {"epoch": trainer.current_epoch}
-            for logger in loggers:
-                logger.log_ahead(row, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if at_step_boundary(trainer, batch_idx):
+            _write_row(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        progress: Any = loop.batch_progress.current
+        # Lightning counts a batch as completed when all callbacks are done with it.
+        at_its_end = progress.processed == progress.completed + 1
+        if trainer.state.fn == TrainerFn.FITTING and at_its_end and not loop._should_accumulate():
+            _write_row(trainer)
+
+
+def _write_row(trainer: pl.Trainer) -> None:
+    connector = trainer._logger_connector
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, CsvLog)]
+    if not loggers or not connector.should_update_logs:
+        return
+    if values := connector.metrics["log"]:
+        row = {name: float(value) for name, value in values.items()}
+        row["epoch"] = trainer.current_epoch
+        for logger in loggers:
+            logger.log_ahead(row, trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -66,9 +66,13 @@ class FixedLoss(pl.Callback):
         self._halves: dict[str, Half] | None = None
         self._last_step = -1
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        if not hasattr(pl_module, "p_losses") or not hasattr(_data(trainer), "datasets"):
+    def check(self, model: Any, data: Any) -> None:
+        """Raise a `UserError` for a model or data that it cannot evaluate."""
+        if not hasattr(model, "p_losses") or not hasattr(data, "datasets"):
             raise UserError(f"{WHERE}: evaluates latent diffusion models on DataModuleFromConfig's data; remove it")
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self.check(pl_module, _data(trainer))
         self._halves, self._last_step = None, -1
 
     def on_train_batch_start(

@@ -67,14 +67,17 @@ class ImageLogger(pl.Callback):
         self.panel = make_panel(panel, self.log_images_kwargs)
         self._default_panel = panel is True
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Raises a `UserError` for arguments that the model's `log_images` does not take."""
+    def check(self, model: Any, data: Any) -> None:
+        """Raise a `UserError` for arguments that `log_images` does not take, or a panel that the model cannot draw."""
         if not self.disabled:
             given = {"batch": None, "N": self.max_images, **self.log_images_kwargs}
-            check_params(pl_module.log_images, given, f"{WHERE}.log_images_kwargs")
-        if self.panel and not can_draw(pl_module):
-            if not self._default_panel:
-                raise UserError(f"{WHERE}.{NAME}: this model makes no pictures of text alone; remove it")
+            check_params(model.log_images, given, f"{WHERE}.log_images_kwargs")
+        if self.panel and not can_draw(model) and not self._default_panel:
+            raise UserError(f"{WHERE}.{NAME}: this model makes no pictures of text alone; remove it")
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self.check(pl_module, None)
+        if not can_draw(pl_module):
             self.panel = None
 
     def due(self, step: int) -> bool:

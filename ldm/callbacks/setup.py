@@ -13,7 +13,9 @@ from ldm.files import write_atomically
 
 
 class RunFolder(Protocol):
-    """Where a run's files go, and the name of this start of it."""
+    """Where a run's files go, the name of this start of it, and whether that has made a step."""
+
+    trained: bool
 
     @property
     def stamp(self) -> str: ...
@@ -34,6 +36,10 @@ class SetupCallback(pl.Callback):
     def __init__(self, run: RunFolder, config: dict[str, Any]):
         self.run = run
         self.config = config
+        self._first_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first_step = trainer.global_step
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not trainer.is_global_zero or stage != "fit":
@@ -48,6 +54,9 @@ class SetupCallback(pl.Callback):
                 self.run.configs / f"{self.run.stamp}-{name}.yaml",
                 functools.partial(save_yaml, config),
             )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.run.trained = self.run.trained or trainer.global_step > self._first_step
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -214,13 +214,14 @@ def prepare(args: argparse.Namespace) -> tuple[RunConfig, Run]:
         run = resumed_run(args.resume)
         saved = saved_config(run).content
     else:
-        run = new_run(args)
+        run = None
         saved = {}
         if not args.base:
             example = "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
             raise UserError(f"no config: give one with --base, such as {example}")
-    config = RunConfig(to_plain(load_config(args.base, args.overrides, saved)))
-    return with_flags(config, args), run
+    config = with_flags(RunConfig(to_plain(load_config(args.base, args.overrides, saved))), args)
+    # A new run's folder is made last, when nothing of the above can be refused any more.
+    return config, run or new_run(args)
 
 
 def with_flags(config: RunConfig, args: argparse.Namespace) -> RunConfig:

@@ -13,12 +13,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.first_step import PARTS
 from ldm.callbacks.timing import TimingCallback
+from ldm.config import RunConfig
 from ldm.distributed import is_sharded
 from ldm.modules.encoders import tokenizer
 from ldm.optim.schedules import WarmupDecay
 from ldm.training import memory
 from ldm.training.resume import Resumed
-from ldm.training.run import Run
+from ldm.training.run import Run, nothing_saved, relative, resume_command
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
 
@@ -126,10 +127,25 @@ def end(
     if keeper.best:
         rows["best"] = f"{keeper.best[0]} ({keeper.score} {keeper.best[1]:.4g})"
     if prompt is not None:
-        command = ["python", "scripts/stable_txt2img.py", "--ckpt", _relative(keeper.last_path), "--prompt", prompt]
+        command = ["python", "scripts/stable_txt2img.py", "--ckpt", relative(keeper.last_path), "--prompt", prompt]
         rows["sample"] = shlex.join(command)
     return _rows("Done", rows)
 
 
-def _relative(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+def left(keeper: CheckpointKeeper | None, run: Run) -> str:
+    """Say which step an early end has left, and how to go on from it."""
+    if keeper is None or keeper.last_step is None:
+        return nothing_saved(run)
+    return f"step {keeper.last_step} is saved in {relative(keeper.last_path)}; go on with: {resume_command(run)}"
+
+
+def trained_already(keeper: CheckpointKeeper | None, config: RunConfig) -> str:
+    """Say what is there, and how to export it, if that is what has failed."""
+    if keeper is None or not keeper.last_path.exists():
+        return "the training itself is done"
+    last = relative(keeper.last_path)
+    text = f"the training itself is done: {last}"
+    if config.export is None:
+        return text
+    command = ["python", "scripts/convert.py", "--ckpt", last, "--output", "FILE.safetensors"]
+    return f"{text}; export it with: {shlex.join([*command, '--dtype', config.export])}"

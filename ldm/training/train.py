@@ -14,15 +14,20 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from ldm.callbacks.checkpoints import CheckpointKeeper, InterruptHandler
+from ldm import signals
+from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.export import DTYPES, sha256
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.parts import load_parts
 from ldm.config import SECTIONS, RunConfig
-from ldm.distributed import is_sharded
+from ldm.distributed import failure_of_others, is_sharded
 from ldm.errors import ParameterError, UserError
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.trained import check_strategy
+from ldm.optim.registry import make_optimizer
+from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.monitors import check_identifier, check_monitors
 from ldm.training.prepare import prepare
@@ -37,13 +42,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train` made, and whether Ctrl-C ended it."""
+    """What `train` made."""
 
     model: pl.LightningModule
     data: pl.LightningDataModule
     trainer: pl.Trainer
     run: Run
-    interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,67 +79,136 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     start = start or Start()
     quiet_lightning()
     resumed = check_resume(config, run) if run.resume_from else None
+
+    # Every random choice is a function of the seed and the position in the run.
     pl.seed_everything(config.seed, workers=True, verbose=False)
+
+    # The images first: one that does not decode shows before the minutes that a model takes.
     seed = {} if config.get("data.params.seed") is not None else {"seed": config.seed}
     data = instantiate_from_config(config.data, "data", **seed)
     if not config.get("data.params.train"):
         raise UserError("data.params.train: needed to train")
-    data.check()  # images that do not decode, before the minutes that a large model takes to build
+    data.check()
+
+    # The trainer and the model, whose weights come from one read of their file.
     config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
     check_optimizer(config, trainer)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
-    if is_sharded(trainer):
-        check_shardable(model)
     set_learning_rates(model, config, trainer, data.batch_size)
 
+    # Whatever can be refused is refused before the hours that class images may take.
     check_monitors(trainer, model, data)
     check_identifier(config.identifier, data.summary()["subject_prompts"])
+    check_training(model, data, trainer)
 
-    prepare(model, data, trainer, run.resume_from)
-    trainer.callbacks.append(_Announcement(run, report, resumed))
-    if run.resume_from:  # not as an argument of fit, which hides it from the callbacks and the data
-        trainer.ckpt_path = str(run.resume_from)
-    _fit(trainer, model, data)
+    with signals.handled():
+        # Class images and cached latents, made by the model as it is now.
+        prepare(model, data, trainer, run.resume_from)
 
-    keeper, timing, interrupts = (_only(trainer, kind) for kind in (CheckpointKeeper, TimingCallback, InterruptHandler))
-    state = whole_state(trainer) if config.export and not interrupts.interrupted else None
-    if trainer.is_global_zero:
-        found = data.summary()
-        images = {key: found[key] for key in ("subject_images", "class_images")}
-        if getattr(model, "lora", None) and keeper is not None and keeper.last_path.exists():
-            path, adapted = keeper.last_path.with_name(summary.LORA), model.state_dict()
-            tuned = Checkpoint.of_run(path, adapted, config.content, trainer.global_step, images)
-            tuned.as_lora(adapters_alone(adapted, model.lora.alpha)).save(path, title=run.folder.name)
-        exported = None if state is None else _export(state, config, run, trainer.global_step, images)
-        prompts = found["subject_prompts"]
-        log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None, exported))
-    if test and "test" in data.datasets and not interrupts.interrupted:
-        trainer.test(model, datamodule=data)
-    return Trained(model, data, trainer, run, interrupts.interrupted)
+        # The steps. What ends them early says which step is saved and how to go on.
+        trainer.callbacks.append(_Announcement(run, report, resumed))
+        if run.resume_from:  # not as an argument of fit, which hides it from the callbacks
+            trainer.ckpt_path = str(run.resume_from)
+        _fit(trainer, model, data, run)
+
+        # What is made of the trained weights beside the checkpoints, and what to do with them.
+        try:
+            _finish(trainer, model, data, config, run)
+            if test and "test" in data.datasets:
+                trainer.test(model, datamodule=data)
+        except signals.Interrupted as stop:
+            stop.advice = summary.trained_already(_keeper(trainer), config)
+            raise
+    return Trained(model, data, trainer, run)
 
 
-def _fit(trainer: Any, model: Any, data: Any) -> None:
-    """Train; an allocator's error becomes the advice that helps against it."""
+def check_training(model: Any, data: Any, trainer: Any) -> None:
+    """Raise a `UserError` for what a training of this model on this data would end with at its start."""
+    if is_sharded(trainer):
+        check_shardable(model)
+    for callback in trainer.callbacks:
+        if hasattr(callback, "check"):
+            callback.check(model, data)
+    if isinstance(model, LatentDiffusion):
+        # Of other tensors, which a training changes no more than these.
+        stand_in = torch.nn.Linear(1, 1)
+        optimizer = make_optimizer(model.optimizer, [stand_in], model.learning_rate)
+        with_schedule(optimizer, model.scheduler_config, trainer.max_steps)
+        if model.text_training.stop is not None:
+            check_strategy(trainer.strategy)
+
+
+def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
+    """Train; an error says which step is saved and, where it is an allocator's, what helps against it."""
     # Autocast would keep a copy of each weight until the forward pass ends, though none is read twice in it.
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         trainer.fit(model, datamodule=data, weights_only=False)
-    except MisconfigurationException as error:
-        raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
-    except ParameterError as error:  # of one of the model's hooks, unless it says its whole path already
-        located = error.parameter.partition(".")[0] in SECTIONS[""]
-        raise error if located else error.under("model.params") from error
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error) or not hasattr(model, "objective"):
+    except BaseException as error:
+        left = summary.left(_keeper(trainer), run)
+        if isinstance(error, signals.Interrupted):
+            error.advice = left
             raise
-        keeper = _only(trainer, CheckpointKeeper)
-        kept = f"; the last checkpoint is {keeper.last_path}" if keeper and keeper.last_path.exists() else ""
-        step, device = trainer.global_step + 1, trainer.strategy.root_device
-        raise UserError(f"{device}: out of memory in step {step}{kept}. {memory.advice(trainer, model)}") from error
+        # A start that was refused has nothing to go on from; and of several processes one says it.
+        says = run.trained and trainer.is_global_zero
+        if text := _as_user_error(error, trainer, model):
+            raise UserError(f"{text}; {left}" if says else text) from error
+        if says:
+            log.error("%s", left)
+        raise
     finally:
         torch.set_autocast_cache_enabled(cache)
+
+
+def _as_user_error(error: BaseException, trainer: Any, model: Any) -> str:
+    """Return the one line that says what a user can do about an error, or nothing."""
+    if isinstance(error, ParameterError):  # of one of the model's hooks, unless it says its whole path
+        located = error.parameter.partition(".")[0] in SECTIONS[""]
+        return str(error if located else error.under("model.params"))
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, MisconfigurationException):
+        return f"lightning.trainer: {' '.join(str(error).split())}"
+    if memory.is_out_of_memory(error) and hasattr(model, "objective"):
+        step, device = trainer.global_step + 1, trainer.strategy.root_device
+        return f"{device}: out of memory in step {step}. {memory.advice(trainer, model)}"
+    said = failure_of_others() if isinstance(error, Exception) else ""
+    return f"stopped, for another process ended: {said}" if said else ""
+
+
+def _finish(trainer: Any, model: Any, data: Any, config: RunConfig, run: Run) -> None:
+    """Write the adapters and the export that are asked for, and say what there is now."""
+    state = whole_state(trainer) if config.export else None
+    if not trainer.is_global_zero:
+        return
+    keeper, timing = _keeper(trainer), _only(trainer, TimingCallback)
+    found, steps = data.summary(), trainer.global_step
+    images = {key: found[key] for key in ("subject_images", "class_images")}
+    try:
+        _write_adapters(model, keeper, config, run, steps, images)
+        exported = None if state is None else _export(state, config, run, steps, images)
+    except UserError as error:
+        raise UserError(f"{error}; {summary.trained_already(keeper, config)}") from error
+    prompts = found["subject_prompts"]
+    log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None, exported))
+
+
+def _write_adapters(
+    model: Any,
+    keeper: CheckpointKeeper | None,
+    config: RunConfig,
+    run: Run,
+    steps: int,
+    images: Mapping[str, int],
+) -> None:
+    """Write the adapters of a LoRA run alone, beside its last checkpoint."""
+    if not getattr(model, "lora", None) or keeper is None or not keeper.last_path.exists():
+        return
+    path, adapted = keeper.last_path.with_name(summary.LORA), model.state_dict()
+    tuned = Checkpoint.of_run(path, adapted, config.content, steps, images)
+    tuned.as_lora(adapters_alone(adapted, model.lora.alpha)).save(path, title=run.folder.name)
 
 
 def _with_base_model(config: RunConfig, start: Start) -> RunConfig:
@@ -155,6 +228,10 @@ def _export(state: Mapping[str, Tensor], config: RunConfig, run: Run, steps: int
     weights = Checkpoint.of_run(path, state, config.content, steps, images)
     weights.merged().for_sampling().save(path, DTYPES[precision])
     return path
+
+
+def _keeper(trainer: Any) -> CheckpointKeeper | None:
+    return _only(trainer, CheckpointKeeper)
 
 
 def _only(trainer: Any, kind: type) -> Any:

@@ -8,11 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.callbacks.checkpoints import AtomicCheckpointIO, InterruptHandler
+from ldm.callbacks.checkpoints import AtomicCheckpointIO
 from ldm.callbacks.csv_log import RowsFirst
+from ldm.callbacks.first_step import FirstStepCheck
 from ldm.callbacks.keep_settings import KeepSettings
+from ldm.callbacks.non_finite import StopOnNonFinite
 from ldm.callbacks.setup import SetupCallback
+from ldm.callbacks.stops import InterruptHandler, KeepWholeSteps
 from ldm.config import RunConfig
 from ldm.errors import ParameterError, UserError, under
 from ldm.optim.in_backward import SUFFIX
@@ -64,9 +69,27 @@ def build_trainer(config: RunConfig, run: Run) -> Any:
         arguments["strategy"] = make_strategy(arguments["strategy"])
     callbacks = [c for c in build_callbacks(config, run) if not _switched_off(c, arguments)]
     try:
-        return pl.Trainer(default_root_dir=run.folder, **arguments, callbacks=callbacks, plugins=[AtomicCheckpointIO()])
-    except (ValueError, TypeError, ImportError, pl.utilities.exceptions.MisconfigurationException) as error:
+        trainer = pl.Trainer(
+            default_root_dir=run.folder,
+            **arguments,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+        )
+    except (ValueError, TypeError, AttributeError, ImportError, MisconfigurationException) as error:
         raise UserError(f"lightning.trainer: {' '.join(str(error).split())}") from error
+    trainer._signal_connector = NoSignals(trainer)
+    return trainer
+
+
+class NoSignals(_SignalConnector):
+    """Leave signals to `ldm.signals`.
+
+    After SIGTERM Lightning would end with status 0 and without a checkpoint, and its handler would
+    talk to other processes in the middle of whatever they talk about then.
+    """
+
+    def register_signal_handlers(self) -> None:
+        pass
 
 
 def check_optimizer(config: RunConfig, trainer: Any) -> None:
@@ -114,10 +137,14 @@ def build_callbacks(config: RunConfig, run: Run) -> list[pl.Callback]:
         check_mapping(value, f"lightning.callbacks.{name}")
         known = configured.get(name, {})
         configured[name] = {**known, **value, "params": {**known.get("params", {}), **(value.get("params") or {})}}
+    made = [instantiate_from_config(value, f"lightning.callbacks.{name}") for name, value in configured.items()]
+    checks = [callback for callback in made if isinstance(callback, (StopOnNonFinite, FirstStepCheck))]
     return [
         SetupCallback(run, dict(config.content)),
         KeepSettings(),
-        *(instantiate_from_config(value, f"lightning.callbacks.{name}") for name, value in configured.items()),
+        *checks,
+        KeepWholeSteps(),
+        *(callback for callback in made if callback not in checks),
         RowsFirst(),
         InterruptHandler(),
         _checkpoint_callback(config.section("lightning.modelcheckpoint"), run, config.get("model.params.monitor")),

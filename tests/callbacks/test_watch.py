@@ -128,7 +128,7 @@ def test_an_accumulated_batch_ends_it_too_and_before_the_step(workspace, caplog)
     assert main.main(workspace.arguments("nan-accumulated", *more)) == 1
     assert "error: step 2: the loss is not finite" in caplog.text
     assert checkpoints(workspace.run("nan-accumulated")) == []
-    assert "there is no checkpoint from before" in caplog.text
+    assert "no step is saved yet" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_not_written(workspace, caplog):

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 
 import main
+from tests.support import stops
 from tests.support.processors import THREADS
 
 # What a start imports, imported once for all that are forked.
@@ -47,7 +48,9 @@ def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> None
     os.dup2(output, sys.stderr.fileno())
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", **environment})
     torch.set_num_threads(int(THREADS))
-    sys.exit(main.main(arguments))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have ignored
+    with stops.armed():
+        sys.exit(main.main(arguments))
 
 
 class Anew:

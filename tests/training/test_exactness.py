@@ -22,8 +22,9 @@ import main
 from ldm.callbacks.csv_log import CsvLog
 from ldm.callbacks.setup import SetupCallback
 from ldm.errors import UserError
-from ldm.training.run import STAMP_VARIABLE, Run, resumed_run
-from tests.support.runs import Workspace, checkpoint, config, csv_rows, same
+from ldm.training.run import STAMP_VARIABLE, Run, held
+from tests.support.exact import EMA, SCHEDULE, assert_same_end, smallest
+from tests.support.runs import Workspace, checkpoint, csv_rows, same
 from tests.support.starts import DEADLINE, KILL_AT, KILLER, SPY, begin, forked, run_to_end
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,6 @@ WHOLE = bool(os.environ.get("WHOLE"))
 KILLS = int(os.environ.get("KILLS", "4"))
 STEPS = 30 if WHOLE else 15
 DDP = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
-EMA = "model.params.use_ema=true"
-SCHEDULE = (
-    "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDecay, params: {steps: 200, shape: cosine}}"
-)
 BF16 = ["--precision", "bf16-mixed"]
 ACCUMULATED = ["--accumulate_grad_batches", "2"]
 CACHED = ["data.params.latent_cache=true"]
@@ -51,21 +48,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(workspace):
-    """The golden model, smaller still: what is tested are the steps, not the network. An epoch has six batches."""
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    unet = {"use_checkpoint": False, "channel_mult": [1], "attention_resolutions": [1], "context_dim": 16}
-    size = {"params": {"size": 8}}
-    params = {"cond_stage_config": {"params": {"text_config": text}}, "unet_config": {"params": unet}}
-    smaller = {
-        "model": {"params": params},
-        "data": {"params": {"train": size, "reg": size}},
-        "lightning": {
-            "modelcheckpoint": {"params": {"every_n_train_steps": 4, "save_top_k": 1}},
-            "trainer": {"max_steps": STEPS},
-        },
-    }
-    OmegaConf.save(OmegaConf.merge(OmegaConf.load(config(workspace.path)), smaller), path := workspace.path / "s.yaml")
-    return path
+    return smallest(workspace, STEPS)
 
 
 @pytest.fixture(autouse=True)
@@ -103,38 +86,6 @@ def straight(workspace, base):
     return run
 
 
-def tensors(value, path=""):
-    """All tensors in nested containers, by their path."""
-    if isinstance(value, torch.Tensor):
-        return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return {name: tensor for key, inner in items for name, tensor in tensors(inner, f"{path}/{key}").items()}
-
-
-def logged(run):
-    """The numbers of each step; where two starts logged one, those of the later start."""
-    numbers = {}
-    for row in csv_rows(run):
-        for key, value in row.items():
-            if key != "step" and value:
-                numbers[row["step"], key] = value
-    return numbers
-
-
-def assert_same_end(run, straight, steps=STEPS):
-    ours, theirs = checkpoint(run), checkpoint(straight)
-    assert ours["global_step"] == theirs["global_step"] == steps
-    expected = tensors(theirs)
-    assert sum("/model_ema." in name for name in expected) > 100
-    assert sum("/optimizer_states/" in name for name in expected) > 100
-    found = tensors(ours)
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert ours["lr_schedulers"] == theirs["lr_schedulers"]
-    assert same(ours["optimizer_states"], theirs["optimizer_states"])
-    assert logged(run) == logged(straight)
-
-
 # Stopped, killed, and resumed
 
 
@@ -144,7 +95,7 @@ def test_a_run_that_is_stopped_ends_as_the_uninterrupted_one(workspace, base, st
     # From a checkpoint that was written in passing, too.
     resume(workspace, parts / "checkpoints/epoch=000001-step=000000004.ckpt", "--max_steps", "7")
     resume(workspace, parts, "--max_steps", str(STEPS))
-    assert_same_end(parts, straight("accumulated"))
+    assert_same_end(parts, straight("accumulated"), STEPS)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -157,7 +108,7 @@ def test_a_run_that_is_killed_twice_ends_as_the_uninterrupted_one(workspace, bas
     resume(workspace, run, kill=f"start:{2 * third}", status=-signal.SIGKILL)
     assert checkpoint(run)["global_step"] == 2 * third // 4 * 4
     resume(workspace, run)
-    assert_same_end(run, straight(kind))
+    assert_same_end(run, straight(kind), STEPS)
 
 
 @pytest.mark.parametrize("place", ["last:8", "checkpoint:8"])
@@ -166,7 +117,7 @@ def test_a_kill_beside_a_checkpoint_loses_no_row_of_the_log(workspace, base, str
     run = train(workspace, base, name, *more, kill=place, status=-signal.SIGKILL)
     assert checkpoint(run)["global_step"] == (8 if place == "last:8" else 4)
     resume(workspace, run)
-    assert_same_end(run, straight("accumulated"))
+    assert_same_end(run, straight("accumulated"), STEPS)
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(workspace, base):
@@ -233,7 +184,8 @@ def test_what_killed_saves_leave_is_removed(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
         (tmp_path / name).with_name(f".{(tmp_path / name).name}.1.tmp").touch()
-    resumed_run(str(tmp_path))
+    with held(Run(tmp_path, "2020-01-01T00-00-00")):
+        pass
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 3
 
 
@@ -294,7 +246,7 @@ def test_two_processes_compute_what_one_does_with_twice_the_batch(workspace, bas
 
 def test_a_deterministic_run_is_the_same_on_the_cpu(workspace, base, straight):
     run = train(workspace, base, "deterministic", EMA, SCHEDULE, *ACCUMULATED, "lightning.trainer.deterministic=true")
-    assert_same_end(run, straight("accumulated"))
+    assert_same_end(run, straight("accumulated"), STEPS)
 
 
 def test_determinism_is_asked_for_before_a_gpu_computes(workspace, base, monkeypatch):

@@ -225,7 +225,7 @@ def test_pictures_and_fixed_losses_come_of_sharded_weights(workspace):
 
 def test_slurm_processes_agree_and_lightning_knows_them(tmp_path):
     def job(rank: int) -> None:
-        stamp = run.time_stamp(lambda stamp: False)
+        stamp = run.time_stamp(lambda stamp: True)
         second = cluster.agreed(lambda: f"of rank {rank}")
         settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp", "logger": False}
         plain = {"lightning": {"trainer": settings}, "model": {"params": {}}}
