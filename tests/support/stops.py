@@ -53,7 +53,7 @@ def _happen(what: str) -> None:
 def _patches(place: str, act: Callable[[], None]) -> Iterator[Any]:
     """Yield the patches that call `act` in the middle of a stage."""
     from ldm.callbacks import panel
-    from ldm.checkpoints import export
+    from ldm.checkpoints import headers
     from ldm.data import latents
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.sampling import class_images
@@ -72,7 +72,7 @@ def _patches(place: str, act: Callable[[], None]) -> Iterator[Any]:
     elif place == "sampling":
         yield _before(panel, "text_to_image", act, when=lambda model: model.global_step > 0)
     elif place == "export":
-        yield _in_the_middle_of_an_export(export, act)
+        yield _in_the_middle_of_an_export(headers, act)
 
 
 def _before(where: Any, name: str, act: Callable[[], None], when: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -109,12 +109,12 @@ def _in_the_middle_of_a_checkpoint(act: Callable[[], None]) -> Any:
     return mock.patch.object(torch, "save", changed)
 
 
-def _in_the_middle_of_an_export(export: Any, act: Callable[[], None]) -> Any:
-    save = export.save_file
+def _in_the_middle_of_an_export(headers: Any, act: Callable[[], None]) -> Any:
+    save = headers.save_file
 
     def changed(state: Any, path: Any, **kwargs: Any) -> None:
         Path(path).write_bytes(b"half of it")
         act()
         save(state, path, **kwargs)
 
-    return mock.patch.object(export, "save_file", changed)
+    return mock.patch.object(headers, "save_file", changed)
