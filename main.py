@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status."""
+    """Run the command and return its exit status."""
     level = logging.INFO if is_first() else logging.ERROR  # of several processes, one tells
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     parsed = argparse.Namespace(debug=False)

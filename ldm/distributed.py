@@ -21,12 +21,12 @@ _questions = itertools.count()  # that the processes of a run answer in the same
 
 
 def is_first() -> bool:
-    """Whether this is the first process of a run, or the only one."""
+    """Return whether this is the first process of a run, or the only one."""
     return not any(int(os.environ.get(name) or 0) for name in RANKS)
 
 
 def _environment() -> Any | None:
-    """Lightning's idea of what started this process and others; None if nothing but this program starts others."""
+    """Return Lightning's idea of what started this process and others; None if this program alone does."""
     if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & set(os.environ):
         return None  # without the seconds that Lightning takes to import
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -37,7 +37,7 @@ def _environment() -> Any | None:
 
 @cache
 def _store(address: str, port: int, rank: int, size: int) -> Any:
-    """Where the processes leave notes for each other; torch's process group will use the same one."""
+    """Return where the processes leave notes for each other; torch's process group uses it, too."""
     from torch.distributed import rendezvous
 
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))

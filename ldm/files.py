@@ -19,7 +19,7 @@ def first_line(error: BaseException) -> str:
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested containers."""
+    """Count the bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
@@ -58,7 +58,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], expected
 
 
 def give_usual_permissions(path: Path) -> None:
-    """Those of any new file: safetensors makes files that nobody else may read."""
+    """Give a file the permissions of any new one: safetensors makes files that nobody else may read."""
     os.umask(umask := os.umask(0))
     path.chmod(0o666 & ~umask)
 

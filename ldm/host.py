@@ -24,7 +24,7 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def accelerators() -> tuple[str, int]:
-    """The accelerator that this machine has, in Lightning's word for it, and how many."""
+    """Return the accelerator that this machine has, in Lightning's word for it, and how many."""
     import torch  # takes seconds, which `--help` need not wait for
 
     if torch.cuda.is_available():
@@ -49,7 +49,7 @@ def default_precision(accelerator: str) -> str:
 
 
 def _cpu_flags() -> set[str]:
-    """What the processor says that it can, where the system says it."""
+    """Return what the processor says that it can, where the system says it."""
     try:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:
@@ -124,7 +124,7 @@ HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # torch's, for tensors of 2 MB and
 
 
 def huge_pages_environment(config: Mapping[str, Any]) -> dict[str, str]:
-    """The variables that a training by `config` should start with: none where it gives memory back between steps.
+    """Return the variables to start a training with: none where it gives memory back between steps.
 
     The system fills huge pages in a fraction of the time of small ones.
     """
@@ -136,7 +136,7 @@ def huge_pages_environment(config: Mapping[str, Any]) -> dict[str, str]:
 
 @contextmanager
 def environment_with(variables: Mapping[str, str]) -> Iterator[None]:
-    """Inside, the process and those it starts have these variables beside their own, which go first."""
+    """Give the process and those that it starts these variables inside, beside their own, which go first."""
     new = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(new)
     try:

@@ -49,7 +49,7 @@ class CheckpointKeeper(ModelCheckpoint):
 
     @property
     def last_path(self) -> Path:
-        """Where the newest checkpoint is."""
+        """Return where the newest checkpoint is."""
         return Path(self.dirpath or ".") / LAST
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -129,7 +129,7 @@ class CheckpointKeeper(ModelCheckpoint):
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """The checkpoint with the lowest `score`, and that score, where one was measured."""
+        """Return the checkpoint with the lowest `score`, and that score, where one was measured."""
         return min(self.scores.items(), key=lambda item: item[1]) if self.scores else None
 
 

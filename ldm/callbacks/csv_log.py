@@ -46,7 +46,7 @@ class CsvLog(CSVLogger):
 
 class _Writer(ExperimentWriter):
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """What Lightning does with the file emptied, which a kill may leave so."""
+        """Write the rows anew under more columns, in one go: a kill would leave Lightning's file empty."""
         with open(self.metrics_file_path, newline="") as file:
             rows = list(csv.DictReader(file))
 

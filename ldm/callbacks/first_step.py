@@ -24,7 +24,7 @@ WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def checksum(values: Tensor) -> Tensor:
-    """Two integers, (2,), that no change of some of the bits leaves as they are, but for a rare coincidence.
+    """Return two integers, (2,), that change with any of the bits, but for a rare coincidence.
 
     They are weighted sums, modulo 2^64, of the rows and of the columns of the bits as a table of integers. Nothing is
     copied.
@@ -43,14 +43,14 @@ def checksum(values: Tensor) -> Tensor:
 
 
 def _words(values: Tensor) -> Tensor:
-    """The bits of a tensor as a vector of the widest integers that fit."""
+    """Return the bits of a tensor as a vector of the widest integers that fit."""
     flat = values.reshape(-1)
     sizes = (flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size())
     return flat.view(next(word for word in WORDS if all(size % word.itemsize == 0 for size in sizes)))
 
 
 def part_of(name: str, trained: bool) -> str:
-    """The part of the network that a parameter belongs to, in words; of what is trained, adapters are parts too."""
+    """Name the part of the network that a parameter belongs to; adapters that are trained are parts too."""
     child = name.partition(".")[0]
     part = PARTS.get(child, child)
     return f"LoRA adapters of the {part}" if trained and ADAPTER in name else part
@@ -106,7 +106,7 @@ class FirstStepCheck(pl.Callback):
             self._next = 2 * self._steps
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before: Mapping[str, Tensor]) -> bool:
-        """Whether there is nothing more to wait for."""
+        """Return whether there is nothing more to wait for."""
         still = unchanged(before, pl_module)
         _check_frozen(self._frozen - still, trainer.global_step)
         if not pl_module.automatic_optimization:
@@ -135,7 +135,7 @@ class FirstStepCheck(pl.Callback):
         )
 
     def _rises(self, trainer: pl.Trainer) -> bool:
-        """Whether the next step's learning rate is larger."""
+        """Return whether the next step's learning rate is larger."""
         return any(_rate(optimizer) > self._rate for optimizer in trainer.optimizers)
 
     def _idle_text(self, trainer: pl.Trainer, parts: set[str], pulled: bool) -> str:
@@ -150,7 +150,7 @@ class FirstStepCheck(pl.Callback):
 
 
 def unchanged(before: Mapping[str, Tensor], module: nn.Module) -> set[str]:
-    """The names of the tensors that are, bit for bit, what the checksums of `before` are of."""
+    """Return the names of the tensors whose checksums are those of `before`."""
     now = dict(_tensors(module))
     names = [name for name in before if name in now]
     if not names:
@@ -160,7 +160,7 @@ def unchanged(before: Mapping[str, Tensor], module: nn.Module) -> set[str]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What is compared: all parameters, and the buffers that training has no reason to change."""
+    """Yield what is compared: all parameters, and the buffers that training has no reason to change."""
     yield from module.named_parameters()
     trains = {name for name, child in module.named_children() if any(p.requires_grad for p in child.parameters())}
     averages = {name for name, child in module.named_children() if isinstance(child, LitEma)}
@@ -194,7 +194,7 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 
 
 def _skipped(trainer: pl.Trainer, module: nn.Module) -> bool:
-    """Whether the gradient scaler of float16 found an overflow and left the weights alone."""
+    """Return whether the gradient scaler of float16 found an overflow and left the weights alone."""
     if getattr(trainer.precision_plugin, "scaler", None) is None:
         return False
     gradients = [p.grad for p in module.parameters() if p.grad is not None]

@@ -23,8 +23,7 @@ HALVES = {"subject": "train", "prior": "reg"}  # the datamodule's names of the d
 
 @dataclass(frozen=True)
 class Half:
-    """What is evaluated of the subject or of the prior: scaled latents, their captions, and the noise of each pair
-    of an example and a time step."""
+    """Hold what is evaluated of the subject or of the prior: latents, captions, and noise for each pair."""
 
     latents: Tensor  # (examples, z, h, w)
     captions: list[str]
@@ -103,7 +102,7 @@ class FixedLoss(pl.Callback):
 
     @torch.no_grad()
     def losses(self, model: Any, datasets: Mapping[str, Any]) -> dict[str, float]:
-        """The mean loss of each half, by name; the examples are those of the first call."""
+        """Return the mean loss of the subject and of the prior; the examples are those of the first call."""
         if self._halves is None:
             present = {name: datasets[key] for name, key in HALVES.items() if key in datasets}
             self._halves = {name: self._half(model, dataset, name) for name, dataset in present.items()}
@@ -140,7 +139,7 @@ def _data(trainer: pl.Trainer) -> Any:
 
 
 def _latents(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The scaled modes of a batch's posteriors, on the CPU."""
+    """Return the scaled modes of a batch's posteriors, on the CPU."""
     if "moments" in batch:
         posterior = DiagonalGaussianDistribution(batch["moments"].float())
     else:

@@ -81,7 +81,7 @@ class ImageLogger(pl.Callback):
             self.panel = None
 
     def due(self, step: int) -> bool:
-        """Whether this many optimizer steps deserve a grid."""
+        """Return whether this many optimizer steps deserve a grid."""
         return not self.disabled and step > 0 and (step % self.batch_frequency == 0 or step in self._early)
 
     def on_train_batch_start(

@@ -91,7 +91,7 @@ class StopOnNonFinite(pl.Callback):
 
 
 def non_finite_weights(module: torch.nn.Module) -> list[str]:
-    """The names of trained parameters with a value that is not finite."""
+    """Return the names of trained parameters with a value that is not finite."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if not trained:
         return []
@@ -114,7 +114,7 @@ def _losses_text(trainer: pl.Trainer) -> str:
 
 
 def _batch_text(trainer: pl.Trainer, batch: Any, number: int) -> str:
-    """The captions of a batch and what they belong to: files where they are known, else positions and seeds."""
+    """Quote the captions of a batch, each with its file or else its position and seed."""
     examples = getattr(trainer.train_dataloader, "dataset", None)
     subject, prior = (examples.subject, examples.prior) if isinstance(examples, Examples) else (None, None)
     halves = dict(zip(("subject", "prior"), [batch] if isinstance(batch, Mapping) else batch))
@@ -160,7 +160,7 @@ def _batches_done(trainer: pl.Trainer) -> int:
 
 
 def _advice(trainer: pl.Trainer, pl_module: Any) -> str:
-    """What usually helps."""
+    """Say what usually helps."""
     rate = getattr(pl_module, "learning_rate", None)
     lower = "a lower model.base_learning_rate" + (f" (it was {rate:.3g})" if isinstance(rate, float) else "")
     precision = str(trainer.precision)

@@ -58,7 +58,7 @@ class Panel:
         self._side: int | None = None
 
     def prompts(self, data: Any) -> list[str]:
-        """The rows, for what a datamodule trains on; none if it does not say what that is."""
+        """Return the rows for what a datamodule trains on; none if it does not say what that is."""
         if self.given is not None:
             return list(self.given)
         summary = data.summary() if hasattr(data, "summary") else {}
@@ -70,7 +70,7 @@ class Panel:
         return [*dict.fromkeys(own), *others[:2]] if own else []
 
     def draw(self, trainer: pl.Trainer, model: Any, batch: Any) -> Image.Image | None:
-        """The panel as it is now, pictures as large as the batch's were at first; None without prompts.
+        """Draw the panel, with pictures as large as the first batch's; None without prompts.
 
         It draws nothing from torch's global generator. The averaged weights are used, if the model keeps any.
         """
@@ -87,7 +87,7 @@ class Panel:
 
 
 def make_panel(given: Mapping[str, Any] | bool | None, sampling: Mapping[str, Any]) -> Panel | None:
-    """The panel that `panel` asks for: true for the default one, false or null for none.
+    """Make the panel that `panel` asks for: true for the default one, false or null for none.
 
     `sampling` are the arguments of `log_images`, whose steps and guidance are the panel's if it has none of its own.
     """
@@ -102,12 +102,12 @@ def make_panel(given: Mapping[str, Any] | bool | None, sampling: Mapping[str, An
 
 
 def can_draw(model: Any) -> bool:
-    """Whether a model makes pictures of text alone."""
+    """Return whether a model makes pictures of text alone."""
     return getattr(getattr(model, "model", None), "conditioning_key", None) == "crossattn"
 
 
 def _side(model: Any, batch: Any) -> int:
-    """The side of a batch's images, in pixels."""
+    """Return the side of a batch's images, in pixels."""
     half = batch if isinstance(batch, Mapping) else batch[0]
     if "moments" in half:
         return half["moments"].shape[-1] * model.downsampling

@@ -14,14 +14,14 @@ from ldm.host import CUDA
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: the GPU's for CUDA, else this process's resident memory."""
+    """Return the most memory in use so far: the GPU's for CUDA, else this process's resident memory."""
     if device.type == CUDA:
         return torch.cuda.max_memory_allocated(device)
     return resident_bytes()[1]
 
 
 def resident_bytes() -> tuple[int, int]:
-    """This process's resident memory now, where the system says it, and at its peak."""
+    """Return this process's resident memory now, where the system says it, and at its peak."""
     status = Path("/proc/self/status")
     if status.exists():  # resource's peak would be that of the parent, if it had more when this process started
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -64,5 +64,5 @@ class TimingCallback(pl.Callback):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean seconds of an optimizer step, pictures and checkpoints included; None before the second."""
+        """Return the mean seconds of an optimizer step, pictures and checkpoints included; None before the second."""
         return self.seconds / self.steps if self.steps else None

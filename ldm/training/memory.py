@@ -43,7 +43,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """What a step takes."""
+        """Return what a step takes."""
         return self.weights + self.optimizer + self.passing
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ def estimate(
     autocast: torch.dtype | None = None,
     accumulates: bool = False,
 ) -> Estimate:
-    """What a `LatentDiffusion` needs to train, without what torch and the GPU's driver take themselves (about 1 GB).
+    """Estimate what a `LatentDiffusion` needs to train, without torch's and the driver's own (about 1 GB).
 
     Args:
         optimizer: its name in `ldm.optim.registry.OPTIMIZERS`.
@@ -98,7 +98,7 @@ def estimate(
 
 
 def _most_at_once(stages: Sequence[Stage]) -> int:
-    """Of activations and gradients, while a backward pass goes from the last stage to the first."""
+    """Return the most that activations and gradients take together during the backward pass."""
     moments = range(len(stages))
     return max(
         sum(stage.activations for stage in stages[: i + 1]) + sum(stage.gradients for stage in stages[i:])
@@ -109,7 +109,7 @@ def _most_at_once(stages: Sequence[Stage]) -> int:
 def forward_stages(
     model: Any, samples: int, latent_side: int, autocast: torch.dtype | None = None
 ) -> tuple[list[Stage], int]:
-    """What the text encoder and the UNet's blocks need for their backward passes beside the weights, in their order.
+    """Measure what the text encoder and the UNet's blocks keep for the backward pass, in their order.
 
     Returns:
         the stages, and the bytes that recomputing a checkpointed block adds at most.
@@ -138,7 +138,7 @@ def _without_data(value: Tensor) -> Tensor:
 
 
 def _stages(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[list[Stage], int]:
-    """What each of the UNet's blocks keeps for the backward pass and the most that recomputing one adds, in bytes."""
+    """Measure what each of the UNet's blocks keeps, and the most that recomputing one adds."""
     weights = {value.untyped_storage()._cdata for value in state.values()}
     blocks = [block for child in unet.children() for block in (child if isinstance(child, nn.ModuleList) else [child])]
     entered: list[nn.Module] = []
@@ -181,7 +181,7 @@ def _stages(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, 
 
 @contextmanager
 def _counting(kept: list[dict[int, Tensor]]) -> Iterator[None]:
-    """Inside, what autograd keeps for its backward pass goes into the last of `kept`, by its storage."""
+    """Put what autograd keeps for its backward pass into the last of `kept`, by its storage."""
 
     def pack(value: Tensor) -> Tensor:
         kept[-1][value.untyped_storage()._cdata] = value
@@ -208,7 +208,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
-    """The estimate of a run; None for other models, for images of any size and where memory is of no concern."""
+    """Estimate a run; None for other models, for images of any size and where memory is of no concern."""
     side = getattr(data.datasets.get("train"), "size", None)
     if not hasattr(model, "objective") or not side or sum(p.nbytes for p in model.parameters()) < CONCERNS:
         return None
@@ -221,7 +221,7 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
 
 
 def outlook(trainer: Any, model: Any, found: Estimate) -> str:
-    """An estimate, and if the device has less, what to do about that."""
+    """Put an estimate into words and, if the device has less, what to do about that."""
     device = trainer.strategy.root_device
     available = available_bytes(device)
     tensors = [*model.parameters(), *model.buffers()]
@@ -232,19 +232,19 @@ def outlook(trainer: Any, model: Any, found: Estimate) -> str:
 
 
 def advice(trainer: Any, model: Any) -> str:
-    """What needs less memory, as one line."""
+    """Say in one line what needs less memory."""
     return f"To need less: {'; '.join(switches(trainer, model))}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is of torch's allocators, on a GPU or the CPU, or of Python's."""
+    """Return whether an error is of torch's allocators, on a GPU or the CPU, or of Python's."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def switches(trainer: Any, model: Any) -> list[str]:
-    """What a user can still turn to need less memory, the cheapest in time and quality first."""
+    """List what a user can still change to need less memory, the cheapest in time and quality first."""
     optimizer, sharded, device = model.optimizer, is_sharded(trainer), trainer.strategy.root_device.type
     unet, trained = model.model.diffusion_model, sum(p.numel() for p in model.parameters() if p.requires_grad)
     recomputed = [module.use_checkpoint for module in unet.modules() if hasattr(module, "use_checkpoint")]

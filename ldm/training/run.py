@@ -53,7 +53,7 @@ class Run:
         return self.folder / "images"
 
     def saved_configs(self) -> list[Path]:
-        """The configs of earlier starts of this run, oldest first."""
+        """Return the configs of earlier starts of this run, oldest first."""
         return sorted(self.configs.glob("*.yaml"))
 
 
@@ -232,7 +232,7 @@ def _check_length(name: Path) -> None:
 
 
 def resumed_run(resume: str) -> Run:
-    """The run of a folder, or of a `.ckpt` in its `checkpoints/`.
+    """Return the run of a folder, or of a `.ckpt` in its `checkpoints/`.
 
     Raises:
         UserError: there is no such run, or it has no checkpoint or config to go on from.

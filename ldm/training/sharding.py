@@ -26,7 +26,7 @@ OPTIMIZERS = ("adam", "adamw")  # whose state has the shape of the weights, and 
 
 
 def make_strategy(given: Any) -> Any:
-    """What `lightning.trainer.strategy` names: ours for `fsdp`, that of a `target` and its params, else Lightning's.
+    """Return the strategy that the config names: ours for `fsdp`, that of a `target`, else Lightning's.
 
     Raises:
         UserError: a strategy whose checkpoints would not be single files.
@@ -43,8 +43,10 @@ def make_strategy(given: Any) -> Any:
 
 
 def units(model: LatentDiffusion) -> set[nn.Module]:
-    """The modules whose weights are gathered and freed together: the UNet's and the text encoder's blocks, and what
-    is around those in either."""
+    """Return the modules whose weights are gathered and freed together.
+
+    They are the UNet's and the text encoder's blocks, and what is around those in either.
+    """
     unet = [module for module in model.model.modules() if isinstance(module, TimestepEmbedSequential)]
     lists = [module for module in model.cond_stage_model.modules() if isinstance(module, nn.ModuleList)]
     return {model.model, model.cond_stage_model, *unet, *(block for blocks in lists for block in blocks)}
@@ -120,7 +122,7 @@ class FullySharded(FSDPStrategy):
         return sharded
 
     def _whole(self, rank0_only: bool) -> Any:
-        """Inside, states are whole and on the CPU, on the first process alone or on all."""
+        """Have states whole and on the CPU inside, on the first process alone or on all."""
         where = {"offload_to_cpu": True, "rank0_only": rank0_only}
         assert self.model is not None
         return FSDP.state_dict_type(
@@ -128,7 +130,7 @@ class FullySharded(FSDPStrategy):
         )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The whole weights; empty but on the first process."""
+        """Return the whole weights; empty but on the first process."""
         assert self.model is not None
         with self._whole(rank0_only=True):
             state = self.model.state_dict()
@@ -136,7 +138,7 @@ class FullySharded(FSDPStrategy):
         return {name: value.detach().cpu() for name, value in state.items()} if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's whole state as torch has it, by the numbers of parameters; empty but on the first process."""
+        """Return the whole state by parameters' numbers, as torch has it; empty but on the first process."""
         assert self.model is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         own = optimizer.state_dict()
@@ -182,5 +184,5 @@ class ShardedPrecision(FSDPPrecision):
 
 
 def whole_state(trainer: Any) -> dict[str, Tensor]:
-    """The model's state dict, on the first process; all have to call this."""
+    """Return the model's state dict, on the first process; all have to call this."""
     return trainer.strategy.lightning_module_state_dict()

@@ -30,12 +30,12 @@ def _rows(title: str, rows: dict[str, str]) -> str:
 
 
 def count(module: nn.Module, trainable: bool) -> int:
-    """Parameters of a module that are trained, or that are not."""
+    """Count the parameters of a module that are trained, or that are not."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad == trainable)
 
 
 def parameters(model: nn.Module) -> str:
-    """What is trained and what is frozen, in millions of parameters by part."""
+    """Say what is trained and what is frozen, in millions of parameters by part."""
 
     def listed(trainable: bool) -> str:
         parts = {PARTS.get(name, name): count(child, trainable) for name, child in model.named_children()}
@@ -46,13 +46,13 @@ def parameters(model: nn.Module) -> str:
 
 
 def prompts(texts: list[str], shown: int = 2) -> str:
-    """Prompts with their token ids, of which those of a rare identifier are worth a look."""
+    """Quote prompts with their token ids, of which those of a rare identifier are worth a look."""
     lines = [f'"{text}" = tokens {" ".join(map(str, tokenizer.encode(text)))}' for text in texts[:shown]]
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
 def text_encoder(model: Any) -> str:
-    """How the text encoder's training differs from the UNet's."""
+    """Say how the text encoder's training differs from the UNet's."""
     training = getattr(model, "text_training", None)
     parts = []
     if training and training.lr is not None:
@@ -74,7 +74,7 @@ def schedule(trainer: Any) -> str:
 def start(
     trainer: Any, model: Any, data: Any, run: Run, weights: str, training: str, resumed: Resumed | None = None
 ) -> str:
-    """What is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
+    """Say what is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
     rows = {"training": training, "weights": weights}
     found = data.summary()
     for name in ("subject", "class"):
@@ -112,7 +112,7 @@ def end(
     prompt: str | None,
     exported: Path | None = None,
 ) -> str:
-    """What has happened: steps, their time and memory, the checkpoints, and how to sample."""
+    """Say what has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done = f"{trainer.global_step} steps"
     if timing.seconds_per_step:
         done += f", {timing.seconds_per_step:.3g} s a step, {timing.peak_bytes / 1e9:.2f} GB peak memory"

@@ -212,7 +212,7 @@ def _write_adapters(
 
 
 def _with_base_model(config: RunConfig, start: Start) -> RunConfig:
-    """The config with the file that the run starts from, for the header of what it will export."""
+    """Return the config with the file that the run starts from, for the header of what it will export."""
     if start.weights is None:
         return config
     base = {"file": start.weights.name}
@@ -235,7 +235,7 @@ def _keeper(trainer: Any) -> CheckpointKeeper | None:
 
 
 def _only(trainer: Any, kind: type) -> Any:
-    """The callback of a kind, or None where the config switched it off."""
+    """Return the callback of a kind, or None where the config switched it off."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
 
 
@@ -258,7 +258,7 @@ class _Announcement(pl.Callback):
 
 
 def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:
-    """The model with its initial weights, and a line that says where they are from.
+    """Build the model with its initial weights; return it with a line that says where they are from.
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
     """

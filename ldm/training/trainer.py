@@ -50,7 +50,7 @@ def quiet_lightning() -> None:
 
 
 def build_trainer(config: RunConfig, run: Run) -> Any:
-    """The Trainer of a run.
+    """Build the Trainer of a run.
 
     Raises:
         UserError: an argument that Lightning does not take.
@@ -105,7 +105,7 @@ def check_optimizer(config: RunConfig, trainer: Any) -> None:
 
 
 def needs_gradients(trainer: Any) -> list[str]:
-    """What of a trainer's settings needs all gradients at once, by name."""
+    """Return the settings of a trainer that need all gradients at once, by name."""
     settings = {
         "lightning.trainer.accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
         "lightning.trainer.gradient_clip_val": bool(trainer.gradient_clip_val),
@@ -116,7 +116,7 @@ def needs_gradients(trainer: Any) -> list[str]:
 
 
 def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:
-    """Whether the Trainer's arguments forbid a callback, which Lightning would refuse to run with."""
+    """Return whether the Trainer's arguments forbid a callback, which Lightning would refuse to run with."""
     switches = {
         pl.callbacks.LearningRateMonitor: arguments["logger"],
         pl.callbacks.ProgressBar: arguments.get("enable_progress_bar", True),
@@ -128,7 +128,7 @@ def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:
 
 
 def build_callbacks(config: RunConfig, run: Run) -> list[pl.Callback]:
-    """The default callbacks, the config's, then the keepers of the run folder and its checkpoints."""
+    """Make the default callbacks, the config's, then the keepers of the run folder and its checkpoints."""
     configured = {name: dict(value) for name, value in defaults.CALLBACKS.items()}
     for name, value in config.section("lightning.callbacks").items():
         if value is None or value is False:  # switched off
