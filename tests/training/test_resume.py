@@ -125,6 +125,9 @@ def test_what_an_earlier_command_changed_is_shown(run, workspace, caplog):
     (summary,) = [message for message in caplog.messages if message.startswith("Training\n")]
     (before,) = [line for line in summary.splitlines() if line.strip().startswith("changed before")]
     assert "lightning.callbacks.first_step as by default -> null" in before and "max_steps" not in before
+    caplog.clear()
+    workspace.resume(run, "--max_steps", "6", "lightning.callbacks.first_step={}", "model.base_learning_rate=1e-3")
+    assert "what should train has moved, and nothing else has" in caplog.text  # the check is on again
 
 
 @pytest.mark.parametrize("change, message", [
