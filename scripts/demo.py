@@ -17,7 +17,8 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.commands import exit_status
-from ldm.data.image_folder import find_images, load_image
+from ldm.data.finding import find_images
+from ldm.data.reading import load_image
 from ldm.sampling.contact_sheet import Entry, contact_sheet
 from ldm.tiny.miniature import WEIGHTS, Painter, class_word_of, dreambooth, photos_of, subject_names
 

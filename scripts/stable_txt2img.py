@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -24,18 +27,35 @@ from ldm.checkpoints.ema import WEIGHTS
 from ldm.checkpoints.embeddings import read_embeddings
 from ldm.checkpoints.export import sha256
 from ldm.commands import exit_status
+from ldm.data.captions import read_text
 from ldm.errors import UserError
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.sampling.metadata import picture_texts
 from ldm.sampling.pictures import grid, next_number, save_png
-from ldm.sampling.text_to_image import Recipe, image_seed, load_model, pick_device, text_to_image
+from ldm.sampling.text_to_image import (
+    Recipe,
+    check_size,
+    image_seed,
+    load_model,
+    pick_device,
+    text_to_image,
+)
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prompt", default="a painting of a virus monster playing guitar", help="what to draw")
-    add("--from-file", metavar="FILE", help="a prompt a line, instead of --prompt")
+    add(
+        "--from-file",
+        metavar="FILE",
+        help="a prompt a line, instead of --prompt; empty lines and those that begin with # are left out",
+    )
     add("--negative_prompt", default="", help="what guidance leads away from")
     add("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help=".ckpt or .safetensors")
     add("--config", help="the model's YAML (default: the checkpoint's own, else that of its family)")
@@ -53,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--W", type=int, help="width, pixels (default: the model's)")
     add("--C", type=int, help="latent channels, only to check the model against")
     add("--f", type=int, help="downsampling factor, only to check the model against")
-    add("--seed", type=int, default=42, help="default: %(default)s")
+    add("--seed", type=int, default=42, help="-1 chooses one at random and says which (default: %(default)s)")
     add("--fixed_code", action="store_true", help="the same starting noise in every batch")
     add("--precision", choices=["full", "autocast"], default="autocast", help="default: %(default)s")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -63,29 +83,72 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_prompts(args: argparse.Namespace) -> list[list[str]]:
-    """The batches of prompts: one repeated, or the lines of a file in turn."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for what no model can do."""
+    if args.laion400m:
+        raise UserError("--laion400m: not supported: that model's BERT text encoder is not part of this project")
     if args.n_samples < 1 or args.n_iter < 1 or args.n_rows < 0:
         raise UserError("--n_samples and --n_iter must be at least 1, --n_rows at least 0")
-    if not (math.isfinite(args.scale) and math.isfinite(args.ddim_eta) and args.ddim_eta >= 0):
-        raise UserError(f"--scale {args.scale} and --ddim_eta {args.ddim_eta} must be numbers, eta not negative")
+    if not math.isfinite(args.scale) or not math.isfinite(args.ddim_eta):
+        raise UserError(f"--scale {args.scale} and --ddim_eta {args.ddim_eta} must be numbers")
+    if not 0 <= args.ddim_eta <= 1:
+        raise UserError(f"--ddim_eta {args.ddim_eta}: expected a number from 0 to 1")
+    for flag, value in (("ddim_steps", args.ddim_steps), ("H", args.H), ("W", args.W)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: expected at least 1")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a `UserError` if a folder cannot be made, or nothing can be written into it.
+
+    It is not made yet: a command that is refused leaves nothing behind.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{place}: a file stands where a folder is needed; choose another --outdir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: cannot write there; choose another --outdir")
+
+
+def choose_seed(given: int) -> int:
+    """Return the seed, or a random one where -1 asks for it, as in AUTOMATIC1111's web UI."""
+    if given != -1:
+        return given
+    seed = secrets.randbelow(2**32)
+    log.info("--seed -1: the seed is %d", seed)
+    return seed
+
+
+def read_prompts(args: argparse.Namespace) -> list[list[str]]:
+    """Return the batches of prompts: one repeated, or the lines of a file in turn."""
     if not args.from_file:
         return [[args.prompt] * args.n_samples]
     path = Path(args.from_file)
     if not path.is_file():
         raise UserError(f"--from-file {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--from-file {path}: not UTF-8 text") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
+    lines = [line.strip() for line in read_text(path, "file of prompts").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
         raise UserError(f"--from-file {path}: no prompts in it")
-    return [lines[start : start + args.n_samples] for start in range(0, len(lines), args.n_samples)]
+
+    # Say what becomes of the file: of a single --prompt, --n_samples pictures are drawn.
+    size = args.n_samples
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    comments = sum(line.startswith("#") for line in lines)
+    left_out = f" ({comments} comments left out)" if comments else ""
+    last = f", the last of {len(batches[-1])}" if len(batches[-1]) != size else ""
+    log.info("%s: %d prompts%s in batches of %d%s", path, len(prompts), left_out, size, last)
+    log.info("each prompt is drawn %d times, as --n_iter says", args.n_iter)
+    return batches
 
 
 def numbered_batches(batches: list[list[str]], n_iter: int, fixed_code: bool) -> Iterator[tuple[list[str], list[int]]]:
-    """Each batch with the numbers that choose its pictures' noise, which `fixed_code` starts anew every time."""
+    """Yield each batch with the numbers that choose its pictures' noise.
+
+    The numbers begin anew in each batch with `fixed_code`.
+    """
     number = 0
     for _ in range(n_iter):
         for batch in batches:
@@ -103,46 +166,65 @@ def weights_names(checkpoint: Path) -> dict[str, str]:
 
 def sample(args: argparse.Namespace) -> None:
     """Load, sample, save."""
-    if args.laion400m:
-        raise UserError("--laion400m: not supported: that model's BERT text encoder is not part of this project")
+    # Refuse what can be refused before the minutes that a large model takes to load.
+    check_arguments(args)
     batches = read_prompts(args)
     outdir = Path(args.outdir)
     folder = outdir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
+    if args.skip_save and args.skip_grid:
+        log.warning("--skip_save and --skip_grid: no picture will be kept")
+
+    # Load the model, and compare it with what the flags say of it.
+    model = load(args)
+    side = model.image_size * model.downsampling
+    height = side if args.H is None else args.H
+    width = side if args.W is None else args.W
+    check_size(model, height, width)
+    sampler = "plms" if args.plms else "ddim"
+    seed = choose_seed(args.seed)
+    recipe = Recipe(args.ddim_steps, args.scale, args.ddim_eta, sampler, height, width, seed)
+    weights = {} if args.skip_save else weights_names(Path(args.ckpt))
+
+    # Sample batch by batch. Each picture is written as soon as it is there, whole or not at all, so
+    # a command that is stopped keeps those that it has finished.
+    made: list[Image.Image] = []
+    work = list(numbered_batches(batches, args.n_iter, args.fixed_code))
+    try:
+        for prompts, numbers in tqdm(work, desc="batches", disable=len(work) == 1):
+            seeds = [image_seed(seed, number) for number in numbers]
+            images = text_to_image(model, prompts, seeds, recipe, args.negative_prompt, args.precision, verbose=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for prompt, number, image in zip(prompts, numbers, images):
+                if not args.skip_save:
+                    how = {**weights, "index": number, "ckpt": str(args.ckpt)}
+                    texts = picture_texts(prompt, recipe, args.negative_prompt, **how)
+                    save_png(image, folder / f"{next_number(folder):05}.png", texts)
+                made.append(image)
+    finally:
+        if made and not args.skip_save:
+            print(f"{len(made)} pictures in {folder}")
+
+    # Show them all on one sheet.
+    if not args.skip_grid:
+        path = outdir / f"grid-{next_number(outdir, 'grid-'):04}.png"
+        save_png(grid(made, args.n_rows or args.n_samples), path)
+        print(path)
+
+
+def load(args: argparse.Namespace) -> LatentDiffusion:
+    """Return the model that the flags name, with the embeddings that they add."""
     device = pick_device(args.device)
     # Under autocast a GPU would make half-precision copies of the weights anyway.
-    dtype = torch.float16 if args.precision == "autocast" and device.type != "cpu" else None
+    halved = args.precision == "autocast" and device.type != "cpu"
+    dtype = torch.float16 if halved else None
     model = load_model(args.ckpt, args.config, device, args.weights, dtype)
     for flag, given, actual in (("C", args.C, model.latent_channels), ("f", args.f, model.downsampling)):
         if given not in (None, actual):
             raise UserError(f"--{flag} {given}: this model has {actual}")
     if args.embedding_path:
         EmbeddingManager(model.cond_stage_model).load(read_embeddings(args.embedding_path))
-    side = model.image_size * model.downsampling
-    sampler = "plms" if args.plms else "ddim"
-    recipe = Recipe(args.ddim_steps, args.scale, args.ddim_eta, sampler, args.H or side, args.W or side, args.seed)
-
-    weights = {} if args.skip_save else weights_names(Path(args.ckpt))
-    file_number = next_number(folder)
-    made: list[Image.Image] = []
-    work = list(numbered_batches(batches, args.n_iter, args.fixed_code))
-    for prompts, numbers in tqdm(work, desc="batches", disable=len(work) == 1):
-        seeds = [image_seed(args.seed, number) for number in numbers]
-        images = text_to_image(model, prompts, seeds, recipe, args.negative_prompt, args.precision, verbose=True)
-        made += images
-        for prompt, number, image in zip(prompts, numbers, images):
-            if not args.skip_save:
-                texts = picture_texts(
-                    prompt, recipe, args.negative_prompt, **weights, index=number, ckpt=str(args.ckpt)
-                )
-                save_png(image, folder / f"{file_number:05}.png", texts)
-                file_number += 1
-    if not args.skip_grid:
-        path = outdir / f"grid-{next_number(outdir, 'grid-*.png'):04}.png"
-        save_png(grid(made, args.n_rows or args.n_samples), path)
-        print(path)
-    if not args.skip_save:
-        print(f"{len(made)} pictures in {folder}")
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> int:

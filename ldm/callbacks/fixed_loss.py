@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.data.datamodule import Stream
+from ldm.data.streams import Stream
 from ldm.distributed import computes
 from ldm.errors import ParameterError, UserError
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution

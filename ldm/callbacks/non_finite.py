@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.trainer.states import TrainerStatus
 from torch import Tensor
 
-from ldm.data.datamodule import Examples, PositionBatches, Stream
+from ldm.data.streams import Examples, PositionBatches, Stream
 from ldm.errors import UserError
 from ldm.rng import derive_seed
 

@@ -82,7 +82,8 @@ class Panel:
         rows: list[tuple[str, Sequence[Entry]]] = []
         with trainer.precision_plugin.forward_context():
             for prompt in prompts:  # one at a time: a step's memory may have no room for more
-                rows.append((prompt, text_to_image(model, [prompt] * self.images, seeds, recipe)))
+                pictures = text_to_image(model, [prompt] * self.images, seeds, recipe, may_fail=True)
+                rows.append((prompt, pictures))
         return contact_sheet(rows, min(self._side, WIDEST), f"step {trainer.global_step}")
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ldm.data.captions import read_captions
 from ldm.data.image_folder import ImageFolderDataset
-from ldm.data.prompts import caption_beside, captions_from_templates
+from ldm.data.notices import warn_once
+from ldm.data.prompts import captions_from_templates
 from ldm.errors import ParameterError
 
 
@@ -56,10 +58,11 @@ class PersonalizedBase(ImageFolderDataset):
         self.repeats = repeats if set == "train" else 1
         self.templated = captions_from_templates(placeholder_token, identifier, templates, coarse_class_text, reg)
         # An empty caption is for the prior: it keeps the unconditional model, too.
-        beside = {path: caption_beside(path, may_be_empty=reg) for path in self.paths} if captions else {}
-        self.captions = {
-            path: self.templated if (caption := beside.get(path)) is None else [caption] for path in self.paths
-        }
+        self.captioned = beside = read_captions(self.paths, may_be_empty=reg) if captions else {}
+        self.class_word, self.templates = str(placeholder_token), templates
+        self.captions = {path: [beside[path]] if path in beside else self.templated for path in self.paths}
+        if not reg:
+            _warn_of_subfolders(self.root, self.paths)
 
     @property
     def prompts(self) -> list[str]:
@@ -79,6 +82,17 @@ class PersonalizedBase(ImageFolderDataset):
         if len(captions) == 1:
             return captions[0]
         return captions[int(torch.randint(len(captions), (1,), generator=generator))]
+
+
+def _warn_of_subfolders(root: Path, paths: Sequence[Path]) -> None:
+    """Say that images in subfolders count, where others lie beside those: it may not be meant."""
+    deeper = [path for path in paths if path.parent != root]
+    if deeper and len(deeper) < len(paths):
+        folders = sorted({str(path.parent.relative_to(root)) for path in deeper})
+        warn_once(
+            f"{root}: {len(deeper)} of its {len(paths)} images are in subfolders ({', '.join(folders[:3])}): "
+            "all are taken for the subject"
+        )
 
 
 def _resize_mode(resize: str | None, center_crop: bool) -> str:

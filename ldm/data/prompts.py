@@ -1,9 +1,9 @@
-"""Captions: from templates with an identifier and a class word, or from a text file beside the image."""
+"""Captions from templates with an identifier and a class word."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from string import Formatter
 
 from ldm.errors import ParameterError, UserError, nearest
@@ -11,6 +11,7 @@ from ldm.errors import ParameterError, UserError, nearest
 SUBJECT_TEMPLATE = "photo of a {identifier} {class_word}"
 PRIOR_TEMPLATE = "photo of a {class_word}"
 FIELDS = ("identifier", "class_word")
+CLASS_MARK = "classword"  # stands for a class word while a template is read backwards
 
 
 def captions_from_templates(
@@ -20,7 +21,7 @@ def captions_from_templates(
     coarse_class_text: str | None = None,
     reg: bool = False,
 ) -> list[str]:
-    """The captions that the templates give for the class word `placeholder_token`.
+    """Return the captions that the templates give for the class word `placeholder_token`.
 
     A template may hold `{identifier}` and `{class_word}`; a bare `{}` is the class word, before which
     `coarse_class_text` goes. The default is the subject's template, or the prior's with `reg`.
@@ -28,7 +29,7 @@ def captions_from_templates(
     Raises:
         UserError: a template that cannot be filled, or no class word.
     """
-    if not placeholder_token:
+    if not str(placeholder_token or "").strip():
         raise ParameterError("placeholder_token", "no class word; give --class_word, for example --class_word dog")
     if templates is None:
         templates = PRIOR_TEMPLATE if reg else SUBJECT_TEMPLATE
@@ -40,11 +41,22 @@ def captions_from_templates(
     return list(dict.fromkeys(captions))
 
 
+def class_word_of(caption: str, templates: str | Sequence[str] | None = None) -> str | None:
+    """Return the class word of a caption that one of the prior's templates made; None for others."""
+    for template in captions_from_templates(CLASS_MARK, "", templates, reg=True):
+        pattern = re.escape(template).replace(CLASS_MARK, "(.+)", 1).replace(CLASS_MARK, ".+")
+        found = re.fullmatch(pattern, caption.strip(), re.IGNORECASE)
+        if found and found.groups():
+            return found[1]
+    return None
+
+
 def _fill(template: str, identifier: str, class_word: str) -> str:
     known = "known are {identifier}, {class_word} and {} (the class word)"
     try:
         fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-        if unknown := [field for field in fields if field not in (*FIELDS, "")]:
+        unknown = [field for field in fields if field not in (*FIELDS, "")]
+        if unknown:
             hint = nearest(unknown[0], list(FIELDS))
             raise ParameterError("templates", f"unknown field {{{unknown[0]}}} in {template!r}{hint}; {known}")
         return template.format(*[class_word] * len(fields), identifier=identifier, class_word=class_word)
@@ -52,21 +64,3 @@ def _fill(template: str, identifier: str, class_word: str) -> str:
         raise
     except (ValueError, TypeError, LookupError) as error:
         raise ParameterError("templates", f"{template!r} is no template ({error}); {known}") from error
-
-
-def caption_beside(image: Path, may_be_empty: bool = False) -> str | None:
-    """The text of the file beside `image` (dog.txt for dog.jpg), or None if there is none.
-
-    Raises:
-        UserError: the file is no UTF-8 text, or is empty and may not be.
-    """
-    path = image.with_suffix(".txt")
-    if not path.is_file():
-        return None
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this caption ({error}); save it as UTF-8 text") from error
-    if not text and not may_be_empty:
-        raise UserError(f"{path}: this caption is empty; write one, or remove the file to use the templates")
-    return text

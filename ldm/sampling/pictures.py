@@ -17,9 +17,13 @@ from ldm.files import write_atomically
 
 
 def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
-    """8-bit pictures of images in [-1, 1]; values are cut, then truncated as the reference's are."""
+    """Return 8-bit pictures of images in [-1, 1].
+
+    Values are cut to that range, then truncated as the reference's are.
+    """
     pixels = (255 * ((images.float() + 1) / 2).clamp(0, 1)).to(torch.uint8)
-    return [Image.fromarray(array) for array in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
+    arrays = rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
@@ -32,15 +36,23 @@ def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = N
     write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
 
 
-def next_number(folder: Path, pattern: str = "*") -> int:
-    """The number after the highest that a file of the folder has in its name."""
-    numbers = [int(digits) for p in folder.glob(pattern) if (digits := "".join(filter(str.isdigit, p.stem)))]
-    return max(numbers, default=-1) + 1
+def next_number(folder: Path, prefix: str = "") -> int:
+    """Return the number after the highest that is the name of a file in the folder.
+
+    A name ends at its first dot: the caption 00012.txt and the mask 00012.mask.png have the number
+    12, too, so that no new picture comes beside them. It may begin with a prefix, as grid-0003.png.
+    """
+    if not folder.is_dir():
+        return 0
+    names = [path.name.partition(".")[0] for path in folder.iterdir()]
+    numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """The pictures in rows, with small gaps."""
-    gap, (width, height) = 2, images[0].size
+    """Return the pictures in rows, with small gaps."""
+    gap = 2
+    width, height = images[0].size
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap))

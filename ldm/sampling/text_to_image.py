@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the best that this machine has: CUDA, MPS, CPU.
+    """Return the named device, or the best that this machine has: CUDA, MPS, CPU.
 
     Raises:
         UserError: the named one is not there.
@@ -47,7 +47,7 @@ def load_model(
     weights: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> LatentDiffusion:
-    """A model ready to sample from, with a checkpoint's weights, in evaluation mode.
+    """Return a model to sample from, with a checkpoint's weights, in evaluation mode.
 
     Args:
         config: its YAML; by default the one that trained it, else that of its family.
@@ -77,24 +77,27 @@ class Recipe:
 
 
 def image_seed(seed: int, index: int) -> int:
-    """The seed of the `index`-th picture of a series with `seed`."""
+    """Return the seed of the `index`-th picture of a series with `seed`."""
     return derive_seed("image", seed, index)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """`full` is float32. `autocast` is float16 on a GPU; a CPU, where it would be slower, stays with float32."""
+    """Return the context in which a model computes in a precision.
+
+    `full` is float32. `autocast` is float16 on a GPU; a CPU, where it would be slower, stays with
+    float32.
+    """
     if precision not in ("full", "autocast"):
         raise UserError(f"--precision {precision}: accepted: full, autocast")
-    return (
-        torch.autocast(device.type, torch.float16)
-        if precision == "autocast" and device.type != "cpu"
-        else nullcontext()
-    )
+    if precision == "autocast" and device.type != "cpu":
+        return torch.autocast(device.type, torch.float16)
+    return nullcontext()
 
 
 def check_size(model: LatentDiffusion, height: int, width: int) -> None:
     """Raise a `UserError` if the UNet cannot halve a latent of this size as often as it does."""
-    levels = sum(1 for name, _ in model.model.diffusion_model.named_modules() if name.endswith(".op"))
+    unet = model.model.diffusion_model
+    levels = sum(1 for name, _ in unet.named_modules() if name.endswith(".op"))
     step = model.downsampling * 2**levels
     if height < step or width < step or height % step or width % step:
         raise UserError(f"height {height} and width {width} must be multiples of {step} for this model")
@@ -109,34 +112,52 @@ def text_to_image(
     negative_prompt: str = "",
     precision: str = "full",
     verbose: bool = False,
+    may_fail: bool = False,
 ) -> list[Image.Image]:
-    """One picture for each prompt, a function of its prompt and its own seed, whatever the others are.
+    """Return a picture for each prompt: a function of its prompt and its own seed alone.
+
+    Args:
+        may_fail: draw black where the model makes values that are no numbers.
 
     Raises:
-        UserError: a size, sampler or number of steps that the model cannot do.
+        UserError: a size, sampler or number of steps that the model cannot do, or such values.
     """
     from ldm.models.diffusion.samplers import SAMPLERS
 
+    # Refuse what this model cannot do before anything is computed.
     if recipe.sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{recipe.sampler}'; accepted: {', '.join(SAMPLERS)}")
     if model.model.conditioning_key != "crossattn":
         raise UserError("this model inpaints: it needs an image and a mask beside the prompt")
     check_size(model, recipe.height, recipe.width)
-    shape = (model.latent_channels, recipe.height // model.downsampling, recipe.width // model.downsampling)
-    guides = recipe.scale != 1.0
+    height, width = recipe.height // model.downsampling, recipe.width // model.downsampling
+
     with autocast(model.device, precision), model.ema_scope("sampling"):
+        # Read the texts. Guidance also needs what it leads away from; a scale of 1 is no guidance.
+        cond = model.get_learned_conditioning(prompts)
+        uncond = None
+        if recipe.scale != 1.0:
+            uncond = model.get_learned_conditioning([negative_prompt] * len(prompts))
+
+        # Go from noise to latents. Each picture draws from its own seed, so the batch that it is
+        # in does not matter.
         latents, _ = SAMPLERS[recipe.sampler](model).sample(
             recipe.steps,
             len(prompts),
-            shape,
-            model.get_learned_conditioning(prompts),
+            (model.latent_channels, height, width),
+            cond,
             eta=recipe.eta,
             verbose=verbose,
             unconditional_guidance_scale=recipe.scale,
-            unconditional_conditioning=model.get_learned_conditioning([negative_prompt] * len(prompts))
-            if guides
-            else None,
+            unconditional_conditioning=uncond,
             random=SampleRandom(seeds, model.device),
         )
+
+        # Decode. Half precision may overflow, which would be drawn as black.
         images = model.decode_first_stage(latents)
+    if not may_fail and not torch.isfinite(images).all():
+        raise UserError(
+            "the model made values that are no numbers instead of a picture: sample in full "
+            "precision, or with other weights"
+        )
     return to_pil(images)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 
-from ldm.data.image_folder import to_array
+from ldm.data.resizing import to_array
 from ldm.errors import UserError, nearest
 from ldm.rng import generator as generator_of
 from ldm.tiny.scenes import PLAIN, SCENES, rgb

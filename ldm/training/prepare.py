@@ -12,12 +12,30 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.data.latents import Encoder, digest, encode_variants
+from ldm.data.latents import CachedLatents, Encoder, digest, encode_variants
+from ldm.data.personalized import PersonalizedBase
 from ldm.distributed import first_alone
 from ldm.errors import UserError
-from ldm.sampling.class_images import make_class_images
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.tokenizer import warn_of_cut
+from ldm.sampling.class_images import check_class, make_class_images
 
 FIRST_STAGE = "first_stage_model."  # how the keys of an autoencoder's weights begin
+
+
+def check_images(data: Any) -> None:
+    """Refuse images that do not decode, and class images that were made for another class.
+
+    Raises:
+        UserError: for either of them.
+    """
+    if not isinstance(data, DataModuleFromConfig):
+        return
+    data.check()
+    if isinstance(data.prior, PersonalizedBase):
+        prior = data.prior
+        captioned = prior.captioned
+        check_class([p for p in prior.paths if p not in captioned], prior.class_word, prior.templates)
 
 
 def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None) -> None:
@@ -33,6 +51,7 @@ def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None
     """
     if not isinstance(data, DataModuleFromConfig):
         return
+    _warn_of_cut_captions(model, data)
 
     # What is in files is made once for all processes of the run.
     first_alone(lambda: _make_files(model, data, trainer, resumes=resume_from is not None))
@@ -45,11 +64,19 @@ def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None
         _cache_latents(model, data, trainer)
 
 
+def _warn_of_cut_captions(model: Any, data: DataModuleFromConfig) -> None:
+    """Quote what the text encoder will not read of the captions."""
+    encoder = getattr(model, "cond_stage_model", None)
+    if isinstance(encoder, (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder)):
+        found = data.summary()
+        warn_of_cut([*found["subject_prompts"], *found["class_prompts"]], encoder.max_length)
+
+
 def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: bool) -> None:
     """Fill latent caches of whole datasets, and draw the class images that the folder lacks."""
     device = trainer.strategy.root_device
     for dataset in data.datasets.values():
-        if not hasattr(dataset, "fill"):
+        if not isinstance(dataset, CachedLatents):
             continue
         if resumes:
             dataset.fill(None)

@@ -30,7 +30,7 @@ from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.monitors import check_identifier, check_monitors
-from ldm.training.prepare import prepare
+from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
@@ -88,7 +88,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     data = instantiate_from_config(config.data, "data", **seed)
     if not config.get("data.params.train"):
         raise UserError("data.params.train: needed to train")
-    data.check()
+    check_images(data)
 
     # The trainer and the model, whose weights come from one read of their file.
     config = _with_base_model(config, start)

@@ -25,7 +25,8 @@ from typing import Any
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
-from ldm.data.image_folder import find_images, load_image
+from ldm.data.finding import find_images
+from ldm.data.reading import load_image
 from ldm.errors import UserError
 from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0
 from ldm.files import save_checkpoint, write_atomically

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.image_folder import find_images, load_image
+from ldm.data.finding import find_images
+from ldm.data.reading import load_image
 from ldm.evaluation.metrics import (
     EfficientNetLite0,
     Recognizer,

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy
 import main
 from ldm.checkpoints.diffusers_format import scheduler_config
 from ldm.checkpoints.pipeline_folder import config_of_pipeline
-from ldm.data.image_folder import find_images, list_images
+from ldm.data.finding import find_images, list_images
 from ldm.data.latents import CachedLatents
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError

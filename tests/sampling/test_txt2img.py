@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm.sampling.metadata import read_recipe
+from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
 from scripts import stable_txt2img
 from tests.support.runs import SIZE, Workspace
 
@@ -102,3 +104,137 @@ def test_the_prompt_and_the_negative_prompt_count(sample):
     (negative,) = as_numbers(sample("--n_samples", "1", "--negative_prompt", "a cat", outdir="negative"))
     (other,) = as_numbers(sample("--n_samples", "1", "--prompt", "a cat", outdir="other"))
     assert np.abs(plain - negative).max() > 0 and np.abs(plain - other).max() > 0
+
+
+# prompt files
+
+
+def test_comments_and_empty_lines_are_no_prompts(sample, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (path := tmp_path / "prompts.txt").write_bytes(
+        "\ufeff# dogs\r\na red dog\r\n\r\n  # more\na blue dog\nan old dög".encode()
+    )
+    pictures = sample("--from-file", str(path), "--n_samples", "2")
+    assert [read_recipe(picture)["prompt"] for picture in pictures] == ["a red dog", "a blue dog", "an old dög"]
+    assert f"{path}: 3 prompts (2 comments left out) in batches of 2, the last of 1" in caplog.text
+    assert "each prompt is drawn 1 times, as --n_iter says" in caplog.text
+
+
+def test_a_long_prompt_is_warned_of_with_what_is_lost(sample, caplog):
+    sample("--n_samples", "1", "--prompt", "a very long description " * 30 + "of a sks dog on the beach")
+    (warning,) = [record.getMessage() for record in caplog.records if "is cut" in record.getMessage()]
+    assert warning.endswith("a very long description of a sks dog on the beach'")
+
+
+# seeds and places
+
+
+def test_a_seed_at_random_is_said_and_kept(sample, caplog):
+    caplog.set_level("INFO")
+    first, second = (sample("--n_samples", "1", "--seed", "-1", outdir=name)[0] for name in "ab")
+    seeds = [read_recipe(picture)["seed"] for picture in (first, second)]
+    assert seeds[0] != seeds[1] and min(seeds) >= 0
+    assert all(f"--seed -1: the seed is {seed}" in caplog.text for seed in seeds)
+    (again,) = sample("--n_samples", "1", "--seed", str(seeds[0]), outdir="c")
+    assert np.array_equal(np.asarray(first), np.asarray(again))
+
+
+@pytest.mark.parametrize("outdir", ["out.v1", "a.png", "deep/er/my.dog.samples"])
+def test_folders_with_a_dot(sample, tmp_path, outdir):
+    assert len(sample("--n_samples", "1", outdir=outdir)) == 1
+    assert (tmp_path / outdir / "grid-0000.png").exists()
+
+
+def test_numbers_go_on_behind_whatever_has_one(sample, tmp_path):
+    (tmp_path / "out" / "samples").mkdir(parents=True)
+    for name in ("00004.txt", ".00090.png.77.tmp", "IMG_2024.txt"):
+        (tmp_path / "out" / "samples" / name).touch()
+    assert stable_txt2img.next_number(tmp_path / "out" / "samples") == 5
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--H", "0"], "--H 0"),
+        (["--W", "-32"], "--W -32"),
+        (["--W", "33"], "multiples of"),
+        (["--n_iter", "0"], "--n_iter must be at least 1"),
+        (["--n_samples", "-1"], "--n_samples and"),
+        (["--ddim_steps", "0"], "--ddim_steps 0"),
+        (["--ddim_steps", "-5"], "--ddim_steps -5"),
+        (["--ddim_steps", "1001"], "between 1 and 1000"),
+        (["--scale", "inf"], "must be numbers"),
+        (["--ddim_eta", "nan"], "must be numbers"),
+        (["--ddim_eta", "-0.5"], "from 0 to 1"),
+        (["--ddim_eta", "2"], "from 0 to 1"),
+        (["--from-file", "{tmp}/comments.txt"], "no prompts in it"),
+        (["--from-file", "{tmp}/latin.txt"], "latin.txt: cannot read this file of prompts"),
+        (["--from-file", "{tmp}/zeros.txt"], "zero bytes in it"),
+        (["--from-file", "{tmp}"], "no such file"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(ckpt, tmp_path, caplog, arguments, words):
+    (tmp_path / "comments.txt").write_text("# a\n\n  #b\n")
+    (tmp_path / "latin.txt").write_bytes("ein Hündchen".encode("latin-1"))
+    (tmp_path / "zeros.txt").write_bytes("a dog".encode("utf-16-le"))
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    always = ["--ckpt", str(ckpt), "--outdir", str(tmp_path / "out"), "--n_iter", "1", "--n_samples", "1"]
+    assert stable_txt2img.main([*always, *arguments]) == 1
+    error = caplog.records[-1].getMessage()
+    assert error.startswith("error: ") and words in error and "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "/out", "/deep/er"])
+def test_a_file_in_place_of_the_folder_is_refused_before_the_model_is_read(tmp_path, caplog, inside):
+    (tmp_path / "file").touch()
+    arguments = ["--ckpt", str(tmp_path / "none.ckpt"), "--outdir", f"{tmp_path / 'file'}{inside}"]
+    assert stable_txt2img.main(arguments) == 1
+    assert f"{tmp_path / 'file'}: a file stands where a folder is needed" in caplog.text
+
+
+def test_values_that_are_no_numbers_are_no_picture(ckpt):
+    model = load_model(ckpt)
+    torch.nn.init.constant_(model.first_stage_model.post_quant_conv.bias, float("nan"))
+    with pytest.raises(ValueError, match="values that are no numbers"):
+        text_to_image(model, ["a dog"], [0], Recipe(2, height=SIZE, width=SIZE))
+    (black,) = text_to_image(model, ["a dog"], [0], Recipe(2, height=SIZE, width=SIZE), may_fail=True)
+    assert black.getbbox() is None
+
+
+# stopped
+
+
+def test_a_stop_keeps_the_pictures_that_are_finished(sample, tmp_path, monkeypatch, capsys):
+    draw, batches = stable_txt2img.text_to_image, []
+
+    def stopped(*arguments, **options):
+        batches.append(arguments)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(stable_txt2img, "text_to_image", stopped)
+    with pytest.raises(AssertionError):
+        sample("--n_samples", "2", "--n_iter", "3")
+    kept = sorted((tmp_path / "out" / "samples").iterdir())
+    assert [path.name for path in kept] == ["00000.png", "00001.png"]
+    for path in kept:
+        Image.open(path).load()
+    assert f"2 pictures in {tmp_path / 'out' / 'samples'}" in capsys.readouterr().out
+
+
+def test_a_stop_while_a_picture_is_written_leaves_none_of_it(sample, tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def stopped(image, path, *arguments, **options):
+        save(image, path, *arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", stopped)
+    with pytest.raises(AssertionError):
+        sample("--n_samples", "1")
+    assert not list((tmp_path / "out" / "samples").iterdir())

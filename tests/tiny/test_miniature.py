@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.config import load_config, to_plain
-from ldm.data.image_folder import find_images, load_image
+from ldm.data.finding import find_images
+from ldm.data.reading import load_image
 from ldm.errors import UserError
 from ldm.evaluation.metrics import CLIPImages, features_of, similarity, similarity_within, to_tensor
 from ldm.sampling.text_to_image import Recipe, load_model

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 START, END = 49406, 49407
+
+_known: set[tuple[str, int]] = set()  # texts whose length was looked at, with the length allowed
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,16 +56,44 @@ def encode_with(text: str, added: Mapping[str, Sequence[int]]) -> list[int]:
     return ids
 
 
+def lost_text(text: str, max_length: int = 77, added: Mapping[str, Sequence[int]] | None = None) -> str:
+    """Return the end of a text that is cut off, as its tokens read; "" if all of the text fits."""
+    lost = encode_with(text, added or {})[max_length - 2 :]
+    return _bpe().decode([token for token in lost if token < START]).strip()
+
+
+def warn_of_cut(
+    texts: Iterable[str],
+    max_length: int = 77,
+    added: Mapping[str, Sequence[int]] | None = None,
+    shown: int = 3,
+) -> None:
+    """Warn of each text that is too long, once, with what of it is lost; of many, quote some."""
+    new = [text for text in dict.fromkeys(texts) if (text, max_length) not in _known]
+    _known.update((text, max_length) for text in new)
+    cut = [text for text in new if lost_text(text, max_length, added)]
+    for text in cut[:shown]:
+        lost = lost_text(text, max_length, added)
+        quoted = lost if len(lost) <= 160 else f"{lost[:70]} [...] {lost[-80:]}"
+        log.warning(
+            "a text of more than %d tokens is cut: of '%s...', this is not read: '%s'",
+            *(max_length - 2, text[:40], quoted),
+        )
+    if len(cut) > shown:
+        log.warning("%d more texts are cut after %d tokens", len(cut) - shown, max_length - 2)
+
+
 def tokenize(
     texts: Sequence[str], max_length: int = 77, pad: int = END, added: Mapping[str, Sequence[int]] | None = None
 ) -> Int[Tensor, "b n"]:
     """Ids of each text: start, pieces, end, then padding (the end token again for SD v1, 0 for v2).
 
-    Longer texts are cut so that the end token is the last one.
+    Longer texts are cut so that the end token is the last one, and warned of.
 
     Args:
         added: words beside the vocabulary's, in lower case, and the ids that each stands for.
     """
+    warn_of_cut(texts, max_length, added)
     tokens = torch.full((len(texts), max_length), pad, dtype=torch.int64)
     for row, text in zip(tokens, texts):
         ids = [START, *encode_with(text, added or {})[: max_length - 2], END]
