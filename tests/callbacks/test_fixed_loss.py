@@ -1,7 +1,5 @@
 """Losses at fixed time steps with fixed noise."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,14 +7,7 @@ import main
 from ldm.callbacks.fixed_loss import FixedLoss
 from ldm.data.personalized import PersonalizedBase
 from tests.support.runs import SIZE, checkpoint, csv_rows, metrics, same
-
-
-def fixed(**params):
-    """An override that evaluates two examples of each half at three time steps, every two steps."""
-    params = {"every_n_steps": 2, "examples": 2, "time_steps": 3, **params}
-    return (
-        f"lightning.callbacks.fixed_loss={{target: ldm.callbacks.fixed_loss.FixedLoss, params: {json.dumps(params)}}}"
-    )
+from tests.support.spies import fixed
 
 
 def fixed_losses(run, name):

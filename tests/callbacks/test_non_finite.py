@@ -11,7 +11,7 @@ import main
 from ldm.data.image_folder import ImageFolderDataset
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from tests.support.runs import ROOT, SIZE, checkpoint
-from tests.support.spies import checkpoints, errors, spy
+from tests.support.spies import checkpoints, errors, fixed, panels, spy, with_panel
 
 
 class BreakWeights(pl.Callback):

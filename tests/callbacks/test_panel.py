@@ -1,6 +1,5 @@
 """A panel of fixed prompts beside the grids of a run."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,21 +9,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from ldm.callbacks.panel import Panel
 from tests.support.runs import checkpoint, same
-
-
-def with_panel(panel, **params):
-    params = {"batch_frequency": 2, "increase_log_steps": False, "log_images_kwargs": {"ddim_steps": 2}, **params}
-    params |= {} if panel == "default" else {"panel": panel}
-    return f"lightning.callbacks.image_logger={{target: main.ImageLogger, params: {json.dumps(params)}}}"
+from tests.support.spies import panels, with_panel
 
 
 @pytest.fixture(scope="module")
 def paneled(workspace):
     return workspace.train("panel", with_panel({"images": 2}))
-
-
-def panels(run):
-    return sorted(path.name for path in run.glob("images/panel/*"))
 
 
 def test_a_panel_comes_with_the_grids_and_before_the_first_step(paneled):
