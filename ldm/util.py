@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.errors import ParameterError, UserError, nearest, under
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 # What has moved, modules and single targets: a YAML or a saved run may still name the old place.
 RENAMED = {
@@ -182,3 +188,49 @@ def _check_type(value: Any, annotation: Any, where: str) -> None:
     accepted = tuple(kind for name in names for kind in _PLAIN_TYPES.get(name, (type(None),)))
     if not isinstance(value, accepted) or (isinstance(value, bool) and "bool" not in names):
         raise ParameterError(where, f"expected {' or '.join(names)}, got {value!r}")
+
+
+# What scripts of the LDM family import from here, besides
+
+
+def exists(value: Any) -> bool:
+    """Return whether a value is given."""
+    return value is not None
+
+
+def default(value: Any, fallback: Any) -> Any:
+    """Return a value, or the fallback (called, if it is a function) where it is not given."""
+    if exists(value):
+        return value
+    return fallback() if inspect.isfunction(fallback) else fallback
+
+
+def count_params(model: nn.Module, verbose: bool = False) -> int:
+    """Return how many parameters a network has; log it with `verbose`."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if verbose:
+        log.info("%s has %.2f M params", type(model).__name__, total / 1e6)
+    return total
+
+
+def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:
+    """Write captions into pictures, (b, 3, height, width) in [-1, 1], for a log.
+
+    Args:
+        wh: width and height of a picture.
+        xc: the captions, one for each picture.
+        size: of the letters.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageDraw, ImageFont
+
+    pictures = []
+    font = ImageFont.load_default(size)
+    per_line = max(1, int(40 * wh[0] / 256))
+    for caption in xc:
+        picture = Image.new("RGB", wh, color="white")
+        pieces = [caption[start : start + per_line] for start in range(0, len(caption), per_line)]
+        ImageDraw.Draw(picture).text((0, 0), "\n".join(pieces), fill="black", font=font)
+        pictures.append(np.asarray(picture).transpose(2, 0, 1) / 127.5 - 1.0)
+    return torch.tensor(np.stack(pictures), dtype=torch.float32)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.data.streams import Examples, PositionBatches, Stream
 from ldm.errors import UserError
+from ldm.modules.losses.batch import named_parts
 from ldm.rng import derive_seed
 
 NAMES = {"train/loss": "subject", "train/loss_prior": "prior"}
@@ -117,7 +118,7 @@ def _batch_text(trainer: pl.Trainer, batch: Any, number: int) -> str:
     """Quote the captions of a batch, each with its file or else its position and seed."""
     examples = getattr(trainer.train_dataloader, "dataset", None)
     subject, prior = (examples.subject, examples.prior) if isinstance(examples, Examples) else (None, None)
-    halves = dict(zip(("subject", "prior"), [batch] if isinstance(batch, Mapping) else batch))
+    halves = named_parts(batch)
     streams = {"subject": subject, "prior": prior}
     return "; ".join(
         f"{name}: {', '.join(_examples_text(trainer, half, streams[name], number))}"

@@ -1,4 +1,4 @@
-"""The first stage: a variational autoencoder between images and the latents that diffusion works on."""
+"""The first stage: a variational autoencoder between images and the latents of diffusion."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ class AutoencoderKL(pl.LightningModule):
 
     Args:
         ddconfig: the shape of `Encoder` and `Decoder`.
-        lossconfig: `ldm.modules.losses.LPIPSWithDiscriminator` to train it, `torch.nn.Identity` to use it.
+        lossconfig: `ldm.modules.losses.LPIPSWithDiscriminator` to train it, `torch.nn.Identity` to
+            use it.
         embed_dim: channels of a latent.
-        ckpt_path: a file of initial weights, for who builds the model (`ldm.checkpoints.parts.load_parts`); keys that
-            start with one of `ignore_keys` stay as they are.
+        ckpt_path: a file of initial weights, for who builds the model
+            (`ldm.checkpoints.parts.load_parts`); keys that start with one of `ignore_keys` stay.
         image_key: a batch's entry for the images, (b, h, w, c) in [-1, 1].
         monitor: the metric that names the best checkpoint.
-        use_checkpoint: recompute the residual blocks' activations in the backward pass instead of keeping them.
+        use_checkpoint: recompute the residual blocks' activations in the backward pass.
         optimizer: adam or muon, for the autoencoder; the discriminator has Adam.
-        freeze_encoder: train the decoder alone: latents stay as they are, and what was trained on them stays valid.
+        freeze_encoder: train the decoder alone: what was trained on its latents stays valid.
         scheduler_config: a function from step to a factor for the autoencoder's learning rate.
 
-    On several GPUs, train with `strategy: ddp_find_unused_parameters_true`: no backward pass reaches both
-    the autoencoder and the discriminator. The learning rate is the attribute `learning_rate`, which the
-    training command sets.
+    On several GPUs, train with `strategy: ddp_find_unused_parameters_true`: no backward pass
+    reaches both the autoencoder and the discriminator. The learning rate is the attribute
+    `learning_rate`, which the training command sets.
 
     Raises:
         UserError: `ddconfig` does not fit the encoder and the decoder, or has no `double_z`.
@@ -90,24 +91,27 @@ class AutoencoderKL(pl.LightningModule):
     # Images and latents
 
     def encode(self, x: Images) -> DiagonalGaussianDistribution:
-        """The posterior over latents of images in [-1, 1]."""
+        """Return the posterior over latents of images in [-1, 1]."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Latent) -> Images:
-        """Images, about in [-1, 1], of latents."""
+        """Return images, about in [-1, 1], of latents."""
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()
     def whiten(self, mean: Float[Tensor, " z"], covariance: Float[Tensor, "z z"]) -> None:
-        """Give latents of this mean and covariance zero mean and uncorrelated channels of unit variance.
+        """Give latents of this mean and covariance zero mean and uncorrelated unit variance.
 
-        The change goes into the convolutions on both sides of the latents: reconstructions stay as they are.
-        A log variance becomes the mean of those that its channel mixes, plus the gain, which bounds the true
-        one from below.
+        The change goes into the convolutions on both sides of the latents: reconstructions stay as
+        they are. A log variance becomes the mean of those that its channel mixes, plus the gain,
+        which bounds the true one from below.
         """
+        # The symmetric root of the inverse covariance changes the channels as little as possible.
         values, vectors = torch.linalg.eigh(covariance.double())
         whitening = vectors @ torch.diag(values.rsqrt()) @ vectors.T
         mean, squares, channels = mean.double(), whitening.square(), len(mean)
+        # The encoder's last convolution gives means, which mix, and log variances, whose mean is
+        # taken.
         gain = squares.sum(1)
         mixing = torch.block_diag(whitening, squares / gain[:, None])
         shift = torch.cat([-whitening @ mean, gain.log()])
@@ -121,16 +125,17 @@ class AutoencoderKL(pl.LightningModule):
         outward.weight.copy_((outof @ whitening.inverse()).view_as(outward.weight))
 
     def forward(self, x: Images, sample_posterior: bool = True) -> tuple[Images, DiagonalGaussianDistribution]:
-        """Reconstructions of a sample or of the mode of the posterior, and the posterior."""
+        """Return reconstructions of a sample or of the mode of the posterior, and the posterior."""
         posterior = self.encode(x)
-        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+        z = posterior.sample() if sample_posterior else posterior.mode()
+        return self.decode(z), posterior
 
     def get_last_layer(self) -> Tensor:
-        """The weights whose gradients balance the adversarial loss."""
+        """Return the weights whose gradients balance the adversarial loss."""
         return self.decoder.conv_out.weight
 
     def get_input(self, batch: Mapping[str, Any]) -> Images:
-        """A batch's images.
+        """Return a batch's images, channels first.
 
         Raises:
             UserError: there are none, or of a size that does not come back from the latents.
@@ -159,16 +164,21 @@ class AutoencoderKL(pl.LightningModule):
         return with_schedule(autoencoder, self.scheduler_config), {"optimizer": adversary}
 
     def on_train_start(self) -> None:
-        # Lightning proposes to save the weights from before a manual step; those after it are what resumes.
+        # Lightning proposes to save the weights from before a manual step; those after it resume.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """One step of the autoencoder, then one of the discriminator on the same reconstructions."""
+        """Take a step of the autoencoder, then one of the discriminator on its reconstructions."""
         step = self.global_step
         x = self.get_input(batch)
+
+        # One forward pass for both steps.
         posterior = self.encode(x)
         noise = SampleRandom(batch.get("noise_seed"), self.device).randn(posterior.mean.shape)
         reconstruction = self.decode(posterior.sample(noise))
+
+        # The autoencoder first, against the discriminator as it is; then the discriminator, against
+        # what the autoencoder made before its own step.
         logged = self._step_autoencoder(x, reconstruction, posterior, step)
         if self.loss.discriminates(step):
             logged |= self._step_discriminator(x, reconstruction)
@@ -179,13 +189,15 @@ class AutoencoderKL(pl.LightningModule):
         self, x: Images, reconstruction: Images, posterior: DiagonalGaussianDistribution, step: int
     ) -> dict[str, Tensor]:
         optimizer = self.optimizers()[0]  # type: ignore[index]
-        self.toggle_optimizer(optimizer)  # no gradients for the discriminator's weights
+        # Inside, no gradients are computed for the discriminator's weights.
+        self.toggle_optimizer(optimizer)
         loss, logged = self.loss.generator_loss(x, reconstruction, posterior, step, self.get_last_layer())
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
         self.untoggle_optimizer(optimizer)
-        if schedule := self.lr_schedulers():
+        schedule = self.lr_schedulers()
+        if schedule:
             schedule.step()  # type: ignore[union-attr,call-arg]
         return logged
 
@@ -194,13 +206,13 @@ class AutoencoderKL(pl.LightningModule):
         loss, logged = self.loss.discriminator_loss(x, reconstruction)
         optimizer.zero_grad()
         self.manual_backward(loss)
-        # Lightning's wrapper would count this as another training step. The strategy's method is what the
-        # wrapper calls: precision plugins (the gradient scaler of fp16) and hooks still apply.
+        # Lightning's wrapper would count this as another training step. The strategy's method is
+        # what the wrapper calls: precision plugins (fp16's gradient scaler) and hooks still apply.
         self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
         return logged
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Log losses and image metrics of reconstructions from the posterior's mode, so that epochs compare."""
+        """Log losses and image metrics of reconstructions of the mode, so that epochs compare."""
         x = self.get_input(batch)
         reconstruction, posterior = self(x, sample_posterior=False)
         logged = image_metrics(reconstruction, x, "val")
@@ -210,7 +222,7 @@ class AutoencoderKL(pl.LightningModule):
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, split: str = "train") -> dict[str, Images]:
-        """Up to `N` inputs, their reconstructions, and as many decoded samples of the standard normal prior."""
+        """Return up to `N` inputs, their reconstructions, and decoded samples of the prior."""
         x = self.get_input(batch)[:N].to(self.device)
         reconstruction, posterior = self(x, sample_posterior=False)
         # The same latents every time, so that pictures of one run compare.
@@ -220,7 +232,7 @@ class AutoencoderKL(pl.LightningModule):
 
 
 def image_metrics(images: Images, targets: Images, split: str) -> dict[str, Tensor]:
-    """Peak signal-to-noise ratio in dB and structural similarity, means over images in [-1, 1]."""
+    """Return peak signal-to-noise ratio in dB and structural similarity, means over images."""
     from kornia.metrics import psnr, ssim
 
     images, targets = ((x.float().clamp(-1, 1) + 1) / 2 for x in (images, targets))

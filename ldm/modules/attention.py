@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 def attention(
     q: Float[Tensor, "b n c"], k: Float[Tensor, "b m c"], v: Float[Tensor, "b m c"], heads: int = 1
 ) -> Float[Tensor, "b n c"]:
-    """Multi-head scaled dot-product attention; channels are `heads` groups of `c / heads`."""
+    """Compute scaled dot-product attention; channels are `heads` groups of `c / heads`."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
 
@@ -61,7 +61,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each behind a layer norm and a skip."""
+    """Self-attention, cross-attention to the text, feed-forward; each with a norm and a skip."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map.
 
-    `use_linear` makes the projections linear layers (Stable Diffusion 2) instead of 1x1 convolutions (1).
+    `use_linear` makes the projections linear layers (Stable Diffusion 2), not 1x1 convolutions.
     """
 
     def __init__(

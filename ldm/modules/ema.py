@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class LitEma(nn.Module):
-    """Shadow copies of a model's trainable parameters, in buffers, so that they live in the state dict.
+    """Shadow copies of a model's trainable parameters, in buffers, which a state dict holds.
 
-    A buffer has the name of its parameter without the dots: the CompVis checkpoint's `model_ema.*` keys.
+    A buffer has the name of its parameter without the dots, as CompVis's `model_ema.*` keys.
 
     Args:
         decay: weight of the past after many updates.
@@ -29,8 +29,10 @@ class LitEma(nn.Module):
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))
-        self._shadow_name = {name: name.replace(".", "") for name, p in model.named_parameters() if p.requires_grad}
-        assert len(set(self._shadow_name.values())) == len(self._shadow_name), "two parameters share an EMA name"
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._shadow_name = {name: name.replace(".", "") for name in trained}
+        names = set(self._shadow_name.values())
+        assert len(names) == len(self._shadow_name), "two parameters share an EMA name"
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.register_buffer(self._shadow_name[name], parameter.detach().clone())
@@ -58,13 +60,13 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's parameters with their averages."""
+        """Replace the model's parameters by their averages."""
         for shadow, parameter in self._pairs(model):
             parameter.copy_(shadow)
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again afterwards, also after an error."""
+        """Give the model the EMA weights inside, and its own afterwards, also after an error."""
         kept = [p.detach().clone() for _, p in self._pairs(model)]
         self.copy_to(model)
         try:

@@ -1,10 +1,12 @@
 """A training step and AdamW's steps in the numbers of the reference implementation (tests/data)."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ldm.models.diffusion.objective import Draws, Objective
 from tests.support import golden
 from tests.support.golden import FORWARD, GRADIENT, META, io, rel, tensor
 
@@ -18,16 +20,16 @@ def recorded_batch(name):
 def step_loss(model, names, reg_weight, monkeypatch):
     """Return the training loss of (subject, prior) with the recorded posterior noise, time steps and noise."""
     dtype = next(model.parameters()).dtype
-    batches = {name: recorded_batch(name) for name in names}
-    draws = {id(batch): name for name, batch in batches.items()}
-    recorded = {}
-    for name, batch in batches.items():
-        batch["image"] = batch["image"].to(dtype)
+    batches, recorded = [], []
+    for name in names:
+        batch = recorded_batch(name)
+        batches.append(batch | {"image": batch["image"].to(dtype)})
         eps, t, noise = (tensor(f"step/{name}_{what}") for what in ("eps", "t", "noise"))
-        recorded[name] = [eps.to(dtype), t, noise.to(dtype)]
-    monkeypatch.setattr(model, "_draw", lambda batch, shape: recorded[draws[id(batch)]])
-    monkeypatch.setattr(model, "objective", type(model.objective)(reg_weight))
-    return model.shared_step(tuple(batches.values()), "train")
+        recorded.append(Draws(eps.to(dtype), t, noise.to(dtype)))
+    given = iter(recorded)
+    monkeypatch.setattr(Objective, "draw", lambda *_: next(given))
+    monkeypatch.setattr(model, "objective", replace(model.objective, reg_weight=reg_weight))
+    return model.shared_step(tuple(batches), "train")
 
 
 @pytest.mark.parametrize("reg_weight", [1.0, 0.5, 0.0])

@@ -11,8 +11,8 @@ from ldm.errors import UserError
 from ldm.optim.in_backward import AdamWInBackward
 from ldm.optim.registry import make_optimizer
 from ldm.training.trainer import check_optimizer
-from tests.models.test_diffusion import build
 from tests.support import runs
+from tests.support.models import build
 from tests.support.runs import Workspace, checkpoint, metrics, same
 
 

@@ -140,3 +140,17 @@ def same(first: Any, second: Any) -> bool:
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same, first, second))
     return first == second
+
+
+def assert_resumes_exactly(workspace, name, *more, at=2, steps=4):
+    """Check that a run that is stopped and resumed ends where the uninterrupted one does; return both folders."""
+    straight = workspace.train(f"{name}-straight", "--max_steps", str(steps), *more)
+    parts = workspace.train(f"{name}-parts", "--max_steps", str(at), *more)
+    workspace.resume(parts, "--max_steps", str(steps))
+    ours, theirs = checkpoint(parts), checkpoint(straight)
+    assert ours["global_step"] == steps
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(ours[key], theirs[key]), key
+    losses = {row["step"]: row["train/loss_total"] for row in metrics(straight)}
+    assert losses == {row["step"]: row["train/loss_total"] for row in metrics(parts)}
+    return straight, parts

@@ -25,8 +25,8 @@ from ldm.tiny.clip import CLIP
 from ldm.training.prepare import encoder_of
 from scripts import convert
 from scripts.tiny import whiten_latents
-from tests.models.test_diffusion import build
 from tests.support import golden, runs
+from tests.support.models import build
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 CLIP_PARAMS = {

@@ -15,8 +15,8 @@ from torch import nn
 from ldm import host
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training import memory
-from tests.models.test_diffusion import build
 from tests.support import runs
+from tests.support.models import build
 from tests.support.runs import Workspace
 
 

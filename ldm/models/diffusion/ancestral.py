@@ -18,12 +18,17 @@ class DDPMSampler(Sampler):
     supports_eta = False
 
     def timesteps(self, steps: int) -> Tensor:
-        if steps != (total := len(self.schedule)):
-            raise UserError(f"the DDPM sampler visits all {total} time steps, not {steps}: or use DDIM with eta 1")
+        total = len(self.schedule)
+        if steps != total:
+            message = f"the DDPM sampler visits all {total} time steps, not {steps}"
+            raise UserError(f"{message}: or use DDIM with eta 1")
         return uniform_timesteps(steps, total)
 
     def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         t = self._batch_of(index, x)
         _, pred_x0 = self._predictions(x, index, denoise(x, t))
         mean, log_variance = self.schedule.q_posterior(pred_x0, x, t)
-        return mean + (torch.exp(0.5 * log_variance) * noise() if index > 0 else 0), pred_x0
+        # The last step ends at the mean: noise there would be left in the picture.
+        if index == 0:
+            return mean, pred_x0
+        return mean + torch.exp(0.5 * log_variance) * noise(), pred_x0

@@ -12,35 +12,68 @@ from ldm.errors import ParameterError
 from ldm.util import instantiate_from_config
 
 # A tensor, a list of tensors, or {"c_concat": [...], "c_crossattn": [...]}.
-Cond = Tensor | Sequence[Tensor] | Mapping[str, Sequence[Tensor]]
-CONDITIONING_KEYS = ("crossattn", "concat", "hybrid")
+Cond = Tensor | Sequence[Tensor | None] | Mapping[str, Tensor | Sequence[Tensor | None] | None]
+
+# Which parts of a conditioning a model reads: the others are ignored, as LDM's are.
+CONDITIONING_KEYS: dict[str, tuple[str, ...]] = {
+    "crossattn": ("c_crossattn",),
+    "concat": ("c_concat",),
+    "hybrid": ("c_concat", "c_crossattn"),
+}
 
 
-def as_mapping(cond: Cond, conditioning_key: str) -> dict[str, list[Tensor]]:
-    """The dict form of a conditioning; bare tensors go where `conditioning_key` says."""
-    key = "c_concat" if conditioning_key == "concat" else "c_crossattn"
-    if isinstance(cond, Mapping):
-        return dict(zip(cond, map(list, cond.values())))
-    return {key: [cond] if isinstance(cond, Tensor) else list(cond)}
+def as_mapping(cond: Cond | None, conditioning_key: str) -> dict[str, list[Tensor]]:
+    """Return the dict form of a conditioning, with what a model of this key reads and no more.
+
+    Bare tensors go where the key says; None is no conditioning, also as an entry.
+    """
+    read = CONDITIONING_KEYS[conditioning_key]
+    if not isinstance(cond, Mapping):
+        # A hybrid model's bare tensors are its text.
+        cond = {read[-1]: cond}
+    parts = {name: tensors(cond.get(name)) for name in read}
+    if "c_concat" in read and not parts["c_concat"]:
+        raise ValueError(f"conditioning: a model of key {conditioning_key} needs c_concat")
+    return {name: part for name, part in parts.items() if part}
 
 
-def concat_batches(first: Cond, second: Cond) -> Any:
-    """One conditioning for both batches, in that order; the two must have the same form."""
+def tensors(cond: Any) -> list[Tensor]:
+    """Return the tensors of a conditioning of any form, in its order."""
+    if cond is None:
+        return []
+    if isinstance(cond, Tensor):
+        return [cond]
+    if isinstance(cond, str) or not isinstance(cond, (Mapping, Sequence)):
+        raise ValueError(f"conditioning: expected tensors, got {cond!r}")
+    parts = cond.values() if isinstance(cond, Mapping) else cond
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def concat_batches(first: Cond | None, second: Cond | None) -> Any:
+    """Return one conditioning for both batches, in that order; the two must have the same form."""
+    if first is None and second is None:
+        return None
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.cat([first, second])
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return {key: concat_batches(first[key], second[key]) for key in first}
-    if isinstance(first, Sequence) and isinstance(second, Sequence):
-        return [torch.cat(pair) for pair in zip(first, second)]
-    raise ValueError(f"conditionings differ in form: {type(first).__name__} and {type(second).__name__}")
+        # What one lacks has to be empty in the other.
+        keys = dict.fromkeys([*first, *second])
+        return {key: concat_batches(first.get(key), second.get(key)) for key in keys}
+    if isinstance(first, Sequence) and isinstance(second, Sequence) and len(first) == len(second):
+        return [concat_batches(*pair) for pair in zip(first, second)]
+    names = " and ".join(_form(cond) for cond in (first, second))
+    raise ValueError(f"conditionings differ in form: {names}")
 
 
-def batch_size(cond: Cond) -> int:
-    """How many samples a conditioning is for."""
-    if isinstance(cond, Tensor):
-        return len(cond)
-    parts: Sequence[Any] = list(cond.values()) if isinstance(cond, Mapping) else cond
-    return batch_size(parts[0])
+def _form(cond: Any) -> str:
+    length = f" of {len(cond)}" if isinstance(cond, Sequence) else ""
+    return f"{type(cond).__name__}{length}"
+
+
+def batch_size(cond: Cond | None) -> int | None:
+    """Return how many samples a conditioning is for; None if it holds no tensor."""
+    found = tensors(cond)
+    return len(found[0]) if found else None
 
 
 class DiffusionWrapper(nn.Module):
@@ -50,7 +83,8 @@ class DiffusionWrapper(nn.Module):
         super().__init__()
         if conditioning_key not in CONDITIONING_KEYS:
             accepted = ", ".join(CONDITIONING_KEYS)
-            raise ParameterError("conditioning_key", f"unknown '{conditioning_key}'; accepted: {accepted}")
+            problem = f"unknown '{conditioning_key}'; accepted: {accepted}"
+            raise ParameterError("conditioning_key", problem)
         self.diffusion_model = instantiate_from_config(unet_config, "unet_config")
         self.conditioning_key = conditioning_key
 
@@ -61,6 +95,8 @@ class DiffusionWrapper(nn.Module):
         c_concat: list[Tensor] | None = None,
         c_crossattn: list[Tensor] | None = None,
     ) -> Tensor:
-        x = torch.cat([x, *c_concat], dim=1) if c_concat else x
+        # Inpainting models read the mask and the masked latent beside the noisy one.
+        inputs = torch.cat([x, *c_concat], dim=1) if c_concat else x
+        # Several texts are one longer text.
         context = torch.cat(c_crossattn, dim=1) if c_crossattn else None
-        return self.diffusion_model(x, t, context=context)
+        return self.diffusion_model(inputs, t, context=context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +14,25 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def guided(
-    apply_model: Callable[[Tensor, Tensor, Cond], Tensor], cond: Cond, uncond: Cond | None, scale: float
+    apply_model: Callable[[Tensor, Tensor, Any], Tensor],
+    cond: Cond | None,
+    uncond: Cond | None,
+    scale: float,
 ) -> Denoiser:
-    """`(x_t, t) -> output`, moved away from the unconditional output by `scale`, in float32.
+    """Return `(x_t, t) -> output`, moved away from the unconditional output by `scale`, in float32.
 
-    With scale 1 or no `uncond` the model runs on the conditional half alone.
+    With scale 1 or no `uncond` the model runs on the conditioning alone.
     """
     if uncond is None or scale == 1.0:
         return lambda x, t: apply_model(x, t, cond).float()
     both = concat_batches(uncond, cond)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        # float32 from here on: under autocast the scale would magnify the output's rounding.
+        # One pass of the model over both. In float32 from here on: under autocast the scale would
+        # magnify the output's rounding.
         output = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).float()
         output_uncond, output_cond = output.chunk(2)
+        # Ho & Salimans, eq. 6, with scale = 1 + w.
         return output_uncond + scale * (output_cond - output_uncond)
 
     return denoise

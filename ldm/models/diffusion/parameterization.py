@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 
 
+@runtime_checkable
 class Parameterization(Protocol):
     """The regression target, and the way back from an output to noise and clean latent."""
 
     def target(self, schedule: NoiseSchedule, x_start: Latent, t: Steps, noise: Latent) -> Latent: ...
     def to_noise(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent: ...
     def to_start(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent: ...
-    def vlb_weights(self, schedule: NoiseSchedule) -> Tensor: ...
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor: ...
+    def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]: ...
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]: ...
 
 
-def signal_to_noise(schedule: NoiseSchedule, t: Steps) -> Tensor:
-    """SNR(t) = acp / (1 - acp), (b,)."""
+def signal_to_noise(schedule: NoiseSchedule, t: Steps) -> Float[Tensor, " b"]:
+    """Return SNR(t) = acp / (1 - acp)."""
     acp = schedule.alphas_cumprod[t]
     return acp / (1 - acp)
 
@@ -38,16 +40,19 @@ class Eps:
     def to_start(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent:
         return schedule.start_from_noise(x_t, t, output)
 
-    def vlb_weights(self, schedule: NoiseSchedule) -> Tensor:
-        """Weight of each step in the variational bound, (T,) (DDPM, eq. 12)."""
-        s = {name: getattr(schedule, name).double() for name in ("betas", "posterior_variance", "alphas_cumprod")}
-        alphas = 1 - s["betas"]
-        weights = s["betas"] ** 2 / (2 * s["posterior_variance"] * alphas * (1 - s["alphas_cumprod"]))
-        weights[0] = weights[1]  # the variance is 0 at the first step
+    def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
+        """Return each step's weight in the variational bound (DDPM, eq. 12)."""
+        betas, acp = schedule.betas.double(), schedule.alphas_cumprod.double()
+        # The equation's sigma squared is the posterior's variance.
+        variance = schedule.posterior_variance.double()
+        weights = betas**2 / (2 * variance * (1 - betas) * (1 - acp))
+        # At the first step the variance is 0.
+        weights[0] = weights[1]
         return weights.float()
 
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor:
-        """min(SNR, gamma) / SNR: a loss on the clean latent has min(SNR, gamma) (Hang et al., 2303.09556, eq. 9)."""
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]:
+        """Return min(SNR, gamma) / SNR (Hang et al., 2303.09556, eq. 9)."""
+        # A squared error of the noise is one of the clean latent times SNR.
         snr = signal_to_noise(schedule, t)
         return snr.clamp(max=gamma) / snr
 
@@ -64,17 +69,18 @@ class X0:
     def to_start(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent:
         return output
 
-    def vlb_weights(self, schedule: NoiseSchedule) -> Tensor:
-        """Half the difference of the signal-to-noise ratios of successive steps (Kingma et al. 2021, eq. 13)."""
+    def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
+        """Return half the difference of successive steps' SNR (Kingma et al. 2021, eq. 13)."""
         acp = schedule.alphas_cumprod.double()
         snr = acp / (1 - acp)
         weights = torch.zeros_like(snr)
         weights[1:] = 0.5 * (snr[:-1] - snr[1:])
+        # No step is before the first, whose difference would be infinite.
         weights[0] = weights[1]
         return weights.float()
 
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor:
-        """min(SNR, gamma)."""
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]:
+        """Return min(SNR, gamma) (Hang et al., 2303.09556)."""
         return signal_to_noise(schedule, t).clamp(max=gamma)
 
 
@@ -90,14 +96,16 @@ class V:
     def to_start(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent:
         return schedule.start_from_velocity(x_t, t, output)
 
-    def vlb_weights(self, schedule: NoiseSchedule) -> Tensor:
-        """Ones: the bound is not used with v, only logged."""
+    def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
+        """Return ones: the bound is not used with v, only logged."""
         return torch.ones_like(schedule.betas)
 
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Tensor:
-        """min(SNR, gamma) / (SNR + 1)."""
+    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]:
+        """Return min(SNR, gamma) / (SNR + 1)."""
+        # A squared error of the velocity is one of the clean latent times SNR + 1.
         snr = signal_to_noise(schedule, t)
         return snr.clamp(max=gamma) / (snr + 1)
 
 
+# The closed set that configs name. A new one is a class and a line here.
 PARAMETERIZATIONS: dict[str, Parameterization] = {"eps": Eps(), "x0": X0(), "v": V()}

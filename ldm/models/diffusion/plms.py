@@ -10,17 +10,22 @@ from torch import Tensor
 from ldm.models.diffusion.guidance import Denoiser
 from ldm.models.diffusion.sampler import Sampler
 
-# Adams-Bashforth coefficients of the current noise and the ones before it.
-MULTISTEP = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+# Adams-Bashforth coefficients of the current noise and the ones before it, by how many there are.
+MULTISTEP = {
+    1: (3 / 2, -1 / 2),
+    2: (23 / 12, -16 / 12, 5 / 12),
+    3: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 class PLMSSampler(Sampler):
-    """Deterministic; one model evaluation a step (two in the first), of fourth order after three."""
+    """Deterministic; one model evaluation a step, two in the first; of fourth order after three."""
 
     supports_eta = False
 
     def reset(self) -> None:
-        self._history: list[Tensor] = []  # the noise of earlier steps, latest first
+        # The noise of earlier steps, latest first.
+        self._history: list[Tensor] = []
 
     def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         eps, pred_x0 = self._predictions(x, index, denoise(x, self._batch_of(index, x)))
@@ -28,14 +33,30 @@ class PLMSSampler(Sampler):
             # Noise alone: no clean latent follows from a noise, so the model's own is stepped to.
             self._history = [eps]
             return self._ddim_update(index, eps, pred_x0, noise), pred_x0
-        if self._history:
-            coefficients = MULTISTEP[len(self._history)]
-            combined = torch.stack([c * e for c, e in zip(coefficients, [eps, *self._history])]).sum(dim=0)
-        else:
-            # No past yet: the mean of this noise and the one an Euler step ahead (improved Euler).
-            ahead, before = self._ddim_update(index, eps, pred_x0, noise), max(index - 1, 0)
-            eps_ahead, _ = self._predictions(ahead, before, denoise(ahead, self._batch_of(before, x)))
-            combined = (eps + eps_ahead) / 2
+
+        # The step is DDIM's, with a noise that earlier ones correct.
+        combined = self._combined(x, index, denoise, noise, eps, pred_x0)
         self._history = [eps, *self._history[:2]]
         pred_x0 = self.schedule.start_from_noise(x, self._batch_of(index, x), combined)
         return self._ddim_update(index, combined, pred_x0, noise), pred_x0
+
+    def _combined(
+        self,
+        x: Tensor,
+        index: int,
+        denoise: Denoiser,
+        noise: Callable[[], Tensor],
+        eps: Tensor,
+        pred_x0: Tensor,
+    ) -> Tensor:
+        """Return the noise to step with, from this step's and the earlier ones'."""
+        if self._history:
+            coefficients = MULTISTEP[len(self._history)]
+            terms = [c * e for c, e in zip(coefficients, [eps, *self._history])]
+            return torch.stack(terms).sum(dim=0)
+        # No past yet: the mean of this noise and the one an Euler step ahead (improved Euler).
+        ahead = self._ddim_update(index, eps, pred_x0, noise)
+        before = max(index - 1, 0)
+        output = denoise(ahead, self._batch_of(before, x))
+        eps_ahead, _ = self._predictions(ahead, before, output)
+        return (eps + eps_ahead) / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,57 +14,76 @@ from ldm.errors import UserError
 from ldm.models.diffusion import conditioning as conditions
 from ldm.models.diffusion.conditioning import Cond
 from ldm.models.diffusion.guidance import Denoiser, guided
+from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
+from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.modules.diffusionmodules.util import (
+    check_steps,
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+)
 from ldm.rng import SampleRandom
 
 
 def uniform_timesteps(steps: int, total: int) -> Tensor:
-    """`steps` evenly spaced time steps of `total`, ascending, int64 (DDIM, appendix D.3).
-
-    They start at 1, as Stable Diffusion's do (10 of 1000: 1, 101, ..., 901), or at 0 when all are visited.
-    """
-    if not 1 <= steps <= total:
-        raise UserError(f"sampling steps must be between 1 and {total}, got {steps}")
-    offset = 1 if steps < total else 0
-    return torch.arange(steps) * total // steps + offset
+    """Return evenly spaced time steps, ascending, int64, see `make_ddim_timesteps`."""
+    return torch.from_numpy(make_ddim_timesteps("uniform", steps, total))
 
 
 def trailing_timesteps(steps: int, total: int) -> Tensor:
-    """`steps` evenly spaced time steps that end with the last one, ascending (Lin et al., 2305.08891, table 2).
+    """Return `steps` evenly spaced time steps that end with the last one, ascending.
 
-    Where the last step is noise alone, sampling has to start there, as training did.
+    Where the last step is noise alone, sampling has to start there, as training did (Lin et al.,
+    2305.08891, table 2).
     """
-    if not 1 <= steps <= total:
-        raise UserError(f"sampling steps must be between 1 and {total}, got {steps}")
-    return (torch.arange(1, steps + 1, dtype=torch.float64) * total / steps).round().long() - 1
+    check_steps(steps, total)
+    ends = torch.arange(1, steps + 1, dtype=torch.float64) * total / steps
+    return ends.round().long() - 1
+
+
+@runtime_checkable
+class SampledModel(Protocol):
+    """What a sampler needs of a model."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule, of which it visits some steps."""
+
+    @property
+    def parameterization(self) -> str:
+        """What the output stands for: a name in `PARAMETERIZATIONS`."""
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """Return the output for noisy latents at time steps `t`."""
 
 
 class Sampler(ABC):
-    """Draws latents from a `LatentDiffusion`.
+    """Draws latents from a `LatentDiffusion`: the loop, of which a subclass gives the update.
 
     A subclass gives `step`, and `timesteps` if it does not want evenly spaced ones.
 
     Args:
-        model: offers `apply_model`, `schedule` and `parameterization`.
         schedule: accepted for older scripts, without effect.
     """
 
     supports_eta = True
 
-    def __init__(self, model: Any, schedule: str = "linear"):
+    def __init__(self, model: SampledModel, schedule: str = "linear"):
         self.model = model
         self.schedule = model.schedule
 
     def timesteps(self, steps: int) -> Tensor:
-        """The time steps to visit, ascending, (steps,)."""
-        spaced = trailing_timesteps if self.schedule.ends_in_noise else uniform_timesteps
-        return spaced(steps, len(self.schedule))
+        """Return the time steps to visit, ascending, (steps,)."""
+        if self.schedule.ends_in_noise:
+            return trailing_timesteps(steps, len(self.schedule))
+        return uniform_timesteps(steps, len(self.schedule))
 
     @abstractmethod
     def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """x at the time step before the `index`-th visited one, and the clean latent that x predicts.
+        """Return x at the time step before the `index`-th visited one, and the predicted x_0.
 
-        `denoise(x, t)` is the (guided) model output; `noise()` a fresh draw of x's shape, already scaled
-        by the temperature.
+        Args:
+            denoise: gives the (guided) model output for x and time steps.
+            noise: gives a fresh draw of x's shape, already scaled by the temperature.
         """
 
     def make_schedule(
@@ -74,7 +93,7 @@ class Sampler(ABC):
         ddim_eta: float = 0.0,
         verbose: bool = True,
     ) -> None:
-        """Fix the visited time steps and the quantities there; `sample` does it itself.
+        """Choose the visited time steps and compute what holds there; `sample` does it itself.
 
         Sets `ddim_timesteps`, `ddim_alphas`, `ddim_alphas_prev`, `ddim_sigmas` and
         `ddim_sqrt_one_minus_alphas`, each (ddim_num_steps,), ascending in time.
@@ -82,16 +101,19 @@ class Sampler(ABC):
         if ddim_discretize != "uniform":
             raise UserError(f"ddim_discretize: unknown '{ddim_discretize}'; accepted: uniform")
         if ddim_eta and not self.supports_eta:
-            raise UserError(f"{type(self).__name__} is deterministic: eta must be 0, got {ddim_eta}")
+            name = type(self).__name__
+            raise UserError(f"{name} is deterministic: eta must be 0, got {ddim_eta}")
+        # The model's schedule as it is now: a checkpoint may have brought another.
         self.schedule = self.model.schedule
         acp = self.schedule.alphas_cumprod
         self.ddim_timesteps = self.timesteps(ddim_num_steps).to(acp.device)
         self.ddim_alphas = acp[self.ddim_timesteps]
+        # The last step ends at the schedule's first, with the little noise that is left there.
         self.ddim_alphas_prev = torch.cat([acp[:1], self.ddim_alphas[:-1]])
-        # DDIM, eq. 16; float64, because 1 - a_t / a_prev cancels; on the CPU, because MPS has none.
-        a, a_prev = self.ddim_alphas.cpu().double(), self.ddim_alphas_prev.cpu().double()
-        sigmas = ddim_eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
-        self.ddim_sigmas = sigmas.to(acp)
+        # In float64, because 1 - a_t / a_prev cancels; on the CPU, because MPS has none.
+        exact, visited = acp.cpu().double().numpy(), self.ddim_timesteps.cpu().numpy()
+        sigmas, _, _ = make_ddim_sampling_parameters(exact, visited, ddim_eta)
+        self.ddim_sigmas = torch.from_numpy(sigmas).to(acp)
         self.ddim_sqrt_one_minus_alphas = (1 - self.ddim_alphas).sqrt()
 
     @torch.no_grad()
@@ -100,7 +122,7 @@ class Sampler(ABC):
         S: int,
         batch_size: int,
         shape: Sequence[int],
-        conditioning: Cond,
+        conditioning: Cond | None = None,
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
         eta: float = 0.0,
@@ -114,11 +136,11 @@ class Sampler(ABC):
         unconditional_conditioning: Cond | None = None,
         random: SampleRandom | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Latents after `S` steps from pure noise, (batch_size, *shape), and `x_inter` / `pred_x0` on the way.
+        """Return latents after `S` steps from pure noise, and `x_inter` / `pred_x0` on the way.
 
         Args:
             shape: (channels, height, width) of a latent.
-            conditioning: of `batch_size` samples; `unconditional_conditioning` likewise, for guidance.
+            conditioning, unconditional_conditioning: of `batch_size` samples; the second for guidance.
             callback: gets the number of the step; `img_callback` also the predicted clean latent.
             eta: 0 deterministic, 1 as random as DDPM (DDIM, eq. 16).
             mask: where it is 1 (or between), the result follows `x0`; broadcasts to a latent.
@@ -132,18 +154,28 @@ class Sampler(ABC):
             ValueError: a conditioning of another batch size, or a mask without `x0`.
         """
         for cond in (conditioning, unconditional_conditioning):
-            if cond is not None and conditions.batch_size(cond) != batch_size:
-                raise ValueError(f"conditioning for {conditions.batch_size(cond)} samples, batch_size is {batch_size}")
+            found = conditions.batch_size(cond)
+            if found not in (None, batch_size):
+                message = f"conditioning for {found} samples, batch_size is {batch_size}"
+                raise ValueError(message)
         if (mask is None) != (x0 is None):
             raise ValueError("mask and x0 belong together: give both or neither")
+
+        # Which time steps are visited, and how much noise there is at each.
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
+
+        # Where the way begins. The order of draws is part of what a seed means.
         device = self.schedule.betas.device
         random = random or SampleRandom(device=device)
         x = random.randn((batch_size, *shape)) if x_T is None else x_T.to(device)
+
+        # Both conditionings in one batch, and one output that leans to the first.
+        apply_model, scale = self.model.apply_model, unconditional_guidance_scale
+        denoise = guided(apply_model, conditioning, unconditional_conditioning, scale)
         return self._run(
             x,
             S,
-            guided(self.model.apply_model, conditioning, unconditional_conditioning, unconditional_guidance_scale),
+            denoise,
             random,
             mask=mask,
             x0=x0,
@@ -168,15 +200,25 @@ class Sampler(ABC):
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """The last `steps` of the visited time steps, from the noisiest to the cleanest."""
+        """Visit the first `steps` time steps, from the noisiest to the cleanest."""
         self.reset()
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-        order = tqdm(range(steps)[::-1], desc=type(self).__name__, disable=not verbose, leave=False)
-        for number, index in enumerate(order):
+        indices, shape = range(steps)[::-1], x.shape
+
+        def draw() -> Tensor:
+            return temperature * random.randn(shape)
+
+        name = type(self).__name__
+        for number, index in enumerate(tqdm(indices, desc=name, disable=not verbose, leave=False)):
+            # Inpainting: what is kept has, at every step, x0 with that step's noise.
             if mask is not None and x0 is not None:
-                t = self._batch_of(index, x)
-                x = mask * self.schedule.q_sample(x0, t, random.randn(x.shape)) + (1 - mask) * x
-            x, pred_x0 = self.step(x, index, denoise, lambda: temperature * random.randn(x.shape))  # noqa: B023
+                known = self.schedule.q_sample(x0, self._batch_of(index, x), random.randn(x.shape))
+                x = mask * known + (1 - mask) * x
+
+            # One update, which is all that samplers differ in.
+            x, pred_x0 = self.step(x, index, denoise, draw)
+
+            # Who watches sees the prediction; what is kept is the noisiest step and every so many.
             if callback:
                 callback(number)
             if img_callback:
@@ -187,26 +229,28 @@ class Sampler(ABC):
         return x, intermediates
 
     def reset(self) -> None:
-        """Called before the first step of a run, for samplers that remember earlier ones."""
+        """Let go of earlier steps, before a run's first one; for samplers that remember some."""
 
     def _batch_of(self, index: int, x: Tensor) -> Tensor:
-        """The `index`-th visited time step for each sample of x."""
+        """Return the `index`-th visited time step for each sample of x."""
         return self.ddim_timesteps[index].expand(len(x))
 
     def _predictions(self, x: Tensor, index: int, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise and clean latent that a model output at the `index`-th visited time step stands for."""
+        """Return noise and clean latent of an output at the `index`-th visited time step."""
         t = self._batch_of(index, x)
-        parameterization = self.model.parameterization
-        return (
-            parameterization.to_noise(self.schedule, x, t, output),
-            parameterization.to_start(self.schedule, x, t, output),
-        )
+        prediction = PARAMETERIZATIONS[self.model.parameterization]
+        noise = prediction.to_noise(self.schedule, x, t, output)
+        return noise, prediction.to_start(self.schedule, x, t, output)
 
     @torch.no_grad()
     def stochastic_encode(
         self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
-        """x0 with the noise of the `t`-th visited time step (of the schedule's, with `use_original_steps`)."""
+        """Return x0 with the noise of the `t`-th visited time step.
+
+        Args:
+            use_original_steps: `t` counts all of the schedule's time steps.
+        """
         noise = torch.randn_like(x0) if noise is None else noise
         steps = t if use_original_steps else self.ddim_timesteps[t]
         return self.schedule.q_sample(x0, steps, noise)
@@ -222,17 +266,20 @@ class Sampler(ABC):
         random: SampleRandom | None = None,
         verbose: bool = True,
     ) -> Tensor:
-        """The clean latent from one that has the noise of visited time step `t_start - 1`.
+        """Return the clean latent from one that has the noise of visited time step `t_start - 1`.
 
         Call `make_schedule` first.
         """
-        denoise = guided(self.model.apply_model, cond, unconditional_conditioning, unconditional_guidance_scale)
+        apply_model, scale = self.model.apply_model, unconditional_guidance_scale
+        denoise = guided(apply_model, cond, unconditional_conditioning, scale)
         random = random or SampleRandom(device=x_latent.device)
         return self._run(x_latent, t_start, denoise, random, verbose=verbose)[0]
 
     def _ddim_update(self, index: int, eps: Tensor, pred_x0: Tensor, noise: Callable[[], Tensor]) -> Tensor:
-        """x at the time step before, from its predicted noise and clean latent (DDIM, eq. 12)."""
+        """Return x at the time step before, from its predicted noise and x_0 (DDIM, eq. 12)."""
         a_prev, sigma = self.ddim_alphas_prev[index], self.ddim_sigmas[index]
-        # From noise alone with eta 1 the bracket is 0, but for rounding.
-        x_prev = a_prev.sqrt() * pred_x0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps
+        # Of the noise's variance 1 - a_prev, sigma squared is drawn anew. From noise alone with eta
+        # 1 nothing else is left, but for rounding.
+        kept = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
+        x_prev = a_prev.sqrt() * pred_x0 + kept * eps
         return x_prev + sigma * noise() if sigma > 0 else x_prev

@@ -1,4 +1,4 @@
-"""The forward process: how much signal and noise a latent holds at each time step (Ho et al. 2020)."""
+"""The forward process: how much signal and noise there is at each time step (Ho et al. 2020)."""
 
 from __future__ import annotations
 
@@ -10,52 +10,53 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ldm.errors import ParameterError
+from ldm.modules.diffusionmodules.util import extract_into_tensor, make_beta_schedule
 
 Latent = Float[Tensor, "b c h w"]
 Steps = Int[Tensor, " b"]
 
 
-def make_betas(schedule: str, timesteps: int, linear_start: float, linear_end: float, cosine_s: float) -> np.ndarray:
-    """Noise added at each step, float64. `linear` is linear in sqrt(beta), as Stable Diffusion's is."""
-    if schedule == "linear":
-        return np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
-    if schedule == "sqrt_linear":
-        return np.linspace(linear_start, linear_end, timesteps, dtype=np.float64)
-    if schedule == "cosine":  # Nichol & Dhariwal 2021, eq. 17
-        steps = np.arange(timesteps + 1, dtype=np.float64) / timesteps + cosine_s
-        alphas_cumprod = np.cos(steps / (1 + cosine_s) * np.pi / 2) ** 2
-        return np.clip(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0, 0.999)
-    raise ParameterError("beta_schedule", f"unknown '{schedule}'; accepted: linear, sqrt_linear, cosine")
-
-
 def with_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Betas after which no signal is left, the first step's as it was (Lin et al., 2305.08891, algorithm 1)."""
+    """Return betas after which no signal is left, the first step's as it was.
+
+    Lin et al., 2305.08891, algorithm 1.
+    """
     root = np.sqrt(np.cumprod(1 - betas))
-    acp = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    # Moved, so that the last is 0, and scaled, so that the first stays.
+    moved = root - root[-1]
+    acp = (moved * root[0] / (root[0] - root[-1])) ** 2
+    # A step's alpha is the ratio of successive cumulative products.
     return 1 - acp / np.append(1.0, acp[:-1])
 
 
 def at(values: Float[Tensor, " T"], t: Steps) -> Float[Tensor, "b 1 1 1"]:
-    """The entries of a schedule at time steps `t`, shaped to multiply a batch of latents."""
-    return values[t].reshape(-1, 1, 1, 1)
+    """Return the entries of a schedule at time steps `t`, shaped to multiply a batch of latents."""
+    return extract_into_tensor(values, t, (len(t), 1, 1, 1))
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
     """Every quantity of the forward process that is a function of the time step alone, each (T,).
 
-    The field names are the buffers of a CompVis checkpoint. Computed in float64, then cast to float32. Where no signal
-    is left (zero terminal SNR), the two reciprocals are 0 instead of infinite.
+    The field names are the buffers of a CompVis checkpoint; the comments give DDPM's symbols. All
+    are computed in float64, then cast to float32. Where no signal is left (zero terminal SNR), the
+    two reciprocals are 0 instead of infinite.
     """
 
+    # beta_t, the variance of the noise that step t adds, and what is left of the signal's variance
+    # after t steps and after the step before. `acp` is short for the latter.
     betas: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
+    # The factors of signal and noise in x_t (eq. 4).
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
     log_one_minus_alphas_cumprod: Tensor
+    # The factors of x_t and noise in x_0, which is eq. 4 solved for it.
     sqrt_recip_alphas_cumprod: Tensor
     sqrt_recipm1_alphas_cumprod: Tensor
+    # The posterior q(x_{t-1} | x_t, x_0): its variance, and the factors of x_0 and x_t in its mean
+    # (eq. 7).
     posterior_variance: Tensor
     posterior_log_variance_clipped: Tensor
     posterior_mean_coef1: Tensor
@@ -71,14 +72,15 @@ class NoiseSchedule:
         cosine_s: float = 8e-3,
         zero_terminal_snr: bool = False,
     ) -> NoiseSchedule:
-        """The schedule for `timesteps` steps, whose last is noise alone with `zero_terminal_snr`.
+        """Make a schedule of `timesteps` steps; with `zero_terminal_snr` the last is noise alone.
 
         Raises:
             UserError: an unknown `beta_schedule`, or betas that leave (0, 1).
         """
         betas = np.empty(0)
-        if timesteps > 0 and min(linear_start, linear_end) > 0:  # no roots of negative numbers
-            betas = make_betas(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        if timesteps > 0 and min(linear_start, linear_end) > 0:
+            # Not for others: there would be roots of negative numbers.
+            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         if not (betas.size and (betas > 0).all() and (betas < 1).all()):
             raise ParameterError(
                 "timesteps",
@@ -87,15 +89,20 @@ class NoiseSchedule:
             )
         if zero_terminal_snr and timesteps < 2:
             raise ParameterError("zero_terminal_snr", f"needs 2 timesteps or more, got {timesteps}")
-        return cls.of_betas(with_zero_terminal_snr(betas) if zero_terminal_snr else betas)
+        if zero_terminal_snr:
+            betas = with_zero_terminal_snr(betas)
+        return cls.of_betas(betas)
 
     @classmethod
     def of_betas(cls, betas: np.ndarray) -> NoiseSchedule:
-        """The schedule of betas in (0, 1), of which the last may be 1."""
+        """Make the schedule of betas in (0, 1), of which the last may be 1."""
         acp = np.cumprod(1 - betas)
+        # Before the first step all is signal.
+        acp_prev = np.append(1.0, acp[:-1])
+        # Where no signal is left, x_0 does not follow from x_t: factors of 0 instead of infinity.
         signal = acp > 0
         recip = 1 / np.where(signal, acp, 1.0)
-        acp_prev = np.append(1.0, acp[:-1])
+        # DDPM, eq. 7
         variance = betas * (1 - acp_prev) / (1 - acp)
         values = {
             "betas": betas,
@@ -112,11 +119,12 @@ class NoiseSchedule:
             "posterior_mean_coef1": betas * np.sqrt(acp_prev) / (1 - acp),
             "posterior_mean_coef2": (1 - acp_prev) * np.sqrt(1 - betas) / (1 - acp),
         }
-        return cls(**{name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()})
+        buffers = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+        return cls(**buffers)
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names of the fields, which are the checkpoint's buffers."""
+        """Return the names of the fields, which are the checkpoint's buffers."""
         return [field.name for field in fields(cls)]
 
     def __len__(self) -> int:
@@ -128,32 +136,41 @@ class NoiseSchedule:
         return bool(self.alphas_cumprod[-1] == 0)
 
     def q_sample(self, x_start: Latent, t: Steps, noise: Latent) -> Latent:
-        """x_t ~ q(x_t | x_0) for a given standard normal `noise` (DDPM, eq. 4)."""
-        return at(self.sqrt_alphas_cumprod, t) * x_start + at(self.sqrt_one_minus_alphas_cumprod, t) * noise
+        """Return x_t ~ q(x_t | x_0) for a given standard normal `noise` (DDPM, eq. 4)."""
+        signal = at(self.sqrt_alphas_cumprod, t) * x_start
+        return signal + at(self.sqrt_one_minus_alphas_cumprod, t) * noise
 
     def q_posterior(self, x_start: Latent, x_t: Latent, t: Steps) -> tuple[Tensor, Tensor]:
-        """Mean and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, eq. 6 and 7)."""
-        mean = at(self.posterior_mean_coef1, t) * x_start + at(self.posterior_mean_coef2, t) * x_t
+        """Return mean and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, eq. 6 and 7)."""
+        of_start = at(self.posterior_mean_coef1, t) * x_start
+        mean = of_start + at(self.posterior_mean_coef2, t) * x_t
         return mean, at(self.posterior_log_variance_clipped, t)
 
     def start_from_noise(self, x_t: Latent, t: Steps, noise: Latent) -> Latent:
-        """x_0 that `noise` implies: where no signal is left, nothing, for which 0 stands."""
-        return at(self.sqrt_recip_alphas_cumprod, t) * x_t - at(self.sqrt_recipm1_alphas_cumprod, t) * noise
+        """Return the x_0 that `noise` implies, or 0 where no signal is left."""
+        scaled = at(self.sqrt_recip_alphas_cumprod, t) * x_t
+        return scaled - at(self.sqrt_recipm1_alphas_cumprod, t) * noise
 
     def noise_from_start(self, x_t: Latent, t: Steps, x_start: Latent) -> Latent:
-        """The noise that `x_start` implies."""
+        """Return the noise that `x_start` implies."""
         numerator = at(self.sqrt_recip_alphas_cumprod, t) * x_t - x_start
         denominator = at(self.sqrt_recipm1_alphas_cumprod, t)
-        return torch.where(denominator == 0, x_t, numerator / denominator)  # x_t is the noise where no signal is left
+        # Where no signal is left, x_t is the noise.
+        return torch.where(denominator == 0, x_t, numerator / denominator)
 
     def velocity(self, x_start: Latent, t: Steps, noise: Latent) -> Latent:
-        """v = sqrt(acp) noise - sqrt(1 - acp) x_0 (Salimans & Ho 2022)."""
-        return at(self.sqrt_alphas_cumprod, t) * noise - at(self.sqrt_one_minus_alphas_cumprod, t) * x_start
+        """Return v = sqrt(acp) noise - sqrt(1 - acp) x_0 (Salimans & Ho 2022)."""
+        turned = at(self.sqrt_alphas_cumprod, t) * noise
+        return turned - at(self.sqrt_one_minus_alphas_cumprod, t) * x_start
+
+    # Noise and x_0 are x_t and v, turned by the angle whose cosine is sqrt(acp).
 
     def start_from_velocity(self, x_t: Latent, t: Steps, v: Latent) -> Latent:
-        """x_0 that `v` implies."""
-        return at(self.sqrt_alphas_cumprod, t) * x_t - at(self.sqrt_one_minus_alphas_cumprod, t) * v
+        """Return the x_0 that `v` implies."""
+        turned = at(self.sqrt_alphas_cumprod, t) * x_t
+        return turned - at(self.sqrt_one_minus_alphas_cumprod, t) * v
 
     def noise_from_velocity(self, x_t: Latent, t: Steps, v: Latent) -> Latent:
-        """The noise that `v` implies."""
-        return at(self.sqrt_alphas_cumprod, t) * v + at(self.sqrt_one_minus_alphas_cumprod, t) * x_t
+        """Return the noise that `v` implies."""
+        turned = at(self.sqrt_alphas_cumprod, t) * v
+        return turned + at(self.sqrt_one_minus_alphas_cumprod, t) * x_t

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import nn
 
 from ldm.config import RunConfig
 from ldm.errors import ParameterError, UserError, nearest
+from ldm.modules.adapters import LoraOptions, adaptable_weights, add_adapters
+from ldm.optim.registry import Part
 
 ADAPTER = ".lora_"  # what follows a layer's name in those of its adapters' parameters
 
@@ -22,39 +25,83 @@ class TextEncoderTraining:
 
     Args:
         lr: its learning rate; None for the UNet's.
-        stop: the number of optimizer steps after which its weights stay as they are; None for never.
+        stop: the number of optimizer steps after which its weights stay; None for never.
     """
 
     lr: float | None = None
     stop: int | None = None
 
     def scaled(self, *factors: int) -> TextEncoderTraining:
-        """The same with another learning rate, if it has its own."""
+        """Return the same with another learning rate, if it has its own."""
         return self if self.lr is None else replace(self, lr=math.prod(factors, start=self.lr))
 
     def check(self, trainable: bool) -> None:
-        """Raise a `UserError` for values out of range, or for any if the text encoder is not trained."""
+        """Raise a `UserError` for values out of range, or for any if no text encoder trains."""
         for name, value in (("lr", self.lr), ("stop", self.stop)):
             if value is None:
                 continue
             if not trainable:
                 raise ParameterError(f"text_encoder_{name}", "needs cond_stage_trainable: true")
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ParameterError(f"text_encoder_{name}", f"expected a positive number, got {value!r}")
+                problem = f"expected a positive number, got {value!r}"
+                raise ParameterError(f"text_encoder_{name}", problem)
         if self.stop is not None and int(self.stop) != self.stop:
-            raise ParameterError("text_encoder_stop", f"expected a number of steps, got {self.stop!r}")
+            problem = f"expected a number of steps, got {self.stop!r}"
+            raise ParameterError("text_encoder_stop", problem)
 
 
-def check_strategy(strategy: Any) -> None:
-    """Raise a `UserError` if processes wait for each other's gradients of all that was trained at the start."""
-    from pytorch_lightning.strategies import DDPStrategy
+def check_strategy(strategy: Strategy) -> None:
+    """Raise a `UserError` if processes wait for gradients of all that was trained at the start."""
+    if not isinstance(strategy, DDPStrategy):
+        return
+    if not strategy._ddp_kwargs.get("find_unused_parameters"):
+        problem = "needs --strategy ddp_find_unused_parameters_true with ddp"
+        raise ParameterError("text_encoder_stop", problem)
 
-    if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
-        raise ParameterError("text_encoder_stop", "needs --strategy ddp_find_unused_parameters_true with ddp")
+
+# What is trained
+
+
+def parts_to_train(unet: nn.Module, text_encoder: nn.Module | None, text_lr: float | None) -> Sequence[Part]:
+    """Return what an optimizer gets: a parameter group, or two if the text encoder has its own rate.
+
+    Args:
+        text_encoder: None if it is not trained.
+    """
+    if text_encoder is None:
+        return [unet]
+    if text_lr is None:
+        return [unet, text_encoder]
+    return [
+        {"name": "unet", "modules": [unet]},
+        {"name": "text_encoder", "modules": [text_encoder], "lr": text_lr},
+    ]
+
+
+def group_names(parts: Sequence[Part]) -> list[str | None]:
+    """Return the names of parameter groups; None for one that has none."""
+    return [part.get("name") if isinstance(part, Mapping) else None for part in parts]
+
+
+def names_to_freeze(model: nn.Module, patterns: Sequence[str], adapted: Mapping[str, Sequence[str]] | None) -> set[str]:
+    """Return the names of the parameters that `freeze` takes out of a model's training.
+
+    Args:
+        adapted: the networks that get adapters, and the endings of their layers' names; None
+            without adapters. With them the names are those of the weights that they change.
+    """
+    names = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    trained = {name for name, trains in names.items() if trains}
+    if adapted is not None:
+        trained = set()
+        for prefix, endings in adapted.items():
+            module = model.get_submodule(prefix)
+            trained.update(adaptable_weights(module, endings, f"{prefix}."))
+    return fitting(patterns, trained, names.keys() - trained)
 
 
 def fitting(patterns: Sequence[str], trained: Collection[str], others: Collection[str] = ()) -> set[str]:
-    """Which of the trained parameters' names fit one of the patterns of `model.params.freeze`.
+    """Return which of the trained parameters' names fit one of the patterns of `freeze`.
 
     Args:
         others: names of parameters that are not trained, for the error.
@@ -62,13 +109,15 @@ def fitting(patterns: Sequence[str], trained: Collection[str], others: Collectio
     Raises:
         UserError: a pattern fits no name, or all names are fitted.
     """
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
+    is_list = isinstance(patterns, (list, tuple))
+    if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
         raise ParameterError("freeze", f"expected a list of patterns, got {patterns!r}")
     found: set[str] = set()
     for pattern in patterns:
         new = {name for name in trained if fnmatchcase(name, pattern)}
         if not new:
-            raise ParameterError("freeze", f"'{pattern}' fits {_why_nothing(pattern, trained, others)}")
+            problem = f"'{pattern}' fits {_why_nothing(pattern, trained, others)}"
+            raise ParameterError("freeze", problem)
         found |= new
     if found and len(found) == len(trained):
         raise ParameterError("freeze", f"{', '.join(patterns)}: nothing is left to train")
@@ -81,38 +130,83 @@ def _why_nothing(pattern: str, trained: Collection[str], others: Collection[str]
     return f"no trained parameter{nearest(pattern, set(trained))}"
 
 
-def freeze(module: nn.Module, names: Collection[str]) -> None:
-    """Take parameters out of the training; those of adapters go by the name of the weight that they change."""
+def freeze_parameters(module: nn.Module, names: Collection[str]) -> None:
+    """Take parameters out of the training; adapters go by the name of the weight they change."""
     for name, parameter in module.named_parameters():
         layer, found, _ = name.partition(ADAPTER)
-        if (f"{layer}.weight" if found else name) in names:
+        weight = f"{layer}.weight" if found else name
+        if weight in names:
             parameter.requires_grad_(False)
 
 
-def check_same_parameters(
-    checkpoint: Mapping[str, Any], groups: Sequence[str | None], count: int, patterns: Sequence[str]
+def adapt(
+    model: nn.Module,
+    layers: Mapping[str, Sequence[str]],
+    options: LoraOptions,
+    frozen: Collection[str],
 ) -> None:
-    """Raise a `UserError` if a checkpoint's optimizer is not one of these groups with `count` parameters in all.
+    """Train adapters on some layers of a model instead of its weights.
 
     Args:
-        groups: their names; None for the only one, which has none. What an optimizer adds behind a `-` does not count.
-        patterns: of what is frozen, which is compared with the checkpoint's own config where it has one.
+        layers: the networks that get adapters, and the endings of their layers' names.
+        frozen: weights whose adapters are not trained.
+    """
+    model.requires_grad_(False)
+    for network, endings in layers.items():
+        add_adapters(model.get_submodule(network), endings, options)
+    freeze_parameters(model, frozen)
+
+
+def stop_training(module: nn.Module) -> None:
+    """Leave a network as it is from here on: what has no gradient, every optimizer leaves alone."""
+    module.requires_grad_(False).eval()
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+# Going on from a checkpoint
+
+
+def check_same_parameters(
+    checkpoint: Mapping[str, Any],
+    groups: Sequence[str | None],
+    count: int,
+    patterns: Sequence[str],
+) -> None:
+    """Raise a `UserError` if a checkpoint's optimizer has other groups, or not `count` parameters.
+
+    Args:
+        groups: their names; None for the only one, which has none. What an optimizer adds behind a
+            `-` does not count.
+        patterns: of what is frozen, which is compared with the checkpoint's own config where it has
+            one.
     """
     states = checkpoint.get("optimizer_states") or []
     if len(states) != 1 or "param_groups" not in states[0]:
         return
     saved = states[0]["param_groups"]
-    names = {None if (name := group.get("name")) is None else str(name).partition("-")[0] for group in saved}
+    names = {_plain_name(group.get("name")) for group in saved}
     found = sum(len(group["params"]) for group in saved)
+    frozen = _saved_patterns(checkpoint, patterns)
+    if names != set(groups) or found != count or sorted(frozen) != sorted(patterns):
+        raise UserError(
+            f"the checkpoint to go on from trains {found} tensors in {_listed(names)}, this config "
+            f"{count} in {_listed(set(groups))}: cond_stage_trainable, lora, freeze and "
+            "text_encoder_lr of model.params have to stay as they were; or start a new run from its "
+            "weights with --actual_resume"
+        )
+
+
+def _plain_name(name: str | None) -> str | None:
+    """Return a group's name without the kind that an optimizer put behind it."""
+    return None if name is None else str(name).partition("-")[0]
+
+
+def _saved_patterns(checkpoint: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]:
+    """Return what the checkpoint's config freezes; the default where it has no config."""
     before = RunConfig(checkpoint.get("config") or {})
     known = bool(before.section("model.params"))
-    frozen = sorted(before.get("model.params.freeze", [])) if known else sorted(patterns)
-    if names != set(groups) or found != count or frozen != sorted(patterns):
-        raise UserError(
-            f"the checkpoint to go on from trains {found} tensors in {_listed(names)}, this config {count} in "
-            f"{_listed(set(groups))}: cond_stage_trainable, lora, freeze and text_encoder_lr of model.params have to "
-            "stay as they were; or start a new run from its weights with --actual_resume"
-        )
+    return before.get("model.params.freeze", []) if known else default
 
 
 def _listed(groups: set[str | None]) -> str:

@@ -16,12 +16,12 @@ from ldm.modules.attention import attention
 
 
 def normalize(channels: int) -> nn.GroupNorm:
-    """The group norm in front of every convolution."""
+    """Make the group norm in front of every convolution."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 def conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size."""
+    """Make a 3x3 convolution that keeps the size."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 
 
@@ -46,7 +46,8 @@ class Downsample(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
         if self.conv is None:
             return F.avg_pool2d(x, 2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the released weights expect the padding on one side only
+        # The released weights expect the padding on one side only.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class ResnetBlock(nn.Module):
@@ -91,7 +92,7 @@ class AttnBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each with its attention if there is any, then the change of resolution."""
+    """The blocks of one resolution, with attention if any, then the change of resolution."""
 
     def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], **resample: nn.Module):
         super().__init__()
@@ -138,7 +139,8 @@ class Encoder(nn.Module):
     """Images to the parameters of latents.
 
     Args:
-        ch, ch_mult: level i has `ch * ch_mult[i]` channels; every level but the last halves the resolution.
+        ch, ch_mult: level i has `ch * ch_mult[i]` channels; every level but the last halves the
+            resolution.
         attn_resolutions: sides, in pixels of an image of side `resolution`, at which blocks attend.
         double_z: give means and log-variances.
         out_ch: the decoder's; so that both take the same `ddconfig`.

@@ -100,14 +100,16 @@ class UNetModel(nn.Module):
         num_res_blocks: residual blocks a level, one number or one for each level.
         num_heads: heads of every attention; or give `num_head_channels`, the width of a head.
         context_dim: width of the text embedding.
-        use_linear_in_transformer: linear projections instead of 1x1 convolutions (Stable Diffusion 2).
-        use_checkpoint: recompute activations in the backward pass instead of keeping them; with `attention`, only those
-            of the transformer blocks, which keep most for their work.
-        channels_last: weights and activations with their channels innermost, which is faster on some GPUs.
-        compile: train the forward and backward pass that `torch.compile` makes, with its arguments if a mapping.
+        use_linear_in_transformer: linear projections (Stable Diffusion 2), not 1x1 convolutions.
+        use_checkpoint: recompute activations in the backward pass instead of keeping them; with
+            `attention`, only those of the transformer blocks, which keep most for their work.
+        channels_last: weights and activations with their channels innermost, which is faster on
+            some GPUs.
+        compile: train the forward and backward pass that `torch.compile` makes, with its arguments
+            if a mapping.
 
     Raises:
-        UserError: a width that 32 norm groups or the heads do not divide, or no spatial transformer.
+        UserError: a width that 32 norm groups or the heads do not divide, or no transformer.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class UNetModel(nn.Module):
         self._compiled = self._compile(compile) if compile else None
         self.in_channels = in_channels
         self.model_channels = model_channels
+        self.context_dim = context_dim
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, make.emb_channels), nn.SiLU(), nn.Linear(make.emb_channels, make.emb_channels)
         )
@@ -173,10 +176,19 @@ class UNetModel(nn.Module):
         timesteps: Int[Tensor, " b"] | Float[Tensor, " b"],
         context: Float[Tensor, "b n e"] | None = None,
     ) -> Float[Tensor, "b o h w"]:
-        """The model's output for noisy latents `x` at `timesteps`, reading the text embedding `context`."""
-        if self._compiled is not None and torch.is_grad_enabled():  # sampling has other batches at every turn
+        """Return the output for noisy latents at time steps, reading the embedding `context`."""
+        if context is None and self.context_dim is not None:
+            # Attention would take the pixels for the text.
+            raise ValueError(f"the UNet reads a text embedding of width {self.context_dim}, and got none")
+        # Not for sampling, which has other batch sizes at every turn.
+        if self._compiled is not None and torch.is_grad_enabled():
             return self._compiled(x, timesteps, context)
         return self._forward(x, timesteps, context)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' precision, to which code that runs the blocks itself casts its input."""
+        return next(self.time_embed.parameters()).dtype
 
     def _compile(self, options: bool | Mapping[str, Any]) -> Any:
         try:
@@ -186,7 +198,9 @@ class UNetModel(nn.Module):
 
     def use_memory_format(self) -> None:
         """Give the weights the layout of `channels_last`, in place, once they have their values."""
-        for parameter in self.parameters() if self.channels_last else ():
+        if not self.channels_last:
+            return
+        for parameter in self.parameters():
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
@@ -194,6 +208,7 @@ class UNetModel(nn.Module):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        # Down, keeping what each block gives; then up, where each block also reads what was kept.
         skips, h = [], x
         for module in self.input_blocks:
             h = module(h, emb, context)
@@ -206,7 +221,7 @@ class UNetModel(nn.Module):
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the UNet: its width in channels, its residual blocks, and whether they attend."""
+    """One resolution of the UNet: its channels, its residual blocks, and whether they attend."""
 
     width: int
     blocks: int
@@ -260,7 +275,7 @@ def _plan(
 
 
 def _way_down(make: BlockFactory, levels: list[Level], channels: int) -> tuple[list[nn.Module], list[int]]:
-    """The input blocks, and the width after each (and after the first convolution), for the skips."""
+    """Make the input blocks; return also the width after each and after the first convolution."""
     modules: list[nn.Module] = []
     skips = [channels]
     for index, level in enumerate(levels):
@@ -277,7 +292,7 @@ def _way_down(make: BlockFactory, levels: list[Level], channels: int) -> tuple[l
 
 
 def _way_up(make: BlockFactory, levels: list[Level], skips: list[int]) -> list[nn.Module]:
-    """The output blocks, which take the skips from last to first."""
+    """Make the output blocks, which take the skips from last to first."""
     modules: list[nn.Module] = []
     channels, skips = levels[-1].width, list(skips)
     for index, level in reversed(list(enumerate(levels))):

@@ -18,7 +18,7 @@ class DiagonalGaussianDistribution:
     """Independent normal distributions, one for each element of a latent.
 
     Args:
-        parameters: means, then log variances, along the channels; the latter are clamped to [-30, 20].
+        parameters: means, then log variances, along the channels; these are clamped to [-30, 20].
         deterministic: all variances are zero.
     """
 
@@ -31,17 +31,20 @@ class DiagonalGaussianDistribution:
         self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
 
     def sample(self, noise: Latent | None = None) -> Latent:
-        """A latent: mean + std * noise; without `noise` it comes from torch's global generator."""
+        """Return a latent, mean + std * noise; torch's global generator draws missing `noise`."""
         if noise is None:
             noise = SampleRandom(device=self.mean.device).randn(self.mean.shape)
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Latent:
-        """The most likely latent."""
+        """Return the most likely latent."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Float[Tensor, " b"]:
-        """KL divergence of each sample from `other`, or from the standard normal; zero if deterministic."""
+        """Return each sample's KL divergence from `other`, or from the standard normal.
+
+        It is zero if deterministic.
+        """
         if self.deterministic:
             return torch.zeros(len(self.mean), device=self.mean.device)
         mean, var, logvar = _wide(self.mean), _wide(self.var), _wide(self.logvar)
@@ -52,7 +55,7 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.flatten(1).sum(1)
 
     def nll(self, sample: Latent, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Negative log-likelihood of `sample`, summed over `dims`; zero if deterministic."""
+        """Return the negative log-likelihood of `sample` over `dims`; zero if deterministic."""
         if self.deterministic:
             return torch.zeros_like(_wide(self.mean).sum(tuple(dims)))
         logvar = _wide(self.logvar)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ParameterError, nearest
-from ldm.modules.encoders.tokenizer import END, START, tokenize
+from ldm.modules.encoders.tokenizer import (
+    END,
+    START,
+    VOCABULARY,
+    tokenize,
+    transformers_tokenizer,
+)
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 # The text tower of CLIP ViT-L/14: the fields of transformers' CLIPTextConfig.
@@ -33,7 +40,90 @@ CLIP_VIT_L_14_TEXT: dict[str, Any] = {
 }
 
 
-class FrozenCLIPEmbedder(nn.Module):
+class TextEncoder(nn.Module):
+    """Turns texts into the embeddings that the UNet reads; the base of all text encoders.
+
+    A subclass sets `max_length`, and gives `forward` and `token_embedding`.
+    """
+
+    max_length: int
+    added_words: dict[str, list[int]]  # beside the vocabulary's: the ids that each stands for
+    pad = END  # the token that fills a text up to `max_length`
+    blocks_left_out = 0  # of the network's last ones, which nothing reads
+    optional_keys: tuple[str, ...] = ()  # beginnings of keys that a checkpoint need not have
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added_words = {}
+
+    def encode(self, text: Sequence[str] | str) -> Float[Tensor, "b n d"]:
+        """Return embeddings of the texts."""
+        return self(text)
+
+    def tokenize(self, text: Sequence[str] | str) -> Int[Tensor, "b n"]:
+        """Return token ids of the texts, on the CPU."""
+        texts = [text] if isinstance(text, str) else text
+        added = self.added_words | self._words_of_scripts()
+        return tokenize(texts, self.max_length, self.pad, added)
+
+    def _words_of_scripts(self) -> dict[str, list[int]]:
+        """Return the words that a script has added to `tokenizer`, if it asked for that."""
+        used = vars(self).get("tokenizer")
+        added = {} if used is None else used.get_added_vocab()
+        return {word.lower(): [number] for word, number in added.items() if number >= VOCABULARY}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' `CLIPTokenizer`, for scripts. Words that they add to it are read, too."""
+        return transformers_tokenizer(self.max_length, self.pad)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The table of token embeddings."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are. Scripts set it, without effect: tokens follow the weights."""
+        return self.token_embedding.weight.device
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        pass
+
+    def freeze(self) -> None:
+        """Leave the weights as they are, as scripts do that use the network alone."""
+        self.eval().requires_grad_(False)
+
+
+class TextTransformer(nn.Module):
+    """CLIP's text model, one level down: a checkpoint's keys have that level, transformers 5 not."""
+
+    text_model: Any  # transformers' `CLIPTextModel`, whose import takes a second
+
+    def __init__(self, text_model: nn.Module):
+        super().__init__()
+        self.text_model = text_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.text_model(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """The text model's `CLIPTextConfig`."""
+        return self.text_model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.text_model.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table of token embeddings."""
+        return self.text_model.get_input_embeddings()
+
+
+class FrozenCLIPEmbedder(TextEncoder):
     """CLIP's text transformer; its last hidden state after the final norm is the conditioning.
 
     The name is CompVis's; whether it is frozen is up to `LatentDiffusion.cond_stage_trainable`.
@@ -44,7 +134,8 @@ class FrozenCLIPEmbedder(nn.Module):
         text_config: fields of transformers' `CLIPTextConfig` that replace ViT-L/14's.
         max_length: tokens a text is padded or cut to.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
-        ckpt_path: a file of initial weights, for who builds the model (`ldm.checkpoints.parts.load_parts`).
+        ckpt_path: a file of initial weights, for who builds the model
+            (`ldm.checkpoints.parts.load_parts`).
     """
 
     def __init__(
@@ -57,7 +148,6 @@ class FrozenCLIPEmbedder(nn.Module):
     ):
         super().__init__()
         self.max_length = max_length
-        self.added_words: dict[str, list[int]] = {}  # beside the vocabulary's: the ids that each stands for
         text_model = _build_text_model(version, text_config)
         if max_length > (limit := text_model.config.max_position_embeddings):
             raise ParameterError("max_length", f"{max_length} exceeds max_position_embeddings {limit}")
@@ -67,37 +157,30 @@ class FrozenCLIPEmbedder(nn.Module):
             recompute_activations(text_model)
         # Checkpoints hold the ids as a buffer; transformers stopped saving it.
         text_model.embeddings.register_buffer("position_ids", text_model.embeddings.position_ids, persistent=True)
-        # transformers 5 has no `text_model` level any more; the checkpoint's keys do.
-        self.transformer = nn.Module()
-        self.transformer.text_model = text_model
+        self.transformer = TextTransformer(text_model)
         self.ckpt_path = ckpt_path
 
-    def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
-        """Token ids of the texts, on the CPU."""
-        return tokenize(text, self.max_length, added=self.added_words)
-
-    def forward(self, text: Sequence[str]) -> Float[Tensor, "b n d"]:
-        """Embeddings of the texts, (b, max_length, hidden_size)."""
+    def forward(self, text: Sequence[str] | str) -> Float[Tensor, "b n d"]:
+        """Return embeddings of the texts, (b, max_length, hidden_size)."""
         text_model: Any = self.transformer.text_model
         tokens = self.tokenize(text).to(text_model.embeddings.position_ids.device)
         return text_model(input_ids=tokens).last_hidden_state
 
-    encode = forward
-
     @property
     def token_embedding(self) -> nn.Embedding:
         """The table of token embeddings."""
-        return self.transformer.text_model.embeddings.token_embedding  # type: ignore[union-attr,return-value]
+        return self.transformer.text_model.embeddings.token_embedding
 
 
 LAYERS = {"last": 0, "penultimate": 1}  # blocks at the end that are left out
 
 
-class FrozenOpenCLIPEmbedder(nn.Module):
-    """The text transformer of an open_clip model, as Stable Diffusion 2 reads it: ViT-H's penultimate layer.
+class FrozenOpenCLIPEmbedder(TextEncoder):
+    """The text transformer of an open_clip model, for Stable Diffusion 2: ViT-H's penultimate layer.
 
     Args:
-        arch: a model that open_clip has a config of. Nothing is downloaded: a checkpoint fills the weights.
+        arch: a model that open_clip has a config of. No weights are downloaded: a checkpoint has
+            them.
         layer: last, or penultimate, whose output goes through the final norm, too.
         max_length: tokens a text is padded (with 0) or cut to.
         text_config: open_clip's text fields that replace those of `arch`.
@@ -117,7 +200,6 @@ class FrozenOpenCLIPEmbedder(nn.Module):
             hint = nearest(layer, list(LAYERS))
             raise ParameterError("layer", f"unknown '{layer}'{hint}; accepted: {', '.join(LAYERS)}")
         self.max_length, self.blocks_left_out = max_length, LAYERS[layer]
-        self.added_words: dict[str, list[int]] = {}  # as above
         self.model = _build_open_clip_text(arch, text_config)
         blocks = range(len(self.model.transformer.resblocks))
         left_out = [f"model.transformer.resblocks.{n}." for n in blocks[len(blocks) - self.blocks_left_out :]]
@@ -127,12 +209,8 @@ class FrozenOpenCLIPEmbedder(nn.Module):
             raise ParameterError("max_length", f"{max_length} exceeds context_length {limit}")
         self.model.transformer.grad_checkpointing = use_checkpoint
 
-    def tokenize(self, text: Sequence[str]) -> Int[Tensor, "b n"]:
-        """Token ids of the texts, on the CPU."""
-        return tokenize(text, self.max_length, pad=0, added=self.added_words)
-
-    def forward(self, text: Sequence[str]) -> Float[Tensor, "b n d"]:
-        """Embeddings of the texts, (b, max_length, width)."""
+    def forward(self, text: Sequence[str] | str) -> Float[Tensor, "b n d"]:
+        """Return embeddings of the texts, (b, max_length, width)."""
         model: Any = self.model
         tokens = self.tokenize(text).to(model.positional_embedding.device)
         n = tokens.shape[1]
@@ -146,8 +224,6 @@ class FrozenOpenCLIPEmbedder(nn.Module):
                 x = block(x, attn_mask=mask)
         return model.ln_final(x)
 
-    encode = forward
-
     @property
     def token_embedding(self) -> nn.Embedding:
         """The table of token embeddings."""
@@ -155,7 +231,7 @@ class FrozenOpenCLIPEmbedder(nn.Module):
 
 
 def recompute_activations(text_model: Any) -> None:
-    """Make a text encoder of transformers recompute its activations in the backward pass instead of keeping them."""
+    """Make transformers' text encoder recompute its activations in the backward pass."""
     # transformers is renaming this method.
     enable = getattr(text_model, "activation_checkpointing_enable", None)
     if enable is None:

@@ -1,4 +1,4 @@
-"""The same text transformer under open_clip's names and under those of transformers' `CLIPTextModel`."""
+"""The same text transformer under open_clip's names and under transformers'."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ OPEN_CLIP_BLOCK = {
 
 
 def count(keys: Iterable[str], name: str) -> int:
-    """How many `name.0.`, `name.1.`, ... the keys begin with."""
-    numbers = [int(found[1]) for key in keys if (found := re.match(rf"{re.escape(name)}\.(\d+)\.", key))]
-    return max(numbers, default=-1) + 1
+    """Count how many `name.0.`, `name.1.`, ... the keys begin with."""
+    numbered = re.compile(rf"{re.escape(name)}\.(\d+)\.")
+    found = [match for key in keys if (match := numbered.match(key))]
+    return max((int(match[1]) for match in found), default=-1) + 1
 
 
 def open_clip_to_transformers(state: Mapping[str, Tensor], leave_out: int = 0) -> State:
-    """open_clip's text tower under transformers' names, without the last `leave_out` blocks."""
+    """Rename open_clip's text tower as transformers does, without the last `leave_out` blocks."""
     blocks = count(state, "transformer.resblocks") - leave_out
     out: State = {
         "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
@@ -45,7 +46,7 @@ def open_clip_to_transformers(state: Mapping[str, Tensor], leave_out: int = 0) -
 
 
 def transformers_to_open_clip(state: Mapping[str, Tensor]) -> State:
-    """The way back; blocks that transformers' model does not have stay missing."""
+    """Rename it back; blocks that transformers' model does not have stay missing."""
     prefix = "text_model."
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     out: State = {

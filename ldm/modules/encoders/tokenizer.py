@@ -6,6 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -14,6 +15,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 START, END = 49406, 49407
+VOCABULARY = 49408  # words in it
 
 _known: set[tuple[str, int]] = set()  # texts whose length was looked at, with the length allowed
 
@@ -26,12 +28,12 @@ def _bpe():  # open_clip is imported late: it takes a second
 
 
 def encode(text: str) -> list[int]:
-    """The byte-pair ids of a text, without start and end."""
+    """Return the byte-pair ids of a text, without start and end."""
     return _bpe().encode(text)
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary, word -> id, and the merges in their order."""
+    """Return the vocabulary, word -> id, and the merges in their order."""
     bpe = _bpe()
     ranks = bpe.bpe_ranks
     return dict(bpe.encoder), sorted(ranks, key=ranks.__getitem__)
@@ -86,7 +88,7 @@ def warn_of_cut(
 def tokenize(
     texts: Sequence[str], max_length: int = 77, pad: int = END, added: Mapping[str, Sequence[int]] | None = None
 ) -> Int[Tensor, "b n"]:
-    """Ids of each text: start, pieces, end, then padding (the end token again for SD v1, 0 for v2).
+    """Return the ids of each text: start, pieces, end, padding (the end again for SD v1, 0 for v2).
 
     Longer texts are cut so that the end token is the last one, and warned of.
 
@@ -99,3 +101,16 @@ def tokenize(
         ids = [START, *encode_with(text, added or {})[: max_length - 2], END]
         row[: len(ids)] = torch.tensor(ids)
     return tokens
+
+
+def transformers_tokenizer(max_length: int = 77, pad: int = END) -> Any:
+    """Build transformers' `CLIPTokenizer` of the same vocabulary, whose ids are the same."""
+    from transformers import CLIPTokenizer
+
+    ids, merges = vocabulary()
+    # open_clip has other names for the two special words than OpenAI's files.
+    names = {START: "<|startoftext|>", END: "<|endoftext|>"}
+    words = {names.get(number, word): number for word, number in ids.items()}
+    fill = next(word for word, number in words.items() if number == pad)
+    pairs: Any = merges  # annotated as strings, and taken as pairs, too
+    return CLIPTokenizer(vocab=words, merges=pairs, pad_token=fill, model_max_length=max_length)

@@ -1,4 +1,7 @@
-"""The autoencoder's objective: pixels, perceptual distance, KL and a patch discriminator (2112.10752, appendix G)."""
+"""The autoencoder's objective: pixels, perceptual distance, KL and a patch discriminator.
+
+Rombach et al., 2112.10752, appendix G.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,19 @@ Scalar = Float[Tensor, ""]
 # Perceptual distance
 
 VGG16_FILE = "vgg16-397923af.pth"
-# Indices of VGG16's convolutions in torchvision's `features`, by resolution; LPIPS compares the last of each.
+# Indices of VGG16's convolutions in torchvision's `features`, by resolution. LPIPS compares the
+# last of each.
 VGG16_CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance of images in [-1, 1] (Zhang et al., 1801.03924), with VGG16 features.
+    """Learned perceptual distance of images in [-1, 1], of VGG16's features (Zhang et al., 1801.03924).
 
-    The weights are buffers that are not saved: no optimizer changes them, and a checkpoint needs no copy.
+    The weights are buffers that are not saved: no optimizer changes them, and a checkpoint needs
+    no copy.
 
     Args:
-        vgg_path: torchvision's VGG16 weights; the default is where torchvision would have cached them.
+        vgg_path: torchvision's VGG16 weights; by default where torchvision would have cached them.
 
     Raises:
         UserError: that file is missing or something else. Nothing is ever downloaded.
@@ -52,7 +57,7 @@ class LPIPS(nn.Module):
                     self.register_buffer(f"{name}{conv}", vgg[f"features.{conv}.{name}"], persistent=False)
 
     def forward(self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 1 1"]:
-        """The distance of each pair."""
+        """Return the distance of each pair."""
         distances = []
         for level, (fx, fy) in enumerate(zip(self._features(x), self._features(y))):
             difference = (_unit(fx) - _unit(fy)) ** 2
@@ -78,7 +83,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def load_vgg16(path: str | None = None) -> dict[str, Tensor]:
-    """VGG16's weights from `path` or torchvision's cache; raises a `UserError` if they are not there."""
+    """Read VGG16's weights from `path` or torchvision's cache; a `UserError` if there are none."""
     file = Path(path).expanduser() if path else Path(torch.hub.get_dir(), "checkpoints", VGG16_FILE)
     if not file.is_file():
         raise UserError(
@@ -93,7 +98,7 @@ def load_vgg16(path: str | None = None) -> dict[str, Tensor]:
 
 
 def load_linear_weights() -> dict[str, Tensor]:
-    """The weight of each VGG channel. torchmetrics, on which Lightning depends, ships the original file."""
+    """Read the weight of each VGG channel, from the original file, which torchmetrics ships."""
     spec = importlib.util.find_spec("torchmetrics")
     assert spec is not None and spec.origin is not None
     file = Path(spec.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
@@ -104,12 +109,12 @@ def load_linear_weights() -> dict[str, Tensor]:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Scalar:
-    """Real logits should exceed 1, fake ones fall below -1."""
+    """Return the hinge loss: real logits should exceed 1, fake ones fall below -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def vanilla_loss(real: Tensor, fake: Tensor) -> Scalar:
-    """Binary cross-entropy."""
+    """Return the binary cross-entropy."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -125,8 +130,8 @@ class LPIPSWithDiscriminator(nn.Module):
         logvar_init: log variance of the pixels in the reconstruction's likelihood.
         kl_weight, pixelloss_weight, perceptual_weight: weights of the terms.
         disc_num_layers, disc_in_channels, disc_ch, use_actnorm: the discriminator's shape.
-        disc_factor, disc_weight: the adversarial term's weight is their product, times the ratio of the
-            gradients of reconstruction and discriminator at the decoder's last layer.
+        disc_factor, disc_weight: the adversarial term's weight is their product, times the ratio of
+            the gradients of reconstruction and discriminator at the decoder's last layer.
         disc_loss: hinge or vanilla.
         pixel_loss: l1 or l2.
         lpips_path: see `LPIPS`.
@@ -162,19 +167,19 @@ class LPIPSWithDiscriminator(nn.Module):
         self.pixel_loss = _choice("pixel_loss", pixel_loss, PIXEL_LOSSES)
         self.disc_start, self.disc_factor, self.disc_weight = disc_start, disc_factor, disc_weight
         self.kl_weight, self.pixel_weight, self.perceptual_weight = kl_weight, pixelloss_weight, perceptual_weight
-        # A constant: CompVis declares it a parameter, in checkpoints too, but no optimizer of theirs holds it.
+        # A constant: CompVis declares it a parameter, but no optimizer of theirs holds it.
         self.register_buffer("logvar", torch.tensor(float(logvar_init)))
         self.perceptual_loss = LPIPS(lpips_path) if perceptual_weight > 0 else None
         self.discriminator = make_discriminator(disc_in_channels, disc_ch, disc_num_layers, use_actnorm)
 
     def discriminates(self, step: int) -> bool:
-        """Whether the discriminator takes part in this optimizer step."""
+        """Return whether the discriminator takes part in this optimizer step."""
         return self.disc_factor > 0 and step >= self.disc_start
 
     def reconstruction_loss(
         self, inputs: Images, reconstructions: Images, posterior: DiagonalGaussianDistribution, split: str
     ) -> tuple[Scalar, Scalar, dict[str, Tensor]]:
-        """Negative log-likelihood and KL, summed over each sample's elements, and their parts for the log."""
+        """Return negative log-likelihood and KL of each sample, their means, and what to log."""
         inputs, reconstructions = inputs.float(), reconstructions.float()
         rec = self.pixel_weight * self.pixel_loss(reconstructions, inputs, reduction="none")
         if self.perceptual_loss is not None:
@@ -192,7 +197,7 @@ class LPIPSWithDiscriminator(nn.Module):
         last_layer: Tensor,
         split: str = "train",
     ) -> tuple[Scalar, dict[str, Tensor]]:
-        """The autoencoder's loss: reconstruct, stay near the prior, and fool the discriminator."""
+        """Return the autoencoder's loss: reconstruct, stay near the prior, fool the other."""
         nll, kl, log = self.reconstruction_loss(inputs, reconstructions, posterior, split)
         loss = nll + self.kl_weight * kl
         if self.discriminates(step):
@@ -205,7 +210,7 @@ class LPIPSWithDiscriminator(nn.Module):
     def discriminator_loss(
         self, inputs: Images, reconstructions: Images, split: str = "train"
     ) -> tuple[Scalar, dict[str, Tensor]]:
-        """The discriminator's loss: tell images from their reconstructions."""
+        """Return the discriminator's loss, of how it tells images from their reconstructions."""
         real = self.discriminator(inputs).float()
         fake = self.discriminator(reconstructions.detach()).float()
         loss = self.disc_factor * self.disc_loss(real, fake)
@@ -213,14 +218,14 @@ class LPIPSWithDiscriminator(nn.Module):
 
 
 def make_discriminator(in_channels: int, ch: int, layers: int, use_actnorm: bool) -> nn.Module:
-    """taming-transformers' patch discriminator, initialised as in pix2pix."""
+    """Make taming-transformers' patch discriminator, initialised as in pix2pix."""
     from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 
     return NLayerDiscriminator(in_channels, ch, layers, use_actnorm).apply(weights_init)
 
 
 def adaptive_weight(nll: Scalar, g_loss: Scalar, last_layer: Tensor) -> Scalar:
-    """Ratio of the two losses' gradient norms at `last_layer` (Esser et al., 2012.09841, eq. 7)."""
+    """Return the ratio of two losses' gradient norms at `last_layer` (Esser et al., eq. 7)."""
     nll_grad, g_grad = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss))
     return (nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)).clamp(0.0, 1e4).detach()
 

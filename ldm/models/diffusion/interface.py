@@ -1,0 +1,194 @@
+"""What scripts of the LDM family read and call on a model, under LDM's names.
+
+Samplers, web UIs, ControlNet-like and inversion scripts rely on these names. All of it is thin: the
+equations stand in `NoiseSchedule`, what the UNet's output means in `parameterization.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
+from ldm.models.diffusion.objective import Objective
+from ldm.models.diffusion.schedule import (
+    Latent,
+    NoiseSchedule,
+    Steps,
+    at,
+    with_zero_terminal_snr,
+)
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
+from ldm.modules.encoders.modules import TextEncoder
+
+log = logging.getLogger(__name__)
+
+Images = Float[Tensor, "b 3 height width"]
+
+
+class CompVisInterface(pl.LightningModule):
+    """Three networks and a noise schedule, as they are used; of their training only the objective.
+
+    A subclass builds what is listed below, and calls `register_schedule` behind its objective.
+    """
+
+    # Of a checkpoint: what the config alone determines, and a file need not have.
+    config_keys = tuple(NoiseSchedule.names())
+    model: DiffusionWrapper
+    model_ema: LitEma | None
+    first_stage_model: AutoencoderKL
+    cond_stage_model: TextEncoder
+    objective: Objective
+    scale_factor: float
+    zero_terminal_snr: bool
+    betas: Tensor
+    lvlb_weights: Tensor
+
+    @property
+    def text_trains(self) -> bool:
+        """Whether gradients of the text encoder are wanted."""
+        return False
+
+    def register_schedule(self, schedule: NoiseSchedule) -> None:
+        """Keep the schedule's quantities as buffers, under a checkpoint's names."""
+        for name in NoiseSchedule.names():
+            self.register_buffer(name, getattr(schedule, name))
+        # Not saved: it follows from the others and from what the network predicts.
+        weights = self.objective.prediction.vlb_weights(schedule)
+        self.register_buffer("lvlb_weights", weights, persistent=False)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule, of the buffers as they are now: a checkpoint's, on this device."""
+        return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Rescale a base model's schedule where the config asks for zero terminal SNR."""
+        betas = state_dict.get(f"{prefix}betas")
+        if self.zero_terminal_snr and betas is not None and betas[-1] < 1:
+            rescaled = with_zero_terminal_snr(betas.double().cpu().numpy())
+            schedule = NoiseSchedule.of_betas(rescaled)
+            state_dict |= {prefix + name: getattr(schedule, name) for name in schedule.names()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # Images, text and the UNet
+
+    def encode_first_stage(self, x: Images) -> DiagonalGaussianDistribution:
+        """Return the posterior over latents of images in [-1, 1]."""
+        with torch.no_grad():
+            return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(
+        self, posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
+    ) -> Latent:
+        """Return a scaled latent: a sample of the posterior, with `noise` if given, or a tensor."""
+        z = posterior if isinstance(posterior, Tensor) else posterior.sample(noise)
+        return self.scale_factor * z
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Latent) -> Images:
+        """Return images, about in [-1, 1], of scaled latents."""
+        return self.first_stage_model.decode(z / self.scale_factor)
+
+    def get_learned_conditioning(self, c: str | Sequence[str]) -> Float[Tensor, "b n d"]:
+        """Return embeddings of captions, with gradients if the text encoder is trained."""
+        captions = [c] if isinstance(c, str) else list(c)
+        with nullcontext() if self.text_trains else torch.no_grad():
+            return self.cond_stage_model(captions)
+
+    def apply_model(self, x_noisy: Latent, t: Steps | Float[Tensor, " b"], cond: Cond | None) -> Latent:
+        """Return the UNet's output for noisy latents at time steps, which may lie between two."""
+        return self.model(x_noisy, t, **as_mapping(cond, self.model.conditioning_key))
+
+    def get_unconditional_conditioning(self, batch_size: int, null_label: str | None = None) -> Float[Tensor, "b n d"]:
+        """Return the empty caption's embedding, or that of `null_label`, once for each sample."""
+        embedding = self.get_learned_conditioning([null_label or ""])
+        return embedding.expand(batch_size, -1, -1)
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Give the UNet its EMA weights inside, if there are any; `context` is for the log."""
+        if self.model_ema is None:
+            yield
+            return
+        with self.model_ema.swapped_in(self.model):
+            if context:
+                log.debug("%s: with the EMA weights", context)
+            yield
+
+    # What scripts read
+
+    @property
+    def parameterization(self) -> str:
+        """What the UNet predicts: "eps", "x0" or "v". Setting it changes loss and sampling."""
+        return self.objective.parameterization
+
+    @parameterization.setter
+    def parameterization(self, name: str) -> None:
+        self.objective = replace(self.objective, parameterization=name)
+        self.lvlb_weights = self.objective.prediction.vlb_weights(self.schedule)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Time steps of the noise schedule."""
+        return len(self.betas)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.first_stage_model.embed_dim
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent, under our own name."""
+        return self.channels
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of an image's side for each one of its latent."""
+        return self.first_stage_model.downsampling
+
+    @property
+    def use_ema(self) -> bool:
+        """Whether an exponential moving average of the UNet's weights is kept."""
+        return self.model_ema is not None
+
+    # The forward process and its inverse
+
+    def q_sample(self, x_start: Latent, t: Steps, noise: Tensor | None = None) -> Latent:
+        """Return noisy latents at time steps `t`."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return self.schedule.q_sample(x_start, t, noise)
+
+    def q_posterior(
+        self, x_start: Latent, x_t: Latent, t: Steps
+    ) -> tuple[Latent, Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
+        """Return mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0)."""
+        mean, log_variance = self.schedule.q_posterior(x_start, x_t, t)
+        return mean, at(self.schedule.posterior_variance, t), log_variance
+
+    def get_v(self, x: Latent, noise: Latent, t: Steps) -> Latent:
+        """Return the velocity, which is what a v-model predicts."""
+        return self.schedule.velocity(x, t, noise)
+
+    def predict_start_from_noise(self, x_t: Latent, t: Steps, noise: Latent) -> Latent:
+        """Return the clean latents that `noise` implies."""
+        return self.schedule.start_from_noise(x_t, t, noise)
+
+    def predict_start_from_z_and_v(self, x_t: Latent, t: Steps, v: Latent) -> Latent:
+        """Return the clean latents that a velocity implies."""
+        return self.schedule.start_from_velocity(x_t, t, v)
+
+    def predict_eps_from_z_and_v(self, x_t: Latent, t: Steps, v: Latent) -> Latent:
+        """Return the noise that a velocity implies."""
+        return self.schedule.noise_from_velocity(x_t, t, v)

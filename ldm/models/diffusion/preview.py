@@ -1,0 +1,47 @@
+"""Pictures of a batch for the log: its images, what the autoencoder makes of them, and samples."""
+
+from __future__ import annotations
+
+import torch
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.interface import CompVisInterface, Images
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.losses.batch import Batch
+from ldm.rng import SampleRandom
+
+
+def preview(model: CompVisInterface, batch: Batch, posterior: DiagonalGaussianDistribution) -> dict[str, Images]:
+    """Return a batch's images, where it has them, and their reconstructions."""
+    # The mode, so that a reconstruction shows what the autoencoder loses and no noise.
+    z = model.get_first_stage_encoding(posterior.mode())
+    pictures = {} if batch.images is None else {"inputs": batch.images}
+    return {**pictures, "reconstruction": model.decode_first_stage(z)}
+
+
+def samples(
+    model: CompVisInterface,
+    captions: list[str],
+    latent_shape: torch.Size,
+    steps: int,
+    eta: float,
+    scale: float,
+    seed: int,
+) -> Images:
+    """Return a picture for each caption, drawn with the EMA weights where the model keeps any."""
+    count = len(captions)
+    # A seed for each picture: those of one run compare, whatever is sampled beside them.
+    random = SampleRandom(range(seed, seed + count), model.device)
+    with model.ema_scope("samples"):
+        latents, _ = DDIMSampler(model).sample(
+            steps,
+            count,
+            latent_shape,
+            model.get_learned_conditioning(captions),
+            eta=eta,
+            verbose=False,
+            unconditional_guidance_scale=scale,
+            unconditional_conditioning=model.get_learned_conditioning([""] * count),
+            random=random,
+        )
+    return model.decode_first_stage(latents)
