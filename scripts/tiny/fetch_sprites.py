@@ -22,7 +22,8 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.errors import UserError
-from ldm.tiny.world import read_sprite_table
+from ldm.tiny.sprites import read_sprite_table
+from ldm.tiny.views import camera
 
 FAMILIES = {
     "noto": "@iconify-json/noto",
@@ -129,10 +130,11 @@ def write_sprites(families: dict[str, dict[str, Draw]], outdir: Path, size: int)
         folder = outdir / class_word
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.png"):  # of an older table
-            path.unlink()
+            if camera(path) is None:  # toys are rendered here, not fetched
+                path.unlink()
         for name, draw in wanted(entry, families):
             trimmed(draw(), size).save(folder / f"{name}.png")
-        counts[class_word] = len(list(folder.glob("*.png")))
+        counts[class_word] = sum(camera(path) is None for path in folder.glob("*.png"))
     return counts
 
 

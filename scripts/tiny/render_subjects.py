@@ -1,4 +1,4 @@
-"""Render the subject photos that ship with the project: six toys, five views each, ray marched with numpy.
+"""Render the subject photos that ship with the project: toys, five views each, ray marched with numpy.
 
     python scripts/tiny/render_subjects.py --outdir models/tiny/subjects
 
@@ -9,144 +9,62 @@ turned in front of a fixed camera, and every photo has its own scenery. Points a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image
 
-Array = np.ndarray
-Shape = Callable[[Array], Array]  # points (3, n) -> signed distances (n,)
-Vec = tuple[float, float, float]
+from ldm.tiny.renderer import (
+    CAMERA_DISTANCE,
+    CHUNK,
+    SUPERSAMPLING,
+    Model,
+    develop,
+    frame,
+    linear,
+    march,
+    mix,
+    openness,
+    rays,
+    rotation,
+    shade,
+    sunlit,
+    tilted,
+)
+from ldm.tiny.shapes import (
+    Array,
+    Part,
+    box,
+    capsule,
+    dots,
+    ellipsoid,
+    length,
+    sphere,
+    star,
+    stripes,
+    torus,
+    tube,
+    vec,
+)
 
-SUPERSAMPLING = 2  # rays per pixel and axis
-CHUNK = 1 << 14  # rays at a time: few enough for the caches
-CAMERA_DISTANCE = 6.0
 FILL = 0.78  # share of the frame that the toy's longer side takes
-
-# ---- shapes and markings ----------------------------------------------------------------------------------
-
-
-def vec(v: Vec) -> Array:
-    return np.asarray(v, np.float32)[:, None]
-
-
-def length(q: Array) -> Array:
-    return np.sqrt((q * q).sum(0))
-
-
-def unit(q: Array) -> Array:
-    return q / np.maximum(length(q), 1e-9)
-
-
-def sphere(centre: Vec, radius: float) -> Shape:
-    return lambda p: length(p - vec(centre)) - radius
-
-
-def ellipsoid(centre: Vec, radii: Vec) -> Shape:
-    """To first order: exact on the surface, an estimate away from it."""
-
-    def distance(p: Array) -> Array:
-        q = (p - vec(centre)) / vec(radii)
-        return length(q) * (length(q) - 1) / np.maximum(length(q / vec(radii)), 1e-6)
-
-    return distance
-
-
-def capsule(start: Vec, end: Vec, radius: float, end_radius: float | None = None) -> Shape:
-    origin, axis = vec(start), vec(end) - vec(start)
-    growth = 0.0 if end_radius is None else end_radius - radius
-
-    def distance(p: Array) -> Array:
-        along = np.clip(((p - origin) * axis).sum(0) / (axis * axis).sum(), 0, 1)
-        return length(p - origin - axis * along) - radius - growth * along
-
-    return distance
-
-
-def tube(points: list[Vec], radius: float, end_radius: float | None = None) -> Shape:
-    """Capsules along the Bézier curve of the points, tapering evenly to `end_radius`."""
-    curve, share = list(np.array(points)), np.linspace(0, 1, 12)[:, None]
-    while len(curve) > 1:
-        curve = [a + (b - a) * share for a, b in pairwise(curve)]
-    radii = np.linspace(radius, radius if end_radius is None else end_radius, 12).tolist()
-    pieces = [capsule(*ends, *r) for ends, r in zip(pairwise(curve[0]), pairwise(radii))]
-    return lambda p: np.minimum.reduce([piece(p) for piece in pieces])
-
-
-def box(centre: Vec, half: Vec, rounding: float) -> Shape:
-    def distance(p: Array) -> Array:
-        q = np.abs(p - vec(centre)) - (vec(half) - rounding)
-        return length(np.maximum(q, 0)) + np.minimum(q.max(0), 0) - rounding
-
-    return distance
-
-
-def torus(centre: Vec, axis: Vec, ring: float, radius: float) -> Shape:
-    def distance(p: Array) -> Array:
-        q = p - vec(centre)
-        along = (q * unit(vec(axis))).sum(0)
-        return np.hypot(length(q - unit(vec(axis)) * along) - ring, along) - radius
-
-    return distance
-
-
-def stripes(axis: int, period: float, share: float, offset: float = 0.0) -> Shape:
-    """Covers `share` of every `period` along `axis`."""
-    return lambda p: np.abs((p[axis] - offset) % period - period / 2) - share * period / 2
-
-
-def dots(centre: Vec, around: int, spacing: float, radius: float) -> Shape:
-    """Staggered rows of dots, `around` per turn about the y axis; spacing and radius are angles."""
-
-    def distance(p: Array) -> Array:
-        q = unit(p - vec(centre))
-        latitude = np.arcsin(q[1])
-        row = np.round(latitude / spacing)
-        longitude = np.arctan2(q[0], q[2]) + np.pi / around * (row % 2)
-        turns = longitude / (2 * np.pi) * around
-        across = (turns - np.round(turns)) * 2 * np.pi / around * np.cos(latitude)
-        return np.hypot(across, latitude - row * spacing) - radius
-
-    return distance
-
-
-def star(x: float, y: float, radius: float) -> Shape:
-    """A puffy five-pointed star on the front."""
-
-    def distance(p: Array) -> Array:
-        dx, dy = p[0] - x, p[1] - y
-        edge = radius / (1.45 - 0.45 * np.cos(5 * np.arctan2(dx, dy)))
-        return np.maximum(np.hypot(dx, dy) - edge, -p[2])
-
-    return distance
-
 
 # ---- toys ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Part:
-    """One shape of a toy. `blend` melts it into the parts before it; `paint` only colours those parts."""
+class Subject:
+    """The parts of a toy, and how its photos are taken."""
 
-    shape: Shape
-    colour: str
-    blend: float = 0.0
-    mirror: bool = False  # once more at -x
-    paint: bool = False
-
-
-@dataclass(frozen=True)
-class Toy:
     parts: list[Part]
     wall: str  # the colour of the studio
     gloss: float
     yaws: tuple[float, ...]  # degrees, one per photo
 
 
-def robot() -> Toy:
+def robot() -> Subject:
     teal, orange, steel, dark, yellow = "#12b5b0", "#ff6a13", "#9aa7b8", "#16213c", "#ffd23c"
     parts = [
         Part(capsule((0, 1.3, 0), (0, 1.5, 0), 0.13), steel),
@@ -167,10 +85,10 @@ def robot() -> Toy:
         Part(capsule((0.22, 0.55, 0), (0.22, 0.2, 0), 0.12), steel, mirror=True),
         Part(box((0.24, 0.12, 0.07), (0.2, 0.12, 0.28), 0.09), orange, mirror=True),
     ]
-    return Toy(parts, wall="#f9b4cb", gloss=0.5, yaws=(24, -32, 6, 40, -16))
+    return Subject(parts, wall="#f9b4cb", gloss=0.5, yaws=(24, -32, 6, 40, -16))
 
 
-def dog() -> Toy:
+def dog() -> Subject:
     cream, caramel, dark = "#fff0d8", "#d9711c", "#2a1a17"
     parts = [
         Part(capsule((0, 0.72, -0.45), (0, 0.76, 0.25), 0.34), cream),
@@ -193,10 +111,10 @@ def dog() -> Toy:
         Part(torus((0, 1.06, 0.38), (0, 0.91, 0.41), 0.28, 0.075), "#e0182d"),
         Part(sphere((0, 0.88, 0.7), 0.09), "#ffc91f"),
     ]
-    return Toy(parts, wall="#7cc8f2", gloss=0.12, yaws=(32, -48, 55, -20, -70))
+    return Subject(parts, wall="#7cc8f2", gloss=0.12, yaws=(32, -48, 55, -20, -70))
 
 
-def dog2() -> Toy:
+def dog2() -> Subject:
     brown, tan, dark = "#6b2f14", "#e39a4f", "#1d1210"
     parts = [
         Part(capsule((0, 0.63, -0.5), (0, 0.65, 0.4), 0.345), "#1f4fe0"),
@@ -216,10 +134,10 @@ def dog2() -> Toy:
         Part(ellipsoid((0.12, 1.58, 1.12), (0.06, 0.045, 0.06)), tan, mirror=True),
         Part(capsule((0.34, 1.45, 0.82), (0.42, 1.02, 0.82), 0.09, 0.15), "#431a0a", blend=0.04, mirror=True),
     ]
-    return Toy(parts, wall="#ffd84d", gloss=0.25, yaws=(52, -58, 74, -38, 42))
+    return Subject(parts, wall="#ffd84d", gloss=0.25, yaws=(52, -58, 74, -38, 42))
 
 
-def cat() -> Toy:
+def cat() -> Subject:
     fur, stripe, white, pink, dark = "#8d97b5", "#454c70", "#ffffff", "#ff7f9f", "#15151f"
     tail = [(0.1, 0.12, -0.5), (1.1, 0.02, -0.4), (0.55, 0.75, -0.3), (0.95, 0.95, -0.25)]
     parts = [
@@ -245,10 +163,10 @@ def cat() -> Toy:
         Part(torus((0, 1.12, 0.12), (0, 1, 0), 0.29, 0.07), "#e0182d"),
         Part(sphere((0, 1.03, 0.47), 0.1), "#ffc91f"),
     ]
-    return Toy(parts, wall="#f7a35c", gloss=0.12, yaws=(22, -34, 10, -18, 36))
+    return Subject(parts, wall="#f7a35c", gloss=0.12, yaws=(22, -34, 10, -18, 36))
 
 
-def backpack() -> Toy:
+def backpack() -> Subject:
     violet, deep, yellow, aqua = "#7a2fd0", "#4a168c", "#ffc400", "#12c2c9"
     strap = [(0.34, 1.6, -0.25), (0.36, 1.5, -0.85), (0.42, 0.4, -0.95), (0.4, 0.36, -0.2)]
     parts = [
@@ -263,10 +181,10 @@ def backpack() -> Toy:
         Part(box((0.68, 0.42, 0), (0.14, 0.34, 0.24), 0.12), aqua, mirror=True),
         Part(tube(strap, 0.1), aqua, mirror=True),
     ]
-    return Toy(parts, wall="#b8e986", gloss=0.2, yaws=(28, -38, 14, -58, 142))
+    return Subject(parts, wall="#b8e986", gloss=0.2, yaws=(28, -38, 14, -58, 142))
 
 
-def teapot() -> Toy:
+def teapot() -> Subject:
     blue, gold = "#1a4fd6", "#ffb81c"
     parts = [
         Part(ellipsoid((0, 0.72, 0), (0.85, 0.66, 0.85)), blue),
@@ -279,69 +197,16 @@ def teapot() -> Toy:
         Part(torus((1.36, 1.26, 0), (0.6, 0.8, 0), 0.08, 0.045), gold),
         Part(torus((-0.86, 0.82, 0), (0, 0, 1), 0.36, 0.085), gold),
     ]
-    return Toy(parts, wall="#ff8a80", gloss=0.9, yaws=(12, -24, 30, -8, 152))
+    return Subject(parts, wall="#ff8a80", gloss=0.9, yaws=(12, -24, 30, -8, 152))
 
 
-TOYS: dict[str, Callable[[], Toy]] = {f.__name__: f for f in (robot, dog, dog2, cat, backpack, teapot)}
-
-
-def melt(old: Array, new: Array, blend: float) -> tuple[Array, Array]:
-    """The union of two distances, rounded over `blend` where they meet, and the new one's share in it."""
-    if not blend:
-        return np.minimum(old, new), new < old
-    share = np.clip(0.5 + 0.5 * (old - new) / blend, 0, 1)
-    return old + (new - old) * share - blend * share * (1 - share), share
-
-
-@dataclass(frozen=True)
-class Model:
-    """A toy, turned by `turn` and moved so that the point half way up its axis is the origin."""
-
-    toy: Toy
-    turn: Array
-    radius: float = 2.5  # of a sphere about the origin that holds it
-
-    def layers(self, p: Array, paint: bool) -> Iterator[tuple[str, Array, Array]]:
-        """Per part: its colour, its share in the surface so far, and the distance to all parts so far."""
-        p = self.turn.T @ p + vec((0, 1, 0))
-        mirrored = np.concatenate([np.abs(p[:1]), p[1:]])
-        total = np.full(p.shape[1], 1e3, np.float32)
-        for part in self.toy.parts:
-            if part.paint and not paint:
-                continue
-            share = new = part.shape(mirrored if part.mirror else p)
-            if part.paint:
-                share = new < 0
-            else:
-                total, share = melt(total, new, part.blend)
-            yield part.colour, share, total
-
-    def distance(self, p: Array) -> Array:
-        *_, (_, _, total) = self.layers(p, paint=False)
-        return total
-
-    def colour(self, p: Array) -> Array:
-        colour = np.zeros_like(p)
-        for layer, share, _ in self.layers(p, paint=True):
-            colour += (linear(layer) - colour) * share
-        return colour
+TOYS: dict[str, Callable[[], Subject]] = {f.__name__: f for f in (robot, dog, dog2, cat, backpack, teapot)}
 
 
 # ---- sceneries: linear colours (3, n) of the floor at (x, ahead), seen from the toy, and of what lies in
 # direction (azimuth, elevation) behind it; `ahead` is capped at HORIZON ----------------------------------------
 
 HORIZON = 100.0
-
-
-def linear(colour: str) -> Array:
-    """An sRGB colour like "#ff8800" as linear light (3, 1)."""
-    srgb = np.array(ImageColor.getrgb(colour), np.float32)[:, None] / 255
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-
-
-def mix(a: str | Array, b: str | Array, share: Array | float) -> Array:
-    a, b = (linear(c) if isinstance(c, str) else c for c in (a, b))
-    return a + (b - a) * share
 
 
 def ramp(value: Array, start: float, end: float) -> Array:
@@ -401,71 +266,16 @@ def studio(wall: str) -> Callable[..., Array]:
     return lambda x, ahead, azimuth, elevation: mix(mix(wall, "#ffffff", 0.3), wall, ramp(ahead, 0.5, 5))
 
 
-def scenery(index: int, toy: Toy) -> tuple[Callable[..., Array], float]:
+def scenery(index: int, toy: Subject) -> tuple[Callable[..., Array], float]:
     """What photo number `index` shows behind the toy, and the camera's pitch in degrees."""
     return [(studio(toy.wall), 14.0), (meadow, 7.0), (beach, 8.0), (wood, 17.0), (snow, 6.0)][index]
 
 
-# ---- light and camera -----------------------------------------------------------------------------------------
-
-SUN = unit(vec((-0.5, 0.85, 0.6)))
-SUNLIGHT, SKYLIGHT, BOUNCE = vec((0.86, 0.81, 0.75)), vec((0.4, 0.43, 0.48)), vec((0.26, 0.23, 0.2))
-
-
-def span(origin: Array, direction: Array, radius: float) -> tuple[Array, Array]:
-    """Where rays enter and leave a sphere about the origin; where they miss it, they leave before they enter."""
-    middle = -(origin * direction).sum(0)
-    half2 = radius**2 - (origin * origin).sum(0) + middle**2
-    half = np.where(half2 > 0, np.sqrt(np.abs(half2)), -np.inf)
-    return np.maximum(middle - half, 0), middle + half
-
-
-def march(model: Model, eye: Array, direction: Array, steps: int = 80) -> Array:
-    """How far along every ray the surface lies, infinity where there is none."""
-    t, end = span(eye, direction, model.radius)
-    found, active = np.full_like(t, np.inf), np.flatnonzero(t < end)
-    for _ in range(steps):
-        d = model.distance(eye + direction[:, active] * t[active])
-        t[active] += 0.85 * d
-        found[active[d < 1e-3]] = t[active[d < 1e-3]]
-        active = active[(d >= 1e-3) & (t[active] < end[active])]
-        if not len(active):
-            break
-    return found
-
-
-def sunlit(model: Model, p: Array, steps: int = 28) -> Array:
-    """The share of a soft sun that reaches each point."""
-    t, end = span(p, SUN, model.radius * 1.1)
-    t, lit, active = np.maximum(t, 0.03), np.ones_like(t), np.flatnonzero(t < end)
-    for _ in range(steps):
-        d = model.distance(p[:, active] + SUN * t[active])
-        lit[active] = np.minimum(lit[active], np.clip(0.5 + 5 * d / t[active], 0, 1))
-        t[active] += np.clip(d, 0.03, 0.3)
-        active = active[(t[active] < end[active]) & (lit[active] > 0)]
-        if not len(active):
-            break
-    return lit * lit * (3 - 2 * lit)
-
-
-def openness(model: Model, p: Array, normal: Array) -> Array:
-    """Ambient occlusion: the share of the sky a point sees, judged by the free space along its normal."""
-    taps = ((0.05, 0.3), (0.12, 0.25), (0.25, 0.2), (0.45, 0.15))
-    return np.clip(1 - sum(w * (1 - model.distance(p + normal * h) / h) for h, w in taps), 0.15, 1)
-
-
-def shade(model: Model, p: Array, direction: Array) -> Array:
-    corners = np.array([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]], np.float32)[:, :, None]
-    normal = unit(sum(c * model.distance(p + 2e-3 * c) for c in corners))
-    sun = np.clip((normal * SUN).sum(0), 0, 1) * sunlit(model, p + 0.01 * normal)
-    upward = 0.5 + 0.5 * normal[1]
-    light = SUNLIGHT * sun + mix(BOUNCE, SKYLIGHT, upward) * openness(model, p, normal)
-    highlight = sun * np.clip((normal * unit(SUN - direction)).sum(0), 0, 1) ** 60
-    rim = 0.25 * upward * (1 - np.clip(-(normal * direction).sum(0), 0, 1)) ** 4
-    return model.colour(p) * light + model.toy.gloss * (highlight + rim)
+# ---- photos -----------------------------------------------------------------------------------------------
 
 
 def background(model: Model, scene: Callable[..., Array], eye: Array, direction: Array) -> Array:
+    """Return the light of the floor and of what is behind the toy, darker where the toy keeps light away."""
     depth = np.where(direction[1] < 0, (-1 - eye[1]) / np.minimum(direction[1], -1e-6), np.inf)
     floor = eye + direction * np.minimum(depth, 2 * HORIZON)
     colour = scene(floor[0], np.minimum(-floor[2], HORIZON), direction[0], direction[1])
@@ -476,54 +286,32 @@ def background(model: Model, scene: Callable[..., Array], eye: Array, direction:
     return colour
 
 
-def frame(solid: Array, camera: Array, eye: Array) -> tuple[Array, float]:
-    """On the image plane, one unit before the eye: the centre of the points, and half the side of their photo."""
-    right, up, depth = camera @ (solid - eye)
-    bounds = np.array([[a.min(), a.max()] for a in (right / depth, up / depth)], np.float32)
-    return bounds.mean(1), float(np.ptp(bounds, axis=1).max() / 2 / FILL)
-
-
-def render(toy: Toy, index: int, size: int) -> Image.Image:
-    """Photo number `index` of the toy, `size` pixels square."""
+def render(toy: Subject, index: int, size: int) -> Image.Image:
+    """Take photo number `index` of the toy, `size` pixels square."""
     scene, pitch = scenery(index, toy)
     turn, camera = rotation(toy.yaws[index]), tilted(pitch)
     eye = -CAMERA_DISTANCE * camera[2][:, None]
+
+    # A coarse lattice says where the toy is, so that it fills the frame.
     solid = np.indices((72, 72, 72), np.float32).reshape(3, -1) / 71 * 4 - 2
-    solid = solid[:, Model(toy, turn).distance(solid) < 0.02]
-    model = Model(toy, turn, radius=float(length(solid).max()) + 0.05)
+    solid = solid[:, Model(toy.parts, turn, toy.gloss).distance(solid) < 0.02]
+    model = Model(toy.parts, turn, toy.gloss, radius=float(length(solid).max()) + 0.05)
+    centre, half = frame(solid, camera, eye, FILL)
 
-    (x, y), half = frame(solid, camera, eye)
-    ticks = np.linspace(-half, half, 2 * size * SUPERSAMPLING + 1, dtype=np.float32)[1::2]
-    across, up = np.meshgrid(x + ticks, y - ticks)
-    rays = unit(camera.T @ np.stack([across.ravel(), up.ravel(), np.ones(across.size, np.float32)]))
-    chunks = [trace(model, scene, eye, rays[:, i : i + CHUNK]) for i in range(0, across.size, CHUNK)]
+    # The light of every ray, then its mean over a pixel.
+    direction = rays(centre, half, camera, size)
+    chunks = [trace(model, scene, eye, direction[:, i : i + CHUNK]) for i in range(0, direction.shape[1], CHUNK)]
     light = np.clip(np.concatenate(chunks, axis=1), 0, 1)
-    return develop(light.reshape(3, size, SUPERSAMPLING, size, SUPERSAMPLING).mean((2, 4)))
-
-
-def rotation(yaw: float) -> Array:
-    cos, sin = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
-    return np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)
-
-
-def tilted(pitch: float) -> Array:
-    """The camera's right, up and forward, looking down by `pitch` degrees."""
-    cos, sin = np.cos(np.radians(pitch)), np.sin(np.radians(pitch))
-    return np.array([[1, 0, 0], [0, cos, -sin], [0, -sin, -cos]], np.float32)
+    return Image.fromarray(develop(light.reshape(3, size, SUPERSAMPLING, size, SUPERSAMPLING).mean((2, 4))))
 
 
 def trace(model: Model, scene: Callable[..., Array], eye: Array, direction: Array) -> Array:
-    """The light (3, n) that arrives along the rays."""
+    """Return the light (3, n) that arrives along the rays."""
     light = background(model, scene, eye, direction)
     depth = march(model, eye, direction)
     hit = np.isfinite(depth)
     light[:, hit] = shade(model, eye + direction[:, hit] * depth[hit], direction[:, hit])
     return light
-
-
-def develop(light: Array) -> Image.Image:
-    srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
-    return Image.fromarray(np.round(srgb * 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,76 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ldm.errors import UserError
 from ldm.rng import generator
 from ldm.tiny import world
-from ldm.tiny.scenes import PLAIN, SCENES
-from ldm.tiny.world import COLOURS, World, design, read_sprite_table, recoloured, with_article
+from ldm.tiny.sprites import held_out_of
+from ldm.tiny.world import World, design, read_sprite_table, recoloured
 from ldm.util import instantiate_from_config
 from scripts.tiny import fetch_sprites
-
-FAMILIES = ("noto", "noto_v1", "twemoji", "fluent", "fluent_3d")
-PAPER_SCENES = [
-    "in the jungle",
-    "in the snow",
-    "on the beach",
-    "on a cobblestone street",
-    "on top of pink fabric",
-    "on top of a wooden floor",
-    "with a city in the background",
-    "with a mountain in the background",
-    "with a blue house in the background",
-    "on top of a purple rug in a forest",
-    "with a wheat field in the background",
-    "with a tree and autumn leaves in the background",
-    "with the Eiffel Tower in the background",
-    "floating on top of water",
-    "on top of green grass with sunflowers around it",
-    "on top of a dirt road",
-    "on top of a white rug",
-]
-
-
-@pytest.fixture(scope="module")
-def sprites(tmp_path_factory):
-    """Blobs of three classes: 5 families of 2 icons each, and one class of a single design."""
-    root = tmp_path_factory.mktemp("sprites")
-    rng = np.random.default_rng(0)
-    for class_word, icons in (("dog", ("dog", "poodle")), ("glasses", ("glasses", "goggles")), ("owl", ("owl",))):
-        (root / class_word).mkdir()
-        for icon in icons:
-            for family in FAMILIES if class_word != "owl" else FAMILIES[:2]:
-                image = Image.new("RGBA", (128, int(rng.integers(60, 129))))
-                ImageDraw.Draw(image).ellipse((2, 2, 125, image.height - 3), fill=tuple(rng.integers(256, size=3)))
-                image.save(root / class_word / f"{family}-{icon}.png")
-    return root
+from tests.tiny.reading import read_words
 
 
 def picture(dataset, *keys):
     return dataset.example(0, generator(*keys))
-
-
-# scenes
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_every_scene_draws_repeatably_and_unlike_the_others(size):
-    drawn = {words: draw(np.random.default_rng(3), size) for words, draw in SCENES.items()}
-    for words, pixels in drawn.items():
-        assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
-        np.testing.assert_array_equal(pixels, SCENES[words](np.random.default_rng(3), size), err_msg=words)
-        assert (pixels != SCENES[words](np.random.default_rng(4), size)).any(), words
-    small = {w: np.asarray(Image.fromarray(p).resize((8, 8), Image.Resampling.BOX), float) for w, p in drawn.items()}
-    for words, pixels in small.items():
-        closest = min((np.abs(pixels - other).mean(), name) for name, other in small.items() if name != words)
-        assert closest[0] > 6, f"{words} looks like {closest[1]}"
-
-
-def test_the_papers_scenes_are_there():
-    assert {*PAPER_SCENES, "at night", "on a red background", "on an orange background"} <= set(SCENES)
-    assert set(PLAIN) < set(SCENES)
 
 
 # examples
@@ -97,41 +41,35 @@ def test_an_example_is_a_function_of_its_generator_alone(sprites):
         dataset[len(dataset)]
 
 
-def test_captions_agree_with_labels_and_description(sprites):
-    dataset, said = World(sprites, size=16, labels=True), {"scene": 0, "colour": 0}
-    for i in range(200):
-        example, seen = picture(dataset, "caption", i), dataset.describe(generator("caption", i))
-        caption = example["caption"]
-        assert caption == seen.caption and example["class_word"] == seen.class_word
-        assert (example["scene"], example["colour"]) == (seen.scene, seen.colour or "")
-        assert seen.sprite.parent.name == seen.class_word
-        place = caption.find(seen.scene)
-        before, behind = (caption[:place], caption[place:]) if place >= 0 else (caption, "")
-        assert behind in ("", seen.scene)
-        words = before.split()
-        assert words[-1] == seen.class_word
-        colours = [word for word in words if word in COLOURS]
-        assert colours in ([], [seen.colour])
-        if seen.class_word != "glasses":
-            noun = " ".join([*colours, seen.class_word])
-            assert f"{with_article(noun)}" in before
-        said["scene"] += bool(behind)
-        said["colour"] += bool(colours)
-    assert 100 < said["scene"] < 200 and 25 < said["colour"] < 100
+def test_labels_say_what_the_description_says(toys):
+    dataset = World(toys, size=16, labels=True)
+    names = ("class_word", "scene", "colour", "material", "accessory", "view", "style")
+    for i in range(60):
+        example, seen = picture(dataset, "labels", i), dataset.describe(generator("labels", i))
+        assert example["caption"] == seen.caption and seen.sprite.parent.name == seen.class_word
+        assert [example[name] for name in names] == [getattr(seen, name) or "" for name in names]
 
 
-@pytest.mark.parametrize(
-    ("noun", "phrase"),
-    [
-        ("dog", "a dog"),
-        ("owl", "an owl"),
-        ("unicorn", "a unicorn"),
-        ("orange car", "an orange car"),
-        ("red glasses", "red glasses"),
-    ],
-)
-def test_articles(noun, phrase):
-    assert with_article(noun) == phrase
+def test_every_kind_of_change_comes_up_and_its_words_are_in_the_caption(toys):
+    """A colour and a scene may be left out of a caption; whatever else is pictured is said."""
+    dataset = World(toys, size=16)
+    said = dict.fromkeys(("scene", "colour", "material", "accessory", "view", "style"), 0)
+    for i in range(600):
+        seen = dataset.describe(generator("caption", i))
+        found = read_words(seen.caption)
+        assert found.class_word == seen.class_word
+        for name in said:
+            shown, told = getattr(seen, name) or "", getattr(found, name)
+            assert told == shown or (told == "" and name in ("scene", "colour")), (name, seen)
+            said[name] += bool(told)
+    assert said["scene"] > 300 and min(said.values()) > 40
+
+
+def test_a_plain_world_has_classes_scenes_and_colours_alone(toys):
+    dataset = World(toys, size=16, plain=True)
+    for i in range(60):
+        seen = dataset.describe(generator("plain", i))
+        assert (seen.material, seen.accessory, seen.view, seen.style) == (None,) * 4
 
 
 def test_labels_are_left_out_unless_wanted(sprites):
@@ -176,6 +114,16 @@ def test_splits_share_no_design(sprites):
 def test_renderings_of_a_drawing_are_one_design():
     assert design(Path("fluent_3d-dog-face.png")) == design(Path("fluent-dog-face.png")) == "fluent-dog-face"
     assert design(Path("noto-dog.png")) != design(Path("twemoji-dog.png"))
+    assert design(Path("toy-dog03@back.png")) == design(Path("toy-dog03@side.png")) == "toy-dog03"
+
+
+def test_a_new_design_moves_no_other_between_the_splits(sprites):
+    paths = sorted((sprites / "dog").glob("*.png"))
+    before = held_out_of(paths, 0.3)
+    for number in range(20):
+        new = Path(f"toy-dog{number:02}@front.png")
+        after = held_out_of([*paths, new], 0.3)
+        assert after - {new} == before or (len(before) == 1 and after == {new})
 
 
 def test_classes_are_chosen(sprites):
@@ -189,7 +137,8 @@ def test_classes_come_up_by_their_designs_and_weights(sprites):
     """Dogs and glasses have five times the owls' sprites."""
 
     def share_of_owls(**params):
-        words = [World(sprites, **params).describe(generator("share", n)).class_word for n in range(300)]
+        dataset = World(sprites, plain=True, **params)
+        words = [dataset.describe(generator("share", n)).class_word for n in range(300)]
         return words.count("owl") / len(words)
 
     assert share_of_owls() == pytest.approx(1 / 3, abs=0.08)
@@ -242,7 +191,7 @@ def test_the_sprite_table_has_the_issues_classes():
         "can",
     }
     assert papers | {"toy", "stuffed animal", "penguin", "robot", "car"} <= set(table)
-    assert all(set(entry) <= {"icons", "without", "narrow", "mirror"} for entry in table.values())
+    assert all(set(entry) <= {"icons", "without", "narrow", "mirror", "sides", "anchors"} for entry in table.values())
     assert 12 <= sum(entry.get("narrow", False) for entry in table.values()) <= 16
 
 
@@ -266,10 +215,13 @@ def test_icons_become_trimmed_sprites(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch_sprites, "read_sprite_table", lambda: table)
     credits = tmp_path / "CREDITS.md"
     outdir = tmp_path / "out"
+    (outdir / "dog").mkdir(parents=True)
+    for name in ("noto-gone.png", "toy-dog00@front.png"):
+        (outdir / "dog" / name).write_bytes(b"")
     fetch_sprites.main(
         ["--outdir", str(outdir), "--packages", str(tmp_path / "packages"), "--credits", str(credits), "--size", "64"]
     )
-    assert [path.name for path in outdir.glob("*/*")] == ["noto-dog.png"]
+    assert sorted(path.name for path in outdir.glob("*/*")) == ["noto-dog.png", "toy-dog00@front.png"]
     with Image.open(outdir / "dog" / "noto-dog.png") as sprite:
         assert sprite.mode == "RGBA" and sprite.size == (64, 32)
         assert sprite.getpixel((32, 16)) == (255, 0, 0, 255)

@@ -1,0 +1,56 @@
+"""Suites of prompts: YAML lists of templates over `{subject}` and `{class}`, one file for each application.
+
+`configs/prompts` has those for real models, `configs/prompts/tiny` those for the miniature.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Formatter
+
+import yaml
+
+from ldm.errors import UserError, nearest
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "prompts"
+FIELDS = ("subject", "class")
+
+
+def read_suite(path: str | Path) -> list[str]:
+    """Read the templates of a suite.
+
+    Raises:
+        UserError: no such file, no list of texts, or a template with another field.
+    """
+    path = Path(path)
+    try:
+        templates = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot read this suite of prompts ({error})") from error
+    if not isinstance(templates, list) or not templates or not all(isinstance(t, str) for t in templates):
+        raise UserError(f"{path}: expected a YAML list of prompts, a line each: - a {{subject}} in the snow")
+    for template in templates:
+        _check(template, path)
+    return templates
+
+
+def _check(template: str, path: Path) -> None:
+    """Raise a `UserError` where a template has a field that is not known, or none."""
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise UserError(f"{path}: {template!r} is no template ({error})") from error
+    for field in fields:
+        if field not in FIELDS:
+            hint = nearest(field, set(FIELDS))
+            raise UserError(
+                f"{path}: unknown field {{{field}}} in {template!r}{hint}; known are {{subject}}, {{class}}"
+            )
+    if not fields:
+        raise UserError(f"{path}: {template!r} names neither {{subject}} nor {{class}}")
+
+
+def filled(templates: list[str], class_word: str, identifier: str = "sks") -> list[str]:
+    """Return the prompts of a suite for a subject: "a sks dog in the snow"."""
+    subject = f"{identifier} {class_word}"
+    return [template.format(subject=subject, **{"class": class_word}) for template in templates]

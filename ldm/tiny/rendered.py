@@ -1,0 +1,97 @@
+"""Pictures of the tiny world that were drawn before: training reads them faster than it could draw them.
+
+`scripts/tiny/render_world.py` writes them in shards, which may still be coming while a training reads.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.errors import UserError
+from ldm.files import write_atomically
+from ldm.rng import generator
+from ldm.tiny.world import World
+
+SHARD = 500  # pictures in a file
+LABELS = ("class_word", "scene", "colour", "material", "accessory", "view", "style")
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Return where shard `number` of a folder is."""
+    return folder / f"{number:04}.safetensors"
+
+
+def write_shard(world: World, folder: Path, number: int) -> None:
+    """Draw the examples of one shard; example i of the folder is `world[i]`."""
+    examples = [world.example(0, generator("world", number * SHARD + i)) for i in range(SHARD)]
+    pictures = torch.stack([torch.as_tensor(example["image"]) for example in examples])
+    pixels = ((pictures + 1) * 127.5).round().to(torch.uint8)
+    texts = [{key: example[key] for key in ("caption", *LABELS)} for example in examples]
+    header = {"examples": json.dumps(texts)}
+    path = shard_path(folder, number)
+    write_atomically(path, lambda temporary: save_file({"pixels": pixels}, temporary, metadata=header))
+
+
+class RenderedWorld(Dataset):
+    """The pictures of a folder of shards, as `World` gives them.
+
+    Args:
+        folder: where the shards are.
+        length: how many pictures an epoch has; None for as many as there are at the start.
+        labels: whether an example says what is pictured.
+
+    Where `length` is more than the shards hold, the pictures repeat; shards that come later are read, too.
+
+    Raises:
+        UserError: there is no shard.
+    """
+
+    def __init__(self, folder: str | Path, length: int | None = None, labels: bool = False):
+        self.folder, self.labels = Path(folder).expanduser(), labels
+        self._shards: list[tuple[Tensor, list[dict[str, str]]]] = []
+        self._read_more()
+        if not self._shards:
+            raise UserError(f"{folder}: no pictures; draw them with: python scripts/tiny/render_world.py")
+        self.length = length or self.available
+
+    @property
+    def available(self) -> int:
+        """Return how many pictures have been read."""
+        return len(self._shards) * SHARD
+
+    @property
+    def n_images(self) -> int:
+        """Return how many examples an epoch has."""
+        return self.length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def _read_more(self) -> None:
+        """Read the shards that are there and were not read yet."""
+        while (path := shard_path(self.folder, len(self._shards))).is_file():
+            with safe_open(path, "pt") as file:
+                texts = json.loads(file.metadata()["examples"])
+                self._shards.append((file.get_tensor("pixels"), texts))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(self.length)[index]
+        if index >= self.available:
+            self._read_more()
+        number, row = divmod(index % self.available, SHARD)
+        pixels, texts = self._shards[number]
+        image = pixels[row].numpy().astype("float32") / 127.5 - 1
+        shown = {"image": image, "caption": texts[row]["caption"]}
+        return shown | {key: texts[row][key] for key in LABELS} if self.labels else shown
+
+    def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """Return picture number `index`; nothing about it is random."""
+        return self[index]
