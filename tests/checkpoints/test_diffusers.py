@@ -16,44 +16,15 @@ from ldm.checkpoints.diffusers_format import to_diffusers
 from ldm.checkpoints.families import CONFIGS
 from ldm.checkpoints.lora import extract_lora, factors, lora_layers, merge_lora
 from ldm.checkpoints.pipeline_folder import config_of_pipeline, read_pipeline, save_pipeline
-from ldm.config import load_config, to_plain
 from ldm.errors import UserError
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from scripts import convert
 from tests.support import golden
+from tests.support.families import PROMPTS, noise, params
 from tests.support.golden import rel
 
 diffusers = pytest.importorskip("diffusers")
-
-TEXT_V2 = {"width": 64, "heads": 4, "layers": 3}
-PROMPTS = ["photo of a sks dog", ""]
-
-
-def params(family):
-    """A small model of a family, with every feature that it has; or the full model."""
-    if family == "full-v1":
-        return to_plain(load_config([CONFIGS / "v1-inference.yaml"]))["model"]["params"]
-    unet = {**golden.CONFIG["unet_config"]["params"], "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 2}
-    unet["attention_resolutions"] = [2, 1]
-    found = {**golden.CONFIG, "image_size": 8, "use_ema": False, "cond_stage_trainable": False}
-    found["cond_stage_config"] = {
-        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-        "params": {"text_config": golden.TEXT_CONFIG},
-    }
-    if "v2" in family:
-        unet = {key: value for key, value in unet.items() if key != "num_heads"}
-        unet |= {"num_head_channels": 16, "use_linear_in_transformer": True, "context_dim": 64}
-        found["cond_stage_config"] = {
-            "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
-            "params": {"text_config": TEXT_V2},
-        }
-        found["parameterization"] = "v" if family == "v2-v" else "eps"
-    if "inpainting" in family:
-        unet["in_channels"] = 9
-        found["conditioning_key"] = "hybrid"
-    return {**found, "unet_config": {"target": found["unet_config"]["target"], "params": unet}}
-
 
 FAMILIES = ["v1", "v2", "v2-v", "v1-inpainting", "v2-inpainting", *["full-v1"] * bool(os.environ.get("FULL_SIZE"))]
 
@@ -82,10 +53,6 @@ def theirs(folder):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def noise(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_kind_of_pipeline(theirs, family):

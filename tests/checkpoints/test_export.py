@@ -18,8 +18,8 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.text_to_image import load_model
 from ldm.training import defaults
 from scripts import convert
-from tests.checkpoints.test_diffusers import params
 from tests.support import golden, runs
+from tests.support.families import params
 from tests.support.runs import same
 
 FILES = {"ckpt": "m.ckpt", "safetensors": "m.safetensors", "pipeline": "pipeline"}

@@ -16,8 +16,8 @@ from ldm.checkpoints.headers import NO_HASH, kind_of, model_spec, trigger_phrase
 from ldm.config import load_config, to_plain
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from scripts import convert
-from tests.checkpoints.test_diffusers import params
 from tests.support import golden
+from tests.support.families import params
 
 CONFIGS = {name: path for family in FAMILIES for name, path in zip(family.configs, family.paths)}
 # A tensor of each network is enough to tell which Stable Diffusion it is.

@@ -17,8 +17,8 @@ from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.text_to_image import load_model
 from scripts import convert, stable_txt2img
-from tests.checkpoints.test_diffusers import PROMPTS, noise, params
 from tests.support import golden
+from tests.support.families import PROMPTS, noise, params
 from tests.support.golden import rel
 from tests.support.runs import Workspace, checkpoint, same
 

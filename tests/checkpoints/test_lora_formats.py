@@ -11,8 +11,8 @@ from ldm.checkpoints.lora_formats import read_lora
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from scripts import convert
-from tests.checkpoints.test_diffusers import params
 from tests.support import golden
+from tests.support.families import params
 
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer.text_model.encoder.layers.0."
 BLOCK = "transformer_blocks.0"

@@ -6,7 +6,7 @@ import torch
 from ldm.data.image_folder import ImageFolderDataset
 from ldm.models.autoencoder import AutoencoderKL
 from tests.support import runs
-from tests.training.test_training import checkpoint, metrics, same
+from tests.support.runs import checkpoint, metrics, same
 
 STEPS = 50
 SLOW = "model.base_learning_rate=1e-4"  # else fifty steps make much of the last digits of an encoding
