@@ -70,9 +70,12 @@ def agreed(decide: Callable[[], str]) -> str:
 
 def _answer(store: Any, question: str) -> str:
     """Wait for the first process, however long it takes, and return what it has decided."""
-    while not store.check([question]):
-        time.sleep(POLL)
-    answer = store.get(question).decode()
+    try:
+        while not store.check([question]):
+            time.sleep(POLL)
+        answer = store.get(question).decode()
+    except RuntimeError as error:  # the store is the first process's
+        raise UserError("stopped, for the first process of this run has ended") from error
     if answer == FAILED:
         raise UserError("stopped, for the first process of this run could not go on")
     return answer.removeprefix(DECIDED)

@@ -42,7 +42,7 @@ def predicted(variants: Sequence[Variant]) -> tuple[dict[str, Any], str]:
     found = {variant.name: predict(variant.config) for variant in variants}
     lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
     for name, e in found.items():
-        cells = (e.weights, e.optimizer, e.gradients, e.activations, e.passing, e.total)
+        cells = (e.weights, e.optimizer, e.gradients, e.activations, e.shared, e.total)
         lines.append(f"| {name} | {' | '.join(f'{cell / GB:.2f}' for cell in cells)} |")
     figures = {name: {**vars(e), "total": e.total} for name, e in found.items()}
     return figures, "\n".join(lines)

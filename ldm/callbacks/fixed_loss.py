@@ -18,11 +18,11 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.rng import SampleRandom, derive_seed
 
 WHERE = "lightning.callbacks.fixed_loss"
-HALVES = {"subject": "train", "prior": "reg"}  # the datamodule's names of the datasets
+PARTS = {"subject": "train", "prior": "reg"}  # the datamodule's names of the datasets
 
 
 @dataclass(frozen=True)
-class Half:
+class Fixed:
     """Hold what is evaluated of the subject or of the prior: latents, captions, and noise for each pair."""
 
     latents: Tensor  # (examples, z, h, w)
@@ -39,7 +39,8 @@ class FixedLoss(pl.Callback):
 
     Args:
         every_n_steps: optimizer steps between two values.
-        examples: of each half, spread over its images; without augmentation, their latents being the posterior's mode.
+        examples: of the subject and of the prior each, spread over the images; not augmented, and
+            with the mode of the posterior as their latent.
         time_steps: in the middle of as many equal parts of the schedule; every example is evaluated at each.
         batch_size: examples that are evaluated at once.
         seed: of the noise.
@@ -62,7 +63,7 @@ class FixedLoss(pl.Callback):
                 raise ParameterError(name, f"expected 1 or more, got {number}")
         self.every_n_steps, self.examples, self.time_steps = every_n_steps, examples, time_steps
         self.batch_size, self.seed = batch_size, seed
-        self._halves: dict[str, Half] | None = None
+        self._fixed: dict[str, Fixed] | None = None
         self._last_step = -1
 
     def check(self, model: Any, data: Any) -> None:
@@ -72,7 +73,7 @@ class FixedLoss(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.check(pl_module, _data(trainer))
-        self._halves, self._last_step = None, -1
+        self._fixed, self._last_step = None, -1
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -103,12 +104,12 @@ class FixedLoss(pl.Callback):
     @torch.no_grad()
     def losses(self, model: Any, datasets: Mapping[str, Any]) -> dict[str, float]:
         """Return the mean loss of the subject and of the prior; the examples are those of the first call."""
-        if self._halves is None:
-            present = {name: datasets[key] for name, key in HALVES.items() if key in datasets}
-            self._halves = {name: self._half(model, dataset, name) for name, dataset in present.items()}
-        return {name: self._loss(model, half) for name, half in self._halves.items()}
+        if self._fixed is None:
+            present = {name: datasets[key] for name, key in PARTS.items() if key in datasets}
+            self._fixed = {name: self._make(model, dataset, name) for name, dataset in present.items()}
+        return {name: self._loss(model, fixed) for name, fixed in self._fixed.items()}
 
-    def _half(self, model: Any, dataset: Any, name: str) -> Half:
+    def _make(self, model: Any, dataset: Any, name: str) -> Fixed:
         if hasattr(dataset, "without_augmentation"):
             dataset = dataset.without_augmentation()
         stream = Stream(dataset, self.seed, f"fixed {name}", shuffle=False)
@@ -120,18 +121,18 @@ class FixedLoss(pl.Callback):
         total = len(model.betas)
         t = torch.tensor([(2 * step + 1) * total // (2 * self.time_steps) for _, step in pairs])
         noise = SampleRandom(seeds).randn((len(pairs), *latents.shape[1:]))
-        return Half(latents, [batch[model.cond_stage_key][0] for batch in batches], t, noise)
+        return Fixed(latents, [batch[model.cond_stage_key][0] for batch in batches], t, noise)
 
-    def _loss(self, model: Any, half: Half) -> float:
+    def _loss(self, model: Any, fixed: Fixed) -> float:
         total = torch.zeros((), device=model.device)
-        for start in range(0, len(half.t), self.batch_size):
+        for start in range(0, len(fixed.t), self.batch_size):
             part = slice(start, start + self.batch_size)
-            t, noise = half.t[part], half.noise[part]
+            t, noise = fixed.t[part], fixed.noise[part]
             chosen = [number // self.time_steps for number in range(start, start + len(t))]
-            cond = model.get_learned_conditioning([half.captions[number] for number in chosen])
-            x_start, t, noise = (value.to(model.device) for value in (half.latents[chosen], t, noise))
+            cond = model.get_learned_conditioning([fixed.captions[number] for number in chosen])
+            x_start, t, noise = (value.to(model.device) for value in (fixed.latents[chosen], t, noise))
             total += len(chosen) * model.p_losses(x_start, cond, t, noise)[0]
-        return float(total) / len(half.t)
+        return float(total) / len(fixed.t)
 
 
 def _data(trainer: pl.Trainer) -> Any:

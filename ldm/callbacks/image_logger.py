@@ -30,7 +30,7 @@ class ImageLogger(pl.Callback):
 
     Args:
         batch_frequency: optimizer steps between grids.
-        max_images: images of each half of the batch in a grid.
+        max_images: images of the subject and of the prior each in a grid.
         clamp: cut values to [-1, 1].
         increase_log_steps: also at steps 1, 2, 4, 8, ... up to `batch_frequency`.
         rescale: the images are in [-1, 1] (else in [0, 1]).

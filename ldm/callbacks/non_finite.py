@@ -16,7 +16,7 @@ from ldm.modules.losses.batch import named_parts
 from ldm.rng import derive_seed
 
 NAMES = {"train/loss": "subject", "train/loss_prior": "prior"}
-SHOWN = 8  # examples of each half that the error lists
+SHOWN = 8  # examples of the subject and of the prior each that the error lists
 
 
 class StopOnNonFinite(pl.Callback):
@@ -118,18 +118,18 @@ def _batch_text(trainer: pl.Trainer, batch: Any, number: int) -> str:
     """Quote the captions of a batch, each with its file or else its position and seed."""
     examples = getattr(trainer.train_dataloader, "dataset", None)
     subject, prior = (examples.subject, examples.prior) if isinstance(examples, Examples) else (None, None)
-    halves = named_parts(batch)
+    batches = named_parts(batch)
     streams = {"subject": subject, "prior": prior}
     return "; ".join(
-        f"{name}: {', '.join(_examples_text(trainer, half, streams[name], number))}"
-        for name, half in halves.items()
-        if isinstance(half, Mapping)
+        f"{name}: {', '.join(_examples_text(trainer, part, streams[name], number))}"
+        for name, part in batches.items()
+        if isinstance(part, Mapping)
     )
 
 
-def _examples_text(trainer: pl.Trainer, half: Mapping[str, Any], stream: Stream | None, number: int) -> Iterable[str]:
-    seeds = half.get("noise_seed")
-    captions = half.get("caption") or [""] * (0 if seeds is None else len(seeds))
+def _examples_text(trainer: pl.Trainer, part: Mapping[str, Any], stream: Stream | None, number: int) -> Iterable[str]:
+    seeds = part.get("noise_seed")
+    captions = part.get("caption") or [""] * (0 if seeds is None else len(seeds))
     for index, caption in list(enumerate(captions))[:SHOWN]:
         seed = None if seeds is None else int(seeds[index])
         position = _position(trainer, number, index, len(captions))

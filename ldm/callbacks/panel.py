@@ -109,7 +109,7 @@ def can_draw(model: Any) -> bool:
 
 def _side(model: Any, batch: Any) -> int:
     """Return the side of a batch's images, in pixels."""
-    half = batch if isinstance(batch, Mapping) else batch[0]
-    if "moments" in half:
-        return half["moments"].shape[-1] * model.downsampling
-    return half[model.first_stage_key].shape[1]
+    part = batch if isinstance(batch, Mapping) else batch[0]
+    if "moments" in part:
+        return part["moments"].shape[-1] * model.downsampling
+    return part[model.first_stage_key].shape[1]

@@ -31,7 +31,7 @@ TEXT_NUMBERS = 17
 class Estimate:
     """Bytes on the device at the peak of a training step.
 
-    `passing` is the most that gradients and activations take together: a backward pass frees the ones while it makes
+    `shared` is the most that gradients and activations take together: a backward pass frees the ones while it makes
     the others.
     """
 
@@ -39,15 +39,15 @@ class Estimate:
     optimizer: int
     gradients: int
     activations: int
-    passing: int
+    shared: int
 
     @property
     def total(self) -> int:
         """Return what a step takes."""
-        return self.weights + self.optimizer + self.passing
+        return self.weights + self.optimizer + self.shared
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "optimizer": self.optimizer, "gradients and activations": self.passing}
+        parts = {"weights": self.weights, "optimizer": self.optimizer, "gradients and activations": self.shared}
         return f"about {self.total / GB:.2f} GB ({' + '.join(f'{name} {n / GB:.2f}' for name, n in parts.items())})"
 
 
@@ -93,7 +93,7 @@ def estimate(
         optimizer=STATE_BYTES[optimizer.removesuffix(SUFFIX)] * sum(parameter.numel() for parameter in trained),
         gradients=gradients,
         activations=activations,
-        passing=gradients + activations if together else _most_at_once(stages) + recomputed,
+        shared=gradients + activations if together else _most_at_once(stages) + recomputed,
     )
 
 
@@ -212,12 +212,12 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
     side = getattr(data.datasets.get("train"), "size", None)
     if not hasattr(model, "objective") or not side or sum(p.nbytes for p in model.parameters()) < CONCERNS:
         return None
-    halves = 2 if "reg" in data.datasets else 1
+    batches = 2 if "reg" in data.datasets else 1  # of the subject and of the prior
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
     accumulates = trainer.accumulate_grad_batches > 1
-    found = estimate(model, model.optimizer, halves * data.batch_size, side, autocast, accumulates)
+    found = estimate(model, model.optimizer, batches * data.batch_size, side, autocast, accumulates)
     buckets = found.gradients if trainer.world_size > 1 else 0  # in which DDP exchanges them
-    return replace(found, passing=found.passing + buckets)
+    return replace(found, shared=found.shared + buckets)
 
 
 def outlook(trainer: Any, model: Any, found: Estimate) -> str:

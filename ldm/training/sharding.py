@@ -42,7 +42,7 @@ def make_strategy(given: Any) -> Any:
     return given
 
 
-def units(model: LatentDiffusion) -> set[nn.Module]:
+def gathered_together(model: LatentDiffusion) -> set[nn.Module]:
     """Return the modules whose weights are gathered and freed together.
 
     They are the UNet's and the text encoder's blocks, and what is around those in either.
@@ -106,7 +106,7 @@ class FullySharded(FSDPStrategy):
         if any(isinstance(module, FSDP) for module in model.modules()):
             return model  # a test after the training
         model.first_stage_model.to(self.root_device)
-        chosen = units(model)
+        chosen = gathered_together(model)
         sharded = FSDP(
             model,
             mixed_precision=self.mixed_precision,
