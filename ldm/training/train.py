@@ -25,7 +25,7 @@ from ldm.checkpoints.parts import load_parts
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import failure_of_others, is_sharded
-from ldm.errors import ParameterError, UserError
+from ldm.errors import ParameterError, UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.trained import check_strategy
 from ldm.optim.registry import make_optimizer
@@ -136,16 +136,11 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
     if isinstance(model, LatentDiffusion):
         # Of other tensors, which a training changes no more than these.
         stand_in = torch.nn.Linear(1, 1)
-        optimizer = make_optimizer(model.optimizer, [stand_in], model.learning_rate)
-        with_schedule(optimizer, model.scheduler_config, trainer.max_steps)
-        if model.text_training.stop is not None:
-            check_strategy(trainer.strategy)
-
-
-def _check_goes_on(model: Any, path: Path) -> None:
-    """Raise a `UserError` if a checkpoint to go on from holds another model's tensors."""
-    model.configure_model()  # its adapters, which a LoRA run's checkpoint has
-    compare(model, state_dict_of(read_checkpoint(path), path), "the checkpoint to go on from")
+        with under("model.params"):
+            optimizer = make_optimizer(model.optimizer, [stand_in], model.learning_rate)
+            with_schedule(optimizer, model.scheduler_config, trainer.max_steps)
+            if model.text_training.stop is not None:
+                check_strategy(trainer.strategy)
 
 
 def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
