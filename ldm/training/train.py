@@ -21,6 +21,7 @@ from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.export import DTYPES, sha256
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.parts import load_parts
+from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import failure_of_others, is_sharded
 from ldm.errors import ParameterError, UserError, under
@@ -139,6 +140,12 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
             with_schedule(optimizer, model.scheduler_config, trainer.max_steps)
             if model.text_training.stop is not None:
                 check_strategy(trainer.strategy)
+
+
+def _check_goes_on(model: Any, path: Path) -> None:
+    """Raise a `UserError` if a checkpoint to go on from holds another model's tensors."""
+    model.configure_model()  # its adapters, which a LoRA run's checkpoint has
+    compare(model, state_dict_of(read_checkpoint(path), path), "the checkpoint to go on from")
 
 
 def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
