@@ -19,6 +19,7 @@ from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.export import DTYPES, sha256
+from ldm.checkpoints.loading import compare
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.parts import load_parts
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
