@@ -30,8 +30,8 @@ class Model:
     gloss: float = 0.2
     radius: float = 2.5  # of a sphere about the origin that holds it
 
-    def layers(self, p: Array, paint: bool) -> Iterator[tuple[str, Array, Array]]:
-        """Yield per part: its colour, its share in the surface so far, the distance to all so far."""
+    def layers(self, p: Array, paint: bool) -> Iterator[tuple[Part, Array, Array]]:
+        """Yield every part, its share in the surface so far, and the distance to all so far."""
         p = self.turn.T @ p + vec((0, 1, 0))
         mirrored = np.concatenate([np.abs(p[:1]), p[1:]])
         total = np.full(p.shape[1], 1e3, np.float32)
@@ -43,7 +43,7 @@ class Model:
                 share = new < 0
             else:
                 total, share = melt(total, new, part.blend)
-            yield part.colour, share, total
+            yield part, share, total
 
     def distance(self, p: Array) -> Array:
         """Return the distance from every point to the toy."""
@@ -53,8 +53,12 @@ class Model:
     def colour(self, p: Array) -> Array:
         """Return the colour (3, n) of points on the surface."""
         colour = np.zeros_like(p)
-        for layer, share, _ in self.layers(p, paint=True):
-            colour += (linear(layer) - colour) * share
+        still = self.turn.T @ p + vec((0, 1, 0))
+        for part, share, _ in self.layers(p, paint=True):
+            own = linear(part.colour)
+            if part.texture is not None:
+                own = own * part.texture(still)
+            colour += (own - colour) * share
         return colour
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 Array = np.ndarray
 Shape = Callable[[Array], Array]
+Texture = Callable[[Array], Array]  # points (3, n) -> how bright the colour is there, (n,) around 1
 Vec = tuple[float, float, float]
 
 
@@ -22,7 +23,7 @@ class Part:
     """One shape of a toy and its colour.
 
     `blend` melts the shape into the parts before it, `mirror` repeats it at -x, and `paint` makes it
-    colour the parts before it instead of adding to them.
+    colour the parts before it instead of adding to them. A `texture` makes the colour uneven.
     """
 
     shape: Shape
@@ -30,6 +31,7 @@ class Part:
     blend: float = 0.0
     mirror: bool = False
     paint: bool = False
+    texture: Texture | None = None
 
 
 # ---- points -------------------------------------------------------------------------------------
@@ -194,6 +196,44 @@ def star(x: float, y: float, radius: float) -> Shape:
 def patch(shape: Shape, axis: int, sign: int = 1) -> Shape:
     """Cover what lies in a shape and on one side of the toy."""
     return lambda p: np.maximum(shape(p), -sign * p[axis])
+
+
+# ---- textures -------------------------------------------------------------------------------------
+
+
+def rough(p: Array, scale: float, seed: int = 0) -> Array:
+    """Return smooth solid noise from 0 to 1 with lumps of size 1 / scale."""
+    lattice = np.random.default_rng(seed).random((32, 32, 32), np.float32)
+    q = p * scale
+    low = np.floor(q).astype(int)
+    f = q - low
+    f = (f * f * (3 - 2 * f)).astype(np.float32)
+    total = np.zeros(p.shape[1], np.float32)
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod([f[k] if corner[k] else 1 - f[k] for k in range(3)], axis=0)
+        x, y, z = ((low[k] + corner[k]) % 32 for k in range(3))
+        total += weight * lattice[x, y, z]
+    return total
+
+
+def speckles(scale: float, depth: float) -> Texture:
+    """Return dark specks and soft clouds, as of stoneware."""
+
+    def texture(p: Array) -> Array:
+        specks = np.clip((rough(p, scale, 1) - 0.72) * 8, 0, 1)
+        return 1 - depth * specks + 0.35 * depth * (rough(p, 0.2 * scale, 2) - 0.5)
+
+    return texture
+
+
+def weave(scale: float, depth: float) -> Texture:
+    """Return the threads of canvas, which cross, and worn spots."""
+
+    def texture(p: Array) -> Array:
+        threads = np.sin(scale * (p[0] + p[2])) * np.sin(scale * (p[1] + 0.5 * p[2]))
+        return 1 + 0.5 * depth * threads + depth * (rough(p, 0.12 * scale, 3) - 0.5)
+
+    return texture
 
 
 def melt(old: Array, new: Array, blend: float) -> tuple[Array, Array]:

@@ -40,13 +40,17 @@ from ldm.tiny.shapes import (
     capsule,
     dots,
     ellipsoid,
+    lathe,
     length,
+    slab,
+    speckles,
     sphere,
     star,
     stripes,
     torus,
     tube,
     vec,
+    weave,
 )
 
 FILL = 0.78  # share of the frame that the toy's longer side takes
@@ -62,6 +66,7 @@ class Subject:
     wall: str  # the colour of the studio
     gloss: float
     yaws: tuple[float, ...]  # degrees, one per photo
+    lens: bool = False  # whether a real camera took the photos: blurred distance, dark corners, grain
 
 
 def robot() -> Subject:
@@ -200,7 +205,51 @@ def teapot() -> Subject:
     return Subject(parts, wall="#ff8a80", gloss=0.9, yaws=(12, -24, 30, -8, 152))
 
 
-TOYS: dict[str, Callable[[], Subject]] = {f.__name__: f for f in (robot, dog, dog2, cat, backpack, teapot)}
+def vase() -> Subject:
+    """Build a stoneware vase with a glaze that has run down from its rim."""
+    clay, glaze, deep = "#b98a5e", "#2f6f6a", "#1d3f4a"
+    body = lathe(
+        [(0.42, 0.0), (0.66, 0.45), (0.74, 0.85), (0.55, 1.3), (0.3, 1.6), (0.3, 1.8), (0.42, 1.95)], wall=0.08
+    )
+
+    def run_down(p: Array) -> Array:
+        turn = np.arctan2(p[0], p[2])
+        edge = 1.05 + 0.14 * np.sin(3 * turn + 0.6) + 0.08 * np.sin(7 * turn) + 0.05 * np.sin(13 * turn + 2)
+        return edge - p[1]
+
+    parts = [
+        Part(body, clay, texture=speckles(22, 0.55)),
+        Part(run_down, glaze, paint=True, texture=speckles(30, 0.35)),
+        Part(box((0, 1.62, 0), (2, 0.05, 2), 0), deep, paint=True),
+        Part(torus((0, 1.95, 0), (0, 1, 0), 0.41, 0.05), deep),
+        Part(torus((0.52, 1.45, 0), (0, 0, 1), 0.2, 0.055), glaze, blend=0.05, mirror=True, texture=speckles(30, 0.3)),
+    ]
+    return Subject(parts, wall="#9aa3a0", gloss=0.55, yaws=(10, 60, -40, 115, -80), lens=True)
+
+
+def sneaker() -> Subject:
+    """Build a worn canvas shoe with a rubber sole, a toe cap and laces."""
+    canvas, rubber, stripe, thread = "#2e6b4f", "#efe6d2", "#b23a2e", "#f4efe2"
+    cloth = weave(42, 0.28)
+    parts = [
+        Part(ellipsoid((0, 0.32, 0.3), (0.38, 0.36, 0.86)), canvas, texture=cloth),
+        Part(capsule((0, 0.45, -0.3), (0, 0.98, -0.4), 0.37, 0.33), canvas, blend=0.16, texture=cloth),
+        Part(ellipsoid((0, 1.34, -0.38), (0.24, 0.2, 0.27)), "#1b1c1a", paint=True),
+        Part(capsule((0, 0.5, 0.65), (0, 1.25, -0.02), 0.14), "#3d8562", paint=True, texture=cloth),
+        Part(ellipsoid((0, 0.22, 1.16), (0.42, 0.3, 0.36)), rubber, paint=True, texture=speckles(16, 0.15)),
+        Part(sphere((0.38, 0.74, -0.34), 0.15), thread, mirror=True, paint=True),
+        Part(slab((0, 0.11, 0.24), (0.41, 0.11, 0.98)), rubber, texture=speckles(14, 0.22)),
+        Part(box((0, 0.16, 0), (2, 0.022, 3), 0), stripe, paint=True),
+        Part(capsule((0, 0.6, -0.76), (0, 1.2, -0.7), 0.06), rubber, blend=0.03),
+    ]
+    for y, z in ((0.67, 0.5), (0.72, 0.3), (0.82, 0.13), (0.98, 0.02)):
+        parts.append(Part(capsule((-0.15, y, z), (0.15, y + 0.03, z - 0.01), 0.04), thread))
+    return Subject(parts, wall="#b4a79a", gloss=0.08, yaws=(48, -62, 84, -35, 120), lens=True)
+
+
+TOYS: dict[str, Callable[[], Subject]] = {
+    make.__name__: make for make in (robot, dog, dog2, cat, backpack, teapot, vase, sneaker)
+}
 
 
 # ---- sceneries: linear colours (3, n) of the floor at (x, ahead), seen from the toy, and of what lies in
@@ -301,17 +350,46 @@ def render(toy: Subject, index: int, size: int) -> Image.Image:
     # The light of every ray, then its mean over a pixel.
     direction = rays(centre, half, camera, size)
     chunks = [trace(model, scene, eye, direction[:, i : i + CHUNK]) for i in range(0, direction.shape[1], CHUNK)]
-    light = np.clip(np.concatenate(chunks, axis=1), 0, 1)
-    return Image.fromarray(develop(light.reshape(3, size, SUPERSAMPLING, size, SUPERSAMPLING).mean((2, 4))))
+    layers = np.clip(np.concatenate(chunks, axis=1), 0, 1)
+    behind, toy_light, covered = layers[:3], layers[3:6], layers[6:]
+    if toy.lens:
+        behind = defocused(behind.reshape(3, size * SUPERSAMPLING, -1), 0.016).reshape(3, -1)
+    light = behind + (toy_light - behind) * covered
+    pixels = light.reshape(3, size, SUPERSAMPLING, size, SUPERSAMPLING).mean((2, 4))
+    if toy.lens:
+        pixels = photographed(pixels, np.random.default_rng(index))
+    return Image.fromarray(develop(pixels))
 
 
 def trace(model: Model, scene: Callable[..., Array], eye: Array, direction: Array) -> Array:
-    """Return the light (3, n) that arrives along the rays."""
-    light = background(model, scene, eye, direction)
+    """Return what arrives along the rays (7, n): the light from behind the toy, that of the toy, and where it is."""
     depth = march(model, eye, direction)
     hit = np.isfinite(depth)
-    light[:, hit] = shade(model, eye + direction[:, hit] * depth[hit], direction[:, hit])
+    layers = np.zeros((7, direction.shape[1]), np.float32)
+    layers[:3] = background(model, scene, eye, direction)
+    layers[3:6, hit] = shade(model, eye + direction[:, hit] * depth[hit], direction[:, hit])
+    layers[6] = hit
+    return layers
+
+
+def defocused(light: Array, radius: float) -> Array:
+    """Blur an image (3, h, w) by two box filters; `radius` is a share of its side."""
+    reach = max(1, round(radius * light.shape[1]))
+    for axis in (1, 2, 1, 2):
+        total = np.cumsum(np.pad(light, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge"), axis)
+        upper, lower = (np.moveaxis(total, axis, 0)[s] for s in (slice(2 * reach, None), slice(None, -2 * reach)))
+        light = np.moveaxis((upper - lower) / (2 * reach), 0, axis)
     return light
+
+
+def photographed(light: Array, rng: np.random.Generator) -> Array:
+    """Give an image (3, h, w) a camera's tint, darker corners and grain."""
+    size = light.shape[1]
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    corners = 1 - 0.28 * np.clip(np.hypot(axis[:, None], axis[None]) - 0.35, 0, None)
+    tint = rng.uniform(0.93, 1.07, (3, 1, 1)) * rng.uniform(0.82, 1.05)
+    grain = rng.normal(0, 0.012, light.shape)
+    return np.clip(light * corners * tint + grain * np.sqrt(np.clip(light, 0.02, 1)), 0, 1)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm.tiny.renderer import cut_out
-from ldm.tiny.shapes import lathe, slab, sphere, tube
+from ldm.tiny.shapes import lathe, slab, speckles, sphere, tube, weave
 from ldm.tiny.toys import BUILDERS, build
 from ldm.tiny.views import CAMERAS_OF
 from scripts.tiny import render_subjects, render_toys
@@ -81,6 +81,23 @@ def test_the_held_out_subjects_are_not_among_the_toys():
         for number in range(12):
             shared = set(colours(build(class_word, number))) & set(wanted)
             assert len(shared) / len(set(wanted)) <= 0.5, (name, number)
+
+
+@pytest.mark.parametrize("texture", [speckles(20, 0.4), weave(40, 0.3)], ids=["speckles", "weave"])
+def test_a_texture_is_uneven_light_around_one(texture):
+    points = np.random.default_rng(0).uniform(-1, 2, (3, 2000)).astype(np.float32)
+    light = texture(points)
+    np.testing.assert_array_equal(light, texture(points))
+    assert 0.8 < light.mean() < 1.1 and 0.02 < light.std() < 0.3 and light.min() > 0.3
+
+
+def test_a_lens_blurs_what_is_behind_and_darkens_the_corners():
+    light = np.random.default_rng(0).random((3, 32, 32), np.float32)
+    blurred = render_subjects.defocused(light, 0.05)
+    assert blurred.shape == light.shape and blurred.std() < 0.5 * light.std()
+    assert blurred.mean() == pytest.approx(light.mean(), abs=0.02)
+    photo = render_subjects.photographed(np.full((3, 32, 32), 0.5, np.float32), np.random.default_rng(0))
+    assert photo[:, 14:18, 14:18].mean() > photo[:, :3, :3].mean() + 0.05
 
 
 def test_shapes_are_where_they_should_be():
