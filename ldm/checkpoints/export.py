@@ -1,4 +1,4 @@
-"""Weights alone, for other programs: which ones, in what precision, with a header that says where they come from."""
+"""Weights alone, for other programs: in what precision, and with which facts about them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ State = dict[str, Tensor]
 
 
 def sha256(path: Path) -> str:
-    """A file's digest, the one that web UIs name models by."""
+    """Return a file's SHA-256, the digest that web UIs name models by."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
@@ -37,7 +37,7 @@ def sha256(path: Path) -> str:
 
 
 def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
-    """Matrices and convolutions in a precision; vectors stay: the ends of the schedule need the digits."""
+    """Return matrices and convolutions in a precision; vectors stay, the schedule needs the digits."""
     return {
         key: value.to(dtype) if dtype and value.is_floating_point() and value.ndim > 1 else value
         for key, value in state.items()
@@ -61,7 +61,7 @@ def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def target_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's model, for `instantiate_from_config`."""
+    """Return a config's model, for `instantiate_from_config`."""
     return {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
 
 

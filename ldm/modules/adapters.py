@@ -41,7 +41,7 @@ class LoraOptions:
 
 
 def lora_options(given: Mapping[str, Any]) -> LoraOptions:
-    """The options that a config's `model.params.lora` gives; raises a `UserError` for what they do not take."""
+    """Return the options of a config's `model.params.lora`; raises a `UserError` for wrong ones."""
     check_mapping(given, NAME)
     check_params(LoraOptions, given, NAME)
     return LoraOptions(**given)
@@ -71,7 +71,7 @@ def _has_layers(module: nn.Module, endings: Sequence[str]) -> bool:
 
 
 def adaptable_weights(module: nn.Module, endings: Sequence[str], prefix: str = "") -> list[str]:
-    """The names, behind `prefix`, of the weights of a module's linear layers that end so."""
+    """Return the names, behind `prefix`, of the weights of a module's linear layers that end so."""
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     return [f"{prefix}{name}.weight" for name in linear if name.endswith(tuple(f".{ending}" for ending in endings))]
 
