@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if is_child():
         host.end_with_parent()
     config, folder = cli.prepare(args)
-    # The folder is this command's alone; huge pages come before Lightning, whose import makes a tensor.
+    # The folder is this command's alone; huge pages come before Lightning, whose import makes a
+    # tensor.
     pages = host.huge_pages_environment(config.content)
     with held(folder), host.environment_with(pages):
         check_config(config.content, defaults.TRAINER_KEYS)

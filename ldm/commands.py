@@ -1,4 +1,6 @@
-"""How the command-line entry points end: one line for what a user can mend, and a status that is not 0."""
+"""How the command-line entry points end: one line for what a user can mend, and a status that is
+not 0.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ OF_THE_DISK = {
 }
 
 
-def exit_status(command: Callable[[], int | None], debug: Callable[[], bool] = lambda: False) -> int:
+def exit_status(
+    command: Callable[[], int | None], debug: Callable[[], bool] = lambda: False
+) -> int:
     """Run a command and return its exit status.
 
     A `UserError` or a disk that refuses is one line and status 1. A stop signal is one line and 128

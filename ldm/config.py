@@ -1,4 +1,6 @@
-"""Configs: YAML files and `key.path=value`, merged left to right, checked, and asked by `RunConfig`."""
+"""Configs: YAML files and `key.path=value`, merged left to right, checked, and asked by
+`RunConfig`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from ldm.util import check_mapping, check_params, get_obj_from_str, legacy_keys
 log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).resolve().parent
-# The folder with `main.py`, `configs/`, `scripts/` and `models/`: the checkout, or what a wheel brings.
+# The folder with `main.py`, `configs/`, `scripts/` and `models/`: the checkout, or what a wheel
+# brings.
 PROJECT = _PACKAGE / "project" if (_PACKAGE / "project").is_dir() else _PACKAGE.parent
 
 # Keys outside of `params`, which the signatures of their targets check.
@@ -62,7 +65,9 @@ def load_yaml(path: str | Path) -> DictConfig:
 
 
 def load_config(
-    paths: Sequence[str | Path], overrides: Sequence[str] = (), before: Mapping[str, Any] | None = None
+    paths: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    before: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """Merge the files left to right, then the `key.path=value` overrides.
 
@@ -94,7 +99,9 @@ def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"cannot resolve the config: {problem} (a plain ${{ is written \\${{)") from error
+        raise UserError(
+            f"cannot resolve the config: {problem} (a plain ${{ is written \\${{)"
+        ) from error
 
 
 def save_yaml(content: Mapping[str, Any], path: str | Path) -> None:
@@ -186,7 +193,9 @@ class RunConfig:
         """
         seed = self.get("run.seed", SEED)
         if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
-            raise UserError(f"run.seed (--seed): expected a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
+            raise UserError(
+                f"run.seed (--seed): expected a whole number from 0 to {LARGEST_SEED}, got {seed!r}"
+            )
         return seed
 
     @property
@@ -243,7 +252,9 @@ def check_config(config: Mapping[str, Any], trainer_keys: Sequence[str] = ()) ->
         _check_keys(asked.trainer, trainer_keys, "lightning.trainer")
     for section in ("model", "data"):
         if "target" not in asked.section(section):
-            raise UserError(f"{section}: the config has no {section}.target; give a complete one with --base")
+            raise UserError(
+                f"{section}: the config has no {section}.target; give a complete one with --base"
+            )
     without_effect = list(_check_targets(config, ""))
     if without_effect:
         log.warning("without effect here: %s", ", ".join(without_effect))
@@ -271,7 +282,11 @@ def _check_targets(node: Any, path: str) -> Iterator[str]:
         params = node.get("params") or {}
         check_mapping(params, f"{path}.params")
         legacy = legacy_keys(cls, params)
-        check_params(cls, {key: value for key, value in params.items() if key not in legacy}, f"{path}.params")
+        check_params(
+            cls,
+            {key: value for key, value in params.items() if key not in legacy},
+            f"{path}.params",
+        )
         for key, instead in legacy.items():
             if params[key] not in (None, False):
                 yield f"{path}.params.{key}" + (f" ({instead})" if instead else "")
@@ -279,7 +294,11 @@ def _check_targets(node: Any, path: str) -> Iterator[str]:
         for key, value in node.items():
             below = _check_targets(value, f"{path}.{key}" if path else str(key))
             # One line for a section without effect, not one for each key inside.
-            yield from (text for text in below if not text.startswith(tuple(f"{path}.params.{k}." for k in legacy)))
+            yield from (
+                text
+                for text in below
+                if not text.startswith(tuple(f"{path}.params.{k}." for k in legacy))
+            )
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _check_targets(value, f"{path}[{index}]")

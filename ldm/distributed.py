@@ -1,4 +1,6 @@
-"""Processes that torchrun or SLURM's srun started, on one machine or on several: each finds its place by itself."""
+"""Processes that torchrun or SLURM's srun started, on one machine or on several: each finds its
+place by itself.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ def is_first() -> bool:
 
 
 def _environment() -> Any | None:
-    """Return Lightning's idea of what started this process and others; None if this program alone does."""
+    """Return Lightning's idea of what started this process and others; None if this program alone
+    does.
+    """
     if not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & set(os.environ):
         return None  # without the seconds that Lightning takes to import
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-    kind = next((kind for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None)
+    kind = next(
+        (kind for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), None
+    )
     return kind() if kind is not None else None
 
 
@@ -179,6 +185,7 @@ def is_sharded(trainer: Any) -> bool:
 def computes(trainer: Any) -> bool:
     """Return whether this process runs the networks where one result is wanted, such as a picture.
 
-    The first one does, and where weights are sharded all others with it, for they hold parts of them.
+    The first one does, and where weights are sharded all others with it, for they hold parts of
+    them.
     """
     return trainer.is_global_zero or is_sharded(trainer)

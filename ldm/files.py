@@ -27,11 +27,15 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object], expected_bytes: int = 0) -> None:
-    """Let `write` make a temporary file beside `path`, then rename it: there is never half a file at `path`.
+def write_atomically(
+    path: str | Path, write: Callable[[Path], object], expected_bytes: int = 0
+) -> None:
+    """Let `write` make a temporary file beside `path`, then rename it: there is never half a file
+    at `path`.
 
     Raises:
-        UserError: the disk lacks `expected_bytes`, or writing failed; what was at `path` is still there.
+        UserError: the disk lacks `expected_bytes`, or writing failed; what was at `path` is still
+            there.
     """
     path = Path(path)
     try:
@@ -41,7 +45,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], expected
     free = shutil.disk_usage(path.parent).free
     if expected_bytes > free:
         raise UserError(
-            f"{path}: not written: it needs {expected_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            f"{path}: not written: it needs {expected_bytes / 1e9:.2f} GB and the disk has "
+            f"{free / 1e9:.2f} GB free; "
             "make room or choose another --logdir"
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -58,11 +63,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], object], expected
 
 
 def give_usual_permissions(path: Path) -> None:
-    """Give a file the permissions of any new one: safetensors makes files that nobody else may read."""
+    """Give a file the permissions of any new one: safetensors makes files that nobody else may
+    read.
+    """
     os.umask(umask := os.umask(0))
     path.chmod(0o666 & ~umask)
 
 
 def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
     """Write a `.ckpt` atomically; raises as `write_atomically` does."""
-    write_atomically(path, lambda temporary: torch.save(dict(content), temporary), tensor_bytes(content))
+    write_atomically(
+        path, lambda temporary: torch.save(dict(content), temporary), tensor_bytes(content)
+    )

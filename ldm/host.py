@@ -35,7 +35,8 @@ def accelerators() -> tuple[str, int]:
 
 
 def default_precision(accelerator: str) -> str:
-    """bfloat16 autocast where the device computes in it, else float32; weights and optimizer stay in float32.
+    """bfloat16 autocast where the device computes in it, else float32; weights and optimizer stay
+    in float32.
 
     Args:
         accelerator: Lightning's word for it.
@@ -44,7 +45,9 @@ def default_precision(accelerator: str) -> str:
 
     kind = accelerators()[0] if accelerator == "auto" else accelerator
     if kind in ("gpu", CUDA) and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        return (
+            "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        )
     return "bf16-mixed" if kind == "cpu" and BF16_FLAGS & _cpu_flags() else "32-true"
 
 
@@ -54,14 +57,17 @@ def _cpu_flags() -> set[str]:
         lines = CPU_INFO.read_text().splitlines()
     except OSError:
         return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+    return next(
+        (set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set()
+    )
 
 
 def parse_gpus(text: str) -> dict[str, Any]:
-    """Trainer arguments for a `--gpus` value: `0,` and `0,1` list indices, a bare `1` or `2` is a count.
+    """Trainer arguments for a `--gpus` value: `0,` and `0,1` list indices, a bare `1` or `2` is a
+    count.
 
-    `0` is the CPU, as it was in Lightning 1. On a machine without a GPU a request for just the first one
-    runs on the CPU, with a warning.
+    `0` is the CPU, as it was in Lightning 1. On a machine without a GPU a request for just the
+    first one runs on the CPU, with a warning.
 
     Raises:
         UserError: a value that is no such list, or names a GPU that is not there.
@@ -101,10 +107,11 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next allocation, for the rest of this process; False where it is not glibc.
+    """Have glibc keep freed memory for the next allocation, for the rest of this process; False
+    where it is not glibc.
 
-    By default it maps each large block anew, and the system fills it with zeros page by page: of a full-size training
-    step that is about a third of the time.
+    By default it maps each large block anew, and the system fills it with zeros page by page: of a
+    full-size training step that is about a third of the time.
     """
     libc = _glibc()
     if libc is None:
@@ -114,7 +121,9 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_free_pages() -> bool:
-    """Give the system the pages of the heap in which nothing lies now, kept or not; False where it is not glibc."""
+    """Give the system the pages of the heap in which nothing lies now, kept or not; False where it
+    is not glibc.
+    """
     libc = _glibc()
     return libc is not None and bool(libc.malloc_trim(0))
 
@@ -136,7 +145,9 @@ def huge_pages_environment(config: Mapping[str, Any]) -> dict[str, str]:
 
 @contextmanager
 def environment_with(variables: Mapping[str, str]) -> Iterator[None]:
-    """Give the process and those that it starts these variables inside, beside their own, which go first."""
+    """Give the process and those that it starts these variables inside, beside their own, which go
+    first.
+    """
     new = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(new)
     try:

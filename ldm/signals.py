@@ -1,4 +1,5 @@
-"""Stop signals: what Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do to a command, whatever it is doing then.
+"""Stop signals: what Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do to a command, whatever it is doing
+then.
 
 A stop signal raises `Interrupted`, unless someone has said that the command should be patient: then
 it is noted, and whoever asks after each step ends the command when a step is whole.
@@ -18,7 +19,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# SIGINT is Ctrl-C. `kill`, `docker stop` and schedulers send SIGTERM, a terminal that closes SIGHUP.
+# SIGINT is Ctrl-C. `kill`, `docker stop` and schedulers send SIGTERM, a terminal that closes
+# SIGHUP.
 STOPS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 SAVE = getattr(signal, "SIGUSR1", None)  # not on Windows
 
@@ -146,7 +148,9 @@ def take_save_request() -> bool:
 
 @contextlib.contextmanager
 def last_act(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` if a signal has to end the process inside, from a thread, while the main one is stuck."""
+    """Call `act` if a signal has to end the process inside, from a thread, while the main one is
+    stuck.
+    """
     _state.last_acts.append(act)
     try:
         yield

@@ -52,13 +52,23 @@ LEGACY: dict[str, dict[str, str]] = {
         "num_vectors_per_token": "",
         "progressive_words": "",
     },
-    "ldm.modules.diffusionmodules.openaimodel.UNetModel": {"image_size": "", "legacy": "", "use_fp16": ""},
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel": {
+        "image_size": "",
+        "legacy": "",
+        "use_fp16": "",
+    },
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": {"device": ""},
-    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": {"version": "", "device": "", "freeze": ""},
+    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": {
+        "version": "",
+        "device": "",
+        "freeze": "",
+    },
     "ldm.models.autoencoder.AutoencoderKL": {"colorize_nlabels": ""},
     "ldm.data.datamodule.DataModuleFromConfig": {"wrap": "", "use_worker_init_fn": ""},
     "ldm.data.personalized.PersonalizedBase": {"per_image_tokens": "", "mixing_prob": ""},
-    "ldm.callbacks.image_logger.ImageLogger": {"log_on_batch_idx": "steps are counted, not batches"},
+    "ldm.callbacks.image_logger.ImageLogger": {
+        "log_on_batch_idx": "steps are counted, not batches"
+    },
 }
 
 
@@ -67,24 +77,36 @@ def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
     module_name, _, name = RENAMED.get(str(target), str(target)).rpartition(".")
     module_name = RENAMED.get(module_name, module_name)
     if not module_name or not all(part.isidentifier() for part in str(target).split(".")):
-        raise ParameterError(where, f"'{target}' is not a dotted path such as 'package.module.Class'")
+        raise ParameterError(
+            where, f"'{target}' is not a dotted path such as 'package.module.Class'"
+        )
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not error.name or not (module_name + ".").startswith(error.name + "."):
-            raise ParameterError(where, f"'{target}' needs the package '{error.name}': pip install it") from error
-        raise ParameterError(where, f"unknown target '{target}': there is no module '{error.name}'") from error
+            raise ParameterError(
+                where, f"'{target}' needs the package '{error.name}': pip install it"
+            ) from error
+        raise ParameterError(
+            where, f"unknown target '{target}': there is no module '{error.name}'"
+        ) from error
     if not hasattr(module, name):
         public = [n for n in dir(module) if not n.startswith("_")]
         hint = nearest(name, public)
-        raise ParameterError(where, f"unknown target '{target}': {module_name} has no '{name}'{hint}")
+        raise ParameterError(
+            where, f"unknown target '{target}': {module_name} has no '{name}'{hint}"
+        )
     found = getattr(module, name)
     if not callable(found):
-        raise ParameterError(where, f"'{target}' is not a class or function, but a {type(found).__name__}")
+        raise ParameterError(
+            where, f"'{target}' is not a class or function, but a {type(found).__name__}"
+        )
     return found
 
 
-def instantiate_from_config(config: Mapping[str, Any], where: str = "config", **overrides: Any) -> Any:
+def instantiate_from_config(
+    config: Mapping[str, Any], where: str = "config", **overrides: Any
+) -> Any:
     """Build the object that a config's `target` names from its `params`, updated with `overrides`.
 
     `LEGACY` keys are left out. A `base_learning_rate` beside the two, as in LDM's files, is let be.
@@ -138,7 +160,9 @@ def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:
     Our own classes raise a `UserError` for that: any other error of theirs is a defect, and keeps
     its traceback.
     """
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's, also where ours derive from its classes
+    if (
+        type(error).__name__ == "MisconfigurationException"
+    ):  # Lightning's, also where ours derive from its classes
         return True
     is_ours = str(cls.__module__).partition(".")[0] in ("ldm", "main")
     return not is_ours and isinstance(error, (ValueError, TypeError, ImportError))
@@ -160,24 +184,35 @@ def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         accepted = None
     else:
-        accepted = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        accepted = [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
         for key in params:
             if key not in accepted:
                 hint = nearest(str(key), accepted)
-                problem = f"unknown key for {cls.__qualname__}{hint}; accepted: {', '.join(accepted)}"
+                problem = (
+                    f"unknown key for {cls.__qualname__}{hint}; accepted: {', '.join(accepted)}"
+                )
                 raise ParameterError(f"{where}.{key}", problem)
     for parameter in parameters:
         if parameter.name in params:
             _check_type(params[parameter.name], parameter.annotation, f"{where}.{parameter.name}")
     required = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     missing = [name for name in required if name not in params]
     if missing:
         raise ParameterError(where, f"{cls.__qualname__} needs {', '.join(missing)}")
 
 
-_PLAIN_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_PLAIN_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+}
 
 
 def _check_type(value: Any, annotation: Any, where: str) -> None:

@@ -1,16 +1,22 @@
-"""Measure this project on this machine. Each measurement runs in a process of its own, so that peaks are its own.
+"""Measure this project on this machine. Each measurement runs in a process of its own, so that
+peaks are its own.
 
-    python scripts/benchmark.py load --config configs/stable-diffusion/v1-inference.yaml --for sample --dtype fp16
+    python scripts/benchmark.py load --config configs/stable-diffusion/v1-inference.yaml \\
+        --for sample --dtype fp16
     python scripts/benchmark.py load --ckpt sd-v1-4-full-ema.ckpt --for train
-    python scripts/benchmark.py train --base configs/tiny/dreambooth.yaml --against diffusers --against two-forward
-    python scripts/benchmark.py train --base configs/stable-diffusion/v1-finetune_unfrozen.yaml --device cuda \\
-        --against diffusers --switch "bf16: lightning.trainer.precision=bf16-mixed"
+    python scripts/benchmark.py train --base configs/tiny/dreambooth.yaml \\
+        --against diffusers --against two-forward
+    python scripts/benchmark.py train --base configs/stable-diffusion/v1-finetune_unfrozen.yaml \\
+        --device cuda --against diffusers --switch "bf16: lightning.trainer.precision=bf16-mixed"
     python scripts/benchmark.py memory --precision bf16-mixed \\
-        --base configs/stable-diffusion/v1-finetune_unfrozen.yaml configs/stable-diffusion/profiles/12gb.yaml
-    python scripts/benchmark.py sample --config configs/stable-diffusion/v1-inference.yaml --against diffusers
+        --base configs/stable-diffusion/v1-finetune_unfrozen.yaml
+        configs/stable-diffusion/profiles/12gb.yaml
+    python scripts/benchmark.py sample --config configs/stable-diffusion/v1-inference.yaml \\
+        --against diffusers
 
-Prints a line or a table, and writes all of it as JSON with `--json FILE`. Without `--ckpt` the weights are random: the
-speed does not depend on them. docs/benchmarks.md says what the columns mean.
+Prints a line or a table, and writes all of it as JSON with `--json FILE`. Without `--ckpt` the
+weights are random: the speed does not depend on them. docs/benchmarks.md says what the columns
+mean.
 """
 
 from __future__ import annotations
@@ -27,11 +33,11 @@ from typing import Any
 import torch
 
 from ldm.benchmark import sample
-from ldm.benchmark.isolation import apart
+from ldm.benchmark.isolation import in_own_process
 from ldm.benchmark.load import measure_load, random_weights, report_load
 from ldm.benchmark.machine import CLOCKS, machine, require_diffusers
 from ldm.benchmark.predict import predicted
-from ldm.benchmark.report import told
+from ldm.benchmark.report import describe
 from ldm.benchmark.rows import Row, measure_rows
 from ldm.benchmark.train import Settings
 from ldm.benchmark.variants import AGAINST, OURS, training_rows, variants
@@ -55,7 +61,9 @@ def build_parser() -> Parser:
     kinds = parser.add_subparsers(dest="kind", required=True)
     _add_load(kinds.add_parser("load", help="seconds and peak memory of loading a checkpoint"))
     _add_train(kinds.add_parser("train", help="seconds, memory and operations of a training step"))
-    _add_memory(kinds.add_parser("memory", help="what a training step will need, from the config alone"))
+    _add_memory(
+        kinds.add_parser("memory", help="what a training step will need, from the config alone")
+    )
     _add_sample(kinds.add_parser("sample", help="seconds, memory and operations of sampling"))
     for kind in kinds.choices.values():
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
@@ -66,7 +74,9 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", type=Path, default=INFERENCE, help="default: %(default)s")
     add("--ckpt", type=Path, help="default: random weights for --config, in --dtype")
-    add("--format", choices=SUFFIXES, default=".safetensors", help="of those (default: %(default)s)")
+    add(
+        "--format", choices=SUFFIXES, default=".safetensors", help="of those (default: %(default)s)"
+    )
     add("--for", dest="purpose", choices=["sample", "train"], default="sample")
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the loaded model, to sample from")
 
@@ -87,14 +97,33 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--base", type=Path, nargs="+", required=True, metavar="YAML", help="configs; key.path=value changes a key")
+    add(
+        "--base",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="YAML",
+        help="configs; key.path=value changes a key",
+    )
     add("--precision", choices=["32-true", "bf16-mixed", "16-mixed"], help="default: the config's")
-    add("--batch", type=int, help="subject images of a step, and as many of the class (default: the config's)")
-    add("--switch", action="append", default=[], metavar="'NAME: KEY=VALUE ...'", help="a row with those keys changed")
+    add(
+        "--batch",
+        type=int,
+        help="subject images of a step, and as many of the class (default: the config's)",
+    )
+    add(
+        "--switch",
+        action="append",
+        default=[],
+        metavar="'NAME: KEY=VALUE ...'",
+        help="a row with those keys changed",
+    )
 
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, help="pixels of an image's side (default: the config's)")
+    parser.add_argument(
+        "--size", type=int, help="pixels of an image's side (default: the config's)"
+    )
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
@@ -111,13 +140,29 @@ def _add_comparison(parser: argparse.ArgumentParser, against: Sequence[str]) -> 
     _add_size(parser)
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], help="default: the GPU, if there is one")
-    add("--against", action="append", default=[], choices=against, help="measure that, too, and compare with it")
-    add("--repeat", type=int, default=1, help="rounds in which each row is measured once (default: %(default)s)")
-    add("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's time, for a busy machine")
+    add(
+        "--against",
+        action="append",
+        default=[],
+        choices=against,
+        help="measure that, too, and compare with it",
+    )
+    add(
+        "--repeat",
+        type=int,
+        default=1,
+        help="rounds in which each row is measured once (default: %(default)s)",
+    )
+    add(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: this process's time, for a busy machine",
+    )
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags, and the `key.path=value` between them as `overrides`."""
+    """Parse the flags, and keep the `key.path=value` between them as `overrides`."""
     overrides = [word for word in argv if OVERRIDE.match(word)]
     args = build_parser().parse_args([word for word in argv if word not in overrides])
     if overrides and args.kind not in ("train", "memory"):
@@ -137,8 +182,10 @@ def benchmark_load(args: argparse.Namespace) -> tuple[Measured, str]:
     if args.purpose == "train" and args.dtype != "fp32":
         raise UserError("--dtype: weights are trained in fp32")
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark") as folder:
-        path = args.ckpt or random_weights(args.config, Path(folder) / f"random{args.format}", args.dtype)
-        measured = apart(measure_load, args.config, path, args.purpose, args.dtype)
+        path = args.ckpt or random_weights(
+            args.config, Path(folder) / f"random{args.format}", args.dtype
+        )
+        measured = in_own_process(measure_load, args.config, path, args.purpose, args.dtype)
         facts = {"file": str(path), "file_bytes": path.stat().st_size, "config": str(args.config)}
         measured |= {**facts, "machine": machine()}
     return measured, report_load(measured)
@@ -146,7 +193,9 @@ def benchmark_load(args: argparse.Namespace) -> tuple[Measured, str]:
 
 def benchmark_train(args: argparse.Namespace) -> tuple[Measured, str]:
     """Train a few steps of every variant."""
-    settings = Settings(args.steps, args.warmup, _device(args), torch.get_num_threads(), args.clock, args.ckpt)
+    settings = Settings(
+        args.steps, args.warmup, _device(args), torch.get_num_threads(), args.clock, args.ckpt
+    )
     rows = training_rows(args.base, _with_flags(args), args.switch, args.against, settings)
     return _measured(args, rows, settings.device)
 
@@ -154,15 +203,22 @@ def benchmark_train(args: argparse.Namespace) -> tuple[Measured, str]:
 def benchmark_memory(args: argparse.Namespace) -> tuple[Measured, str]:
     """Estimate what a training step of every variant needs on its device."""
     figures, text = predicted(variants(args.base, _with_flags(args), args.switch, []))
-    return {"given": {key: value for key, value in vars(args).items() if key != "json"}, "estimates": figures}, text
+    return {
+        "given": {key: value for key, value in vars(args).items() if key != "json"},
+        "estimates": figures,
+    }, text
 
 
 def _with_flags(args: argparse.Namespace) -> list[str]:
-    """The overrides that the flags stand for, before those that are given."""
+    """Return the overrides that the flags stand for, before those that are given."""
     made = []
     if args.size:
         data = to_plain(load_config(args.base, args.overrides)).get("data", {}).get("params") or {}
-        made += [f"data.params.{name}.params.size={args.size}" for name in ("train", "reg") if data.get(name)]
+        made += [
+            f"data.params.{name}.params.size={args.size}"
+            for name in ("train", "reg")
+            if data.get(name)
+        ]
     if args.batch:
         made.append(f"data.params.batch_size={args.batch}")
     if args.precision:
@@ -178,11 +234,21 @@ def benchmark_sample(args: argparse.Namespace) -> tuple[Measured, str]:
     if args.against:
         require_diffusers()
     threads = torch.get_num_threads()
-    settings = sample.Settings(args.steps, args.batch, args.size, args.dtype, device, threads, args.clock)
+    settings = sample.Settings(
+        args.steps, args.batch, args.size, args.dtype, device, threads, args.clock
+    )
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark") as folder:
-        path = args.ckpt or random_weights(args.config, Path(folder) / "random.safetensors", args.dtype)
+        path = args.ckpt or random_weights(
+            args.config, Path(folder) / "random.safetensors", args.dtype
+        )
         rows = [
-            Row(kind, sample.measure_sampling, (kind, args.config, path, settings), args.batch, args.dtype)
+            Row(
+                kind,
+                sample.measure_sampling,
+                (kind, args.config, path, settings),
+                args.batch,
+                args.dtype,
+            )
             for kind in (*args.against, OURS)
         ]
         return _measured(args, rows, device)
@@ -198,11 +264,15 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def _measured(args: argparse.Namespace, rows: Sequence[Row], device: str) -> tuple[Measured, str]:
-    """Everything that the JSON holds, and the table."""
+    """Return everything that the JSON holds, and the table."""
     given = {key: value for key, value in vars(args).items() if key != "json"}
     compared_to = args.against[0] if args.against else OURS
-    measured = {"given": given, "kind": args.kind, **measure_rows(rows, device, compared_to, args.repeat, args.clock)}
-    return measured, told(measured)
+    measured = {
+        "given": given,
+        "kind": args.kind,
+        **measure_rows(rows, device, compared_to, args.repeat, args.clock),
+    }
+    return measured, describe(measured)
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], tuple[Measured, str]]] = {

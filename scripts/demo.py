@@ -35,18 +35,28 @@ COLOURS = ("red", "purple")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = ", ".join(subject_names())
-    parser.add_argument("--subject", default="dog", help=f"{names}, or a folder of photos (default: %(default)s)")
-    parser.add_argument("--class_word", help="the subject's class noun (default: its folder's name)")
+    parser.add_argument(
+        "--subject", default="dog", help=f"{names}, or a folder of photos (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--class_word", help="the subject's class noun (default: its folder's name)"
+    )
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
-    parser.add_argument("--without_prior", action="store_true", help="leave the prior-preservation loss out")
+    parser.add_argument(
+        "--without_prior", action="store_true", help="leave the prior-preservation loss out"
+    )
     parser.add_argument("--outdir", default="outputs/demo", help="default: %(default)s")
     return parser
 
 
-def sheet_rows(photos: Sequence[Image.Image], class_word: str, checkpoint: Path) -> list[tuple[str, Sequence[Entry]]]:
-    """The photos and what the model makes of the subject and of its class, before and after."""
+def sheet_rows(
+    photos: Sequence[Image.Image], class_word: str, checkpoint: Path
+) -> list[tuple[str, Sequence[Entry]]]:
+    """Draw the rows of the sheet: the photos, the subject and its class, before and after."""
     tuned, base = Painter(checkpoint), Painter(WEIGHTS)
     subject, of_class = f"photo of a sks {class_word}", f"photo of a {class_word}"
     colours = [colour for colour in COLOURS for _ in range(SHOWN // 2)]
@@ -65,7 +75,7 @@ def sheet_rows(photos: Sequence[Image.Image], class_word: str, checkpoint: Path)
 
 
 def demo(args: argparse.Namespace) -> None:
-    """Photos, training, samples, and a contact sheet of them all."""
+    """Train on the photos, draw samples, and write a contact sheet of them all."""
     begin = time.monotonic()
 
     def say(what: str) -> None:
@@ -77,7 +87,9 @@ def demo(args: argparse.Namespace) -> None:
     say(f"{len(pictures)} photos of a {class_word}; class images and training\n")
     more = ["--max_steps", str(args.steps)] if args.steps else []
     more += ["model.params.reg_weight=0"] if args.without_prior else []
-    checkpoint = dreambooth(photos, class_word, outdir / "class_images" / class_word, outdir / "logs", more, print)
+    checkpoint = dreambooth(
+        photos, class_word, outdir / "class_images" / class_word, outdir / "logs", more, print
+    )
 
     say("sampling")
     rows = sheet_rows(pictures, class_word, checkpoint)
@@ -87,7 +99,15 @@ def demo(args: argparse.Namespace) -> None:
 
     say(f"contact sheet: {sheet}\nanother prompt:")
     prompt = f"photo of a sks {class_word} floating on top of water"
-    command = ["scripts/stable_txt2img.py", "--ckpt", str(checkpoint), "--ddim_steps", "25", "--scale", "4"]
+    command = [
+        "scripts/stable_txt2img.py",
+        "--ckpt",
+        str(checkpoint),
+        "--ddim_steps",
+        "25",
+        "--scale",
+        "4",
+    ]
     print(f"  .venv/bin/python {shlex.join([*command, '--prompt', prompt])}")
 
 

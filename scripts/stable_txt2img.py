@@ -3,8 +3,8 @@
     python scripts/stable_txt2img.py --ddim_eta 0.0 --n_samples 8 --scale 10 --ddim_steps 100 \\
         --ckpt logs/.../checkpoints/last.ckpt --prompt "photo of a sks dog on the beach"
 
-Pictures go to {outdir}/samples/00000.png, 00001.png, ...; numbers go on from what is there. Each holds its
-recipe as PNG metadata. Picture i of a seed is the same whatever the batch size.
+Pictures go to {outdir}/samples/00000.png, 00001.png, ...; numbers go on from what is there. Each
+holds its recipe as PNG metadata. Picture i of a seed is the same whatever the batch size.
 """
 
 from __future__ import annotations
@@ -48,18 +48,27 @@ log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--prompt", default="a painting of a virus monster playing guitar", help="what to draw")
     add(
         "--from-file",
         metavar="FILE",
-        help="a prompt a line, instead of --prompt; empty lines and those that begin with # are left out",
+        help="a prompt a line, instead of --prompt; empty lines and those that begin with # "
+        "are left out",
     )
     add("--negative_prompt", default="", help="what guidance leads away from")
     add("--ckpt", default="models/ldm/stable-diffusion-v1/model.ckpt", help=".ckpt or .safetensors")
-    add("--config", help="the model's YAML (default: the checkpoint's own, else that of its family)")
-    add("--weights", choices=WEIGHTS, help="which of the checkpoint's (default: the averaged ones, if it has them)")
+    add(
+        "--config", help="the model's YAML (default: the checkpoint's own, else that of its family)"
+    )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        help="which of the checkpoint's (default: the averaged ones, if it has them)",
+    )
     add("--embedding_path", help="textual-inversion embeddings to add")
     add("--outdir", default="outputs/txt2img-samples", help="default: %(default)s")
     add("--ddim_steps", type=int, default=50, help="sampling steps (default: %(default)s)")
@@ -73,20 +82,33 @@ def build_parser() -> argparse.ArgumentParser:
     add("--W", type=int, help="width, pixels (default: the model's)")
     add("--C", type=int, help="latent channels, only to check the model against")
     add("--f", type=int, help="downsampling factor, only to check the model against")
-    add("--seed", type=int, default=42, help="-1 chooses one at random and says which (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=42,
+        help="-1 chooses one at random and says which (default: %(default)s)",
+    )
     add("--fixed_code", action="store_true", help="the same starting noise in every batch")
-    add("--precision", choices=["full", "autocast"], default="autocast", help="default: %(default)s")
+    add(
+        "--precision", choices=["full", "autocast"], default="autocast", help="default: %(default)s"
+    )
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--skip_grid", action="store_true", help="no grid")
     add("--skip_save", action="store_true", help="no single pictures")
-    add("--laion400m", action="store_true", help="not supported: that model's text encoder is not part of this project")
+    add(
+        "--laion400m",
+        action="store_true",
+        help="not supported: that model's text encoder is not part of this project",
+    )
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise a `UserError` for what no model can do."""
     if args.laion400m:
-        raise UserError("--laion400m: not supported: that model's BERT text encoder is not part of this project")
+        raise UserError(
+            "--laion400m: not supported: that model's BERT text encoder is not part of this project"
+        )
     if args.n_samples < 1 or args.n_iter < 1 or args.n_rows < 0:
         raise UserError("--n_samples and --n_iter must be at least 1, --n_rows at least 0")
     if not math.isfinite(args.scale) or not math.isfinite(args.ddim_eta):
@@ -144,7 +166,9 @@ def read_prompts(args: argparse.Namespace) -> list[list[str]]:
     return batches
 
 
-def numbered_batches(batches: list[list[str]], n_iter: int, fixed_code: bool) -> Iterator[tuple[list[str], list[int]]]:
+def numbered_batches(
+    batches: list[list[str]], n_iter: int, fixed_code: bool
+) -> Iterator[tuple[list[str], list[int]]]:
     """Yield each batch with the numbers that choose its pictures' noise.
 
     The numbers begin anew in each batch with `fixed_code`.
@@ -193,7 +217,9 @@ def sample(args: argparse.Namespace) -> None:
     try:
         for prompts, numbers in tqdm(work, desc="batches", disable=len(work) == 1):
             seeds = [image_seed(seed, number) for number in numbers]
-            images = text_to_image(model, prompts, seeds, recipe, args.negative_prompt, args.precision, verbose=True)
+            images = text_to_image(
+                model, prompts, seeds, recipe, args.negative_prompt, args.precision, verbose=True
+            )
             folder.mkdir(parents=True, exist_ok=True)
             for prompt, number, image in zip(prompts, numbers, images):
                 if not args.skip_save:
@@ -219,7 +245,10 @@ def load(args: argparse.Namespace) -> LatentDiffusion:
     halved = args.precision == "autocast" and device.type != "cpu"
     dtype = torch.float16 if halved else None
     model = load_model(args.ckpt, args.config, device, args.weights, dtype)
-    for flag, given, actual in (("C", args.C, model.latent_channels), ("f", args.f, model.downsampling)):
+    for flag, given, actual in (
+        ("C", args.C, model.latent_channels),
+        ("f", args.f, model.downsampling),
+    ):
         if given not in (None, actual):
             raise UserError(f"--{flag} {given}: this model has {actual}")
     if args.embedding_path:

@@ -15,7 +15,8 @@ import pytest
 
 from tests.support import golden, processors
 
-# One thread, too: the models are so small that a second one costs more than it brings, most of all on a busy machine.
+# One thread, too: the models are so small that a second one costs more than it brings, most of all
+# on a busy machine.
 processors.pretend()
 
 
@@ -28,7 +29,9 @@ def other_rounding():
 
 @pytest.fixture(scope="session")
 def golden_model():
-    """The golden files' `LatentDiffusion`, in training mode; tests must leave its weights as they are."""
+    """The golden files' `LatentDiffusion`, in training mode; tests must leave its weights as they
+    are.
+    """
     return golden.latent_diffusion()
 
 

@@ -1,4 +1,6 @@
-"""Configs: how they merge, what their errors say, and that every YAML of the project builds a model."""
+"""Configs: how they merge, what their errors say, and that every YAML of the project builds a
+model.
+"""
 
 import inspect
 import json
@@ -43,7 +45,9 @@ def yaml(tmp_path):
 def test_files_merge_left_to_right_and_overrides_come_last(yaml):
     first = yaml("a: {x: 1, y: 1, z: 1, list: [1, 2]}\nb: first")
     second = yaml("a: {y: 2, z: 2, list: [3]}\nc: {d: 5}", "b.yaml")
-    config = load_config([first, second], ["a.z=3", "a.new.deep=true", "c.d=0.5", "e=[1, two]", "f=x=y"])
+    config = load_config(
+        [first, second], ["a.z=3", "a.new.deep=true", "c.d=0.5", "e=[1, two]", "f=x=y"]
+    )
     assert to_plain(config) == {
         "a": {"x": 1, "y": 2, "z": 3, "list": [3], "new": {"deep": True}},
         "b": "first", "c": {"d": 0.5}, "e": [1, "two"], "f": "x=y",
@@ -83,7 +87,8 @@ def test_a_file_that_is_no_text(tmp_path):
 @pytest.mark.parametrize("text", ["- model\n- data", "3"])
 def test_no_mapping_at_the_top(yaml, text):
     with pytest.raises(
-        UserError, match=r"a\.yaml: (expected a mapping with model, data, lightning, run|not valid YAML)"
+        UserError,
+        match=r"a\.yaml: (expected a mapping with model, data, lightning, run|not valid YAML)",
     ):
         load_config([yaml(text)])
 
@@ -160,12 +165,14 @@ def test_a_key_like_no_other_gets_no_suggestion(config):
 
 @pytest.mark.parametrize("path, target, message", [
     ("model.target", "ldm.models.diffusion.ddpm.LatentDifusion",
-     r"model\.target: unknown target .* has no 'LatentDifusion' \(did you mean 'LatentDiffusion'\?\)"),
+     r"model\.target: unknown target .* has no 'LatentDifusion' \(did you mean "
+     r"'LatentDiffusion'\?\)"),
     ("model.params.unet_config.target", "ldm.modules.diffusion.openaimodel.UNetModel",
      r"model\.params\.unet_config\.target: .*there is no module 'ldm\.modules\.diffusion'"),
     ("data.target", "mian.DataModuleFromConfig", r"data\.target: .*there is no module 'mian'"),
     ("data.target", "main.DataModule", r"data\.target: .*main has no 'DataModule'"),
-    ("lightning.callbacks.image_logger.target", "ImageLogger", r"image_logger\.target: 'ImageLogger' is not a dotted"),
+    ("lightning.callbacks.image_logger.target", "ImageLogger", r"image_logger\.target: "
+                                                               r"'ImageLogger' is not a dotted"),
     ("lightning.callbacks.image_logger.target", "ldm.callbacks.image_logger", r"image_logger\.target: .*but a module"),
     ("model.target", None, r"model\.target: 'None' is not a dotted path"),
     ("model.target", "..ddpm", r"model\.target: '\.\.ddpm' is not a dotted path"),
@@ -189,7 +196,9 @@ def test_a_section_without_a_target(config, section):
         check_config(config)
 
 
-@pytest.mark.parametrize("path", ["model", "lightning", "lightning.trainer", "lightning.modelcheckpoint", "run"])
+@pytest.mark.parametrize(
+    "path", ["model", "lightning", "lightning.trainer", "lightning.modelcheckpoint", "run"]
+)
 @pytest.mark.parametrize("value", [3, "text", [1]])
 def test_a_section_that_is_no_mapping(config, path, value):
     put(config, path, value)
@@ -214,13 +223,17 @@ def test_empty_sections_are_fine(config, path):
 def test_missing_params_are_named(config):
     del config["model"]["params"]["unet_config"]["params"]["in_channels"]
     del config["model"]["params"]["unet_config"]["params"]["num_res_blocks"]
-    with pytest.raises(UserError, match=r"unet_config\.params: UNetModel needs in_channels, num_res_blocks$"):
+    with pytest.raises(
+        UserError, match=r"unet_config\.params: UNetModel needs in_channels, num_res_blocks$"
+    ):
         check_config(config)
 
 
 def test_targets_in_lists_are_checked(config):
     put(config, "data.params.train", [{"target": "torch.nn.Linear", "params": {"in_features": 1}}])
-    with pytest.raises(UserError, match=r"data\.params\.train\[0\]\.params: Linear needs out_features"):
+    with pytest.raises(
+        UserError, match=r"data\.params\.train\[0\]\.params: Linear needs out_features"
+    ):
         check_config(config)
 
 
@@ -229,24 +242,35 @@ def test_targets_in_lists_are_checked(config):
 
 def test_instantiate():
     layer = instantiate_from_config(
-        {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 1}}, bias=False, out_features=3
+        {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 1}},
+        bias=False,
+        out_features=3,
     )
     assert layer.weight.shape == (3, 2) and layer.bias is None
     assert isinstance(instantiate_from_config({"target": "torch.nn.Identity"}), torch.nn.Identity)
-    assert isinstance(instantiate_from_config({"target": "torch.nn.Identity", "params": None}), torch.nn.Identity)
-    assert instantiate_from_config(OmegaConf.create({"target": "builtins.dict", "params": {"a": 1}})) == {"a": 1}
+    assert isinstance(
+        instantiate_from_config({"target": "torch.nn.Identity", "params": None}), torch.nn.Identity
+    )
+    assert instantiate_from_config(
+        OmegaConf.create({"target": "builtins.dict", "params": {"a": 1}})
+    ) == {"a": 1}
 
 
 @pytest.mark.parametrize("config, message", [
     ({"params": {}}, "x: expected a mapping with a 'target' key, got {'params': {}}"),
     (None, "x: expected a mapping with a 'target' key, got None"),
     ("torch.nn.Identity", "x: expected a mapping with a 'target' key, got 'torch.nn.Identity'"),
-    ({"target": "torch.nn.Identity", "param": {}}, r"x\.param: unknown key \(did you mean 'params'\?\)"),
-    ({"target": "torch.nn.Linear", "params": {"in_features": 1}}, r"x\.params: Linear needs out_features"),
+    ({"target": "torch.nn.Identity", "param": {}}, r"x\.param: unknown key \(did you mean "
+                                                   r"'params'\?\)"),
+    ({"target": "torch.nn.Linear", "params": {"in_features": 1}}, r"x\.params: Linear needs "
+                                                                  r"out_features"),
     ({"target": "torch.nn.Linear", "params": {"in_feature": 1}},
-     r"x\.params\.in_feature: unknown key for Linear \(did you mean 'in_features'\?\); accepted: in_features, out_f"),
-    ({"target": "torch.nn.Linear", "params": [1, 2]}, r"x\.params: expected a mapping, got \[1, 2\]"),
-    ({"target": "torch.nn.Linaer"}, r"x\.target: unknown target 'torch.nn.Linaer': torch.nn has no 'Linaer' .*Linear"),
+     r"x\.params\.in_feature: unknown key for Linear \(did you mean 'in_features'\?\); accepted: "
+     r"in_features, out_f"),
+    ({"target": "torch.nn.Linear", "params": [1, 2]}, r"x\.params: expected a mapping, got "
+                                                      r"\[1, 2\]"),
+    ({"target": "torch.nn.Linaer"}, r"x\.target: unknown target 'torch.nn.Linaer': torch.nn has no "
+                                    r"'Linaer' .*Linear"),
     ({"target": "math.pi"}, r"x\.target: 'math\.pi' is not a class or function, but a float"),
 ])  # fmt: skip
 def test_what_cannot_be_built(config, message):
@@ -257,7 +281,9 @@ def test_what_cannot_be_built(config, message):
 def test_a_target_that_needs_a_package_names_it(tmp_path, monkeypatch):
     (tmp_path / "needs_a_package.py").write_text("import no_such_package.part")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"t: 'needs_a_package\.X' needs the package 'no_such_package': pip install"):
+    with pytest.raises(
+        UserError, match=r"t: 'needs_a_package\.X' needs the package 'no_such_package': pip install"
+    ):
         get_obj_from_str("needs_a_package.X", "t")
 
 
@@ -307,7 +333,9 @@ def test_every_yaml_is_complete_and_builds(path):
         config = dict(with_flags(RunConfig(config), parse_args(flags)).content)
     check_config(config, TRAINER_KEYS)
     assert config["model"]["base_learning_rate"] > 0
-    if "lossconfig" in config["model"]["params"]:  # an autoencoder; VGG's weights are not on every disk
+    if (
+        "lossconfig" in config["model"]["params"]
+    ):  # an autoencoder; VGG's weights are not on every disk
         put(config, "model.params.lossconfig.params.perceptual_weight", 0)
     model = on_meta(config)
     assert isinstance(model, pl.LightningModule) and next(model.parameters()).is_meta
@@ -336,7 +364,8 @@ def test_stable_diffusion_has_exactly_the_published_keys(path):
 def test_inference_and_training_describe_one_model():
     """Every number that a sample depends on is the same in both."""
     tiny = [
-        to_plain(load_config([ROOT / f"configs/tiny/{name}.yaml"]))["model"]["params"] for name in ("ldm", "dreambooth")
+        to_plain(load_config([ROOT / f"configs/tiny/{name}.yaml"]))["model"]["params"]
+        for name in ("ldm", "dreambooth")
     ]
     for part in (
         "unet_config",
@@ -347,7 +376,9 @@ def test_inference_and_training_describe_one_model():
         "scale_factor",
     ):
         assert tiny[0][part] == tiny[1][part]
-    train, sample = (to_plain(load_config([path]))["model"]["params"] for path in (FINETUNE, INFERENCE))
+    train, sample = (
+        to_plain(load_config([path]))["model"]["params"] for path in (FINETUNE, INFERENCE)
+    )
     for params in (train, sample):
         params["unet_config"]["params"].pop("use_checkpoint", None)
     assert {key: train[key] for key in sample} == sample
@@ -363,13 +394,25 @@ def test_defaults_bind():
         {
             "model": {"target": "torch.nn.Identity"},
             "data": {"target": "torch.nn.Identity"},
-            "lightning": {"callbacks": CALLBACKS, "modelcheckpoint": MODELCHECKPOINT, "trainer": TRAINER},
+            "lightning": {
+                "callbacks": CALLBACKS,
+                "modelcheckpoint": MODELCHECKPOINT,
+                "trainer": TRAINER,
+            },
         },
         TRAINER_KEYS,
     )
 
 
-HEAVY = {"torch", "pytorch_lightning", "lightning", "transformers", "open_clip", "torchvision", "kornia"}
+HEAVY = {
+    "torch",
+    "pytorch_lightning",
+    "lightning",
+    "transformers",
+    "open_clip",
+    "torchvision",
+    "kornia",
+}
 
 
 @pytest.mark.parametrize("arguments", [["main.py", "--help"], ["-c", "import ldm"]])

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    page for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/**/*.md")] if page.is_file()
+    page
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/**/*.md")]
+    if page.is_file()
 )
 PATH = re.compile(r"(?:ldm|configs|scripts|docs|tests|models/tiny)/[\w./-]*[\w/]")
 
@@ -38,7 +40,9 @@ def test_paths_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
     named = {path for code in re.findall(r"`([^`\n]+)`", text) for path in PATH.findall(code)}
     made_by_a_run = re.compile(r"models/tiny/(sprites|cache)|models/ldm")
-    missing = [path for path in named if not made_by_a_run.match(path) and not (ROOT / path).exists()]
+    missing = [
+        path for path in named if not made_by_a_run.match(path) and not (ROOT / path).exists()
+    ]
     assert not missing, f"{page.name} names {missing}"
 
 
@@ -47,7 +51,9 @@ def test_python_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for page in (ROOT / "docs/python.md", ROOT / "README.md"):
         names = {}
-        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(
+            r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        ):
             block = block.replace('save("car.png")', f'save("{tmp_path}/readme.png")')
             exec(block.replace("outputs/python", str(tmp_path)), names)
         assert (tmp_path / ("readme.png" if page.name == "README.md" else "car.png")).exists()

@@ -1,8 +1,8 @@
 """The rooms of `ldm/` import each other in one direction, and some things stand in none of them.
 
-A room is a folder of `ldm/`; the files beside the folders are the ground floor. Imports are read from the
-sources, inside of functions too: a late import that hides a climb is a wall in the wrong place. Only what
-a type checker alone sees (`if TYPE_CHECKING:`) does not count.
+A room is a folder of `ldm/`; the files beside the folders are the ground floor. Imports are read
+from the sources, inside of functions too: a late import that hides a climb is a wall in the wrong
+place. Only what a type checker alone sees (`if TYPE_CHECKING:`) does not count.
 """
 
 import ast
@@ -82,9 +82,15 @@ def modules(node: ast.AST, package: str) -> list[str]:
             base = ".".join([*above, *base.split(".")]).strip(".")
         inner = [f"{base}.{alias.name}" for alias in node.names]
         return [name if is_module(name) else base for name in inner]
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+    if (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith("import_module")
+        and node.args
+    ):
         name = node.args[0]
-        return [name.value] if isinstance(name, ast.Constant) and isinstance(name.value, str) else []
+        return (
+            [name.value] if isinstance(name, ast.Constant) and isinstance(name.value, str) else []
+        )
     return []
 
 
@@ -95,7 +101,9 @@ def imports(sources: dict[str, str], ours: tuple[str, ...] = ("ldm",)) -> list[I
         package = file.rpartition("/")[0].replace("/", ".")
         for node in statements(ast.parse(source)):
             names = dict.fromkeys(modules(node, package))
-            found += [Import(file, node.lineno, name) for name in names if name.split(".")[0] in ours]
+            found += [
+                Import(file, node.lineno, name) for name in names if name.split(".")[0] in ours
+            ]
     return found
 
 
@@ -137,7 +145,9 @@ def test_nothing_in_the_library_imports_what_uses_it():
     ],
 )
 def test_an_import_that_climbs_is_named(source):
-    (found,) = climbs({"ldm/models/a.py": source, "ldm/training/b.py": "import ldm.models, ldm.util"})
+    (found,) = climbs(
+        {"ldm/models/a.py": source, "ldm/training/b.py": "import ldm.models, ldm.util"}
+    )
     line = len(source.splitlines())
     assert str(found).startswith(f"ldm/models/a.py:{line} imports ldm.training")
 
@@ -163,11 +173,20 @@ def offences(source: str) -> list[tuple[int, str]]:
     """Find `print`, the literal "cuda" and handlers that catch everything."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+        ):
             found.append((node.lineno, "print: use logging"))
         literal = node.value if isinstance(node, ast.Constant) else None
         if isinstance(literal, str) and literal.partition(":")[0] == "cuda":
-            found.append((node.lineno, f"{literal!r}: compare with ldm.host.CUDA, or ask what the machine has"))
+            found.append(
+                (
+                    node.lineno,
+                    f"{literal!r}: compare with ldm.host.CUDA, or ask what the machine has",
+                )
+            )
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             found.append((node.lineno, "a bare except: name what is caught"))
     return found
@@ -184,7 +203,8 @@ def test_what_stands_nowhere_in_the_library():
 
 
 @pytest.mark.parametrize(
-    "source", ["print('x')", "device = 'cuda'", "x.to('cuda:0')", "try:\n    x()\nexcept:\n    pass"]
+    "source",
+    ["print('x')", "device = 'cuda'", "x.to('cuda:0')", "try:\n    x()\nexcept:\n    pass"],
 )
 def test_what_hygiene_finds(source):
     assert len(offences(source)) == 1

@@ -20,16 +20,27 @@ HERE = __name__
 def test_a_path_is_followed_to_its_value_or_the_default():
     config = RunConfig({"data": {"params": {"train": None, "batch_size": 0}}})
     assert config.get("data.params.batch_size", 3) == 0
-    for path in ("data.params.train.params.size", "data.params.train", "data.params.batch_size.x", "run.seed"):
+    for path in (
+        "data.params.train.params.size",
+        "data.params.train",
+        "data.params.batch_size.x",
+        "run.seed",
+    ):
         assert config.get(path, 3) == 3
-    assert config.section("data.params.train.params") == {} and config.seed == 23 and config.identifier == "sks"
+    assert (
+        config.section("data.params.train.params") == {}
+        and config.seed == 23
+        and config.identifier == "sks"
+    )
     with pytest.raises(UserError, match=r"data\.params\.batch_size: expected a mapping, got 0"):
         config.section("data.params.batch_size")
 
 
 def test_another_value_makes_another_config():
     config = RunConfig({"lightning": {"trainer": None}, "run": {"seed": 1}})
-    other = config.having({"lightning.trainer.max_steps": 3, "run.seed": 2, "model.params.x": 1}).without("run.export")
+    other = config.having(
+        {"lightning.trainer.max_steps": 3, "run.seed": 2, "model.params.x": 1}
+    ).without("run.export")
     assert other.content == {
         "lightning": {"trainer": {"max_steps": 3}},
         "run": {"seed": 2},
@@ -41,7 +52,9 @@ def test_another_value_makes_another_config():
         config.having({"run.seed.deep": 1})
 
 
-@pytest.mark.parametrize("text", ["${x}", "a${b}c", "\\${x}", "\\\\${x}", "$x ${", "{}", "C:\\dog\\", "a: b # c"])
+@pytest.mark.parametrize(
+    "text", ["${x}", "a${b}c", "\\${x}", "\\\\${x}", "$x ${", "{}", "C:\\dog\\", "a: b # c"]
+)
 def test_saved_text_comes_back_as_it_was(tmp_path, text):
     content = {"a": text, "list": [text, {"b": text}], "number": 1.5, "none": None}
     save_yaml(content, tmp_path / "a.yaml")
@@ -79,7 +92,12 @@ class Own:
 
 def test_a_key_that_a_class_takes_is_not_left_out(monkeypatch):
     monkeypatch.setitem(LEGACY, f"{HERE}.Own", {"wrap": "", "other": ""})
-    assert instantiate_from_config({"target": f"{HERE}.Own", "params": {"wrap": True, "other": 1}}).wrap is True
+    assert (
+        instantiate_from_config(
+            {"target": f"{HERE}.Own", "params": {"wrap": True, "other": 1}}
+        ).wrap
+        is True
+    )
 
 
 @pytest.mark.parametrize("old, new", [
@@ -103,7 +121,8 @@ def test_every_renamed_target_is_there():
 
 
 @pytest.mark.parametrize("target, message", [
-    ("ldm.lr_scheduler.LambdaLinear", "unknown target 'ldm.lr_scheduler.LambdaLinear': ldm.optim.schedules has no"),
+    ("ldm.lr_scheduler.LambdaLinear", "unknown target 'ldm.lr_scheduler.LambdaLinear': "
+                                      "ldm.optim.schedules has no"),
     ("ldm.nowhere.Thing", "unknown target 'ldm.nowhere.Thing': there is no module 'ldm.nowhere'"),
 ])  # fmt: skip
 def test_targets_that_are_nowhere(target, message):
@@ -112,7 +131,9 @@ def test_targets_that_are_nowhere(target, message):
 
 
 def test_ldms_scripts_build_a_model_from_a_whole_model_section(tmp_path):
-    """`instantiate_from_config(config.model)` of OmegaConf's containers, as every script of that family calls it."""
+    """`instantiate_from_config(config.model)` of OmegaConf's containers, as every script of that
+    family calls it.
+    """
     config = OmegaConf.load(runs.config(tmp_path))
     assert "base_learning_rate" in config.model
     model = instantiate_from_config(config.model)
@@ -144,5 +165,8 @@ def test_each_level_of_a_config_adds_its_part_of_the_path_once():
 
 def test_what_a_foreign_class_refuses_is_one_line():
     timer = {"target": "pytorch_lightning.callbacks.Timer", "params": {"duration": "soon"}}
-    with pytest.raises(UserError, match=r"^lightning\.callbacks\.t\.params: Timer: .*soon.* is not a valid duration"):
+    with pytest.raises(
+        UserError,
+        match=r"^lightning\.callbacks\.t\.params: Timer: .*soon.* is not a valid duration",
+    ):
         instantiate_from_config(timer, "lightning.callbacks.t")

@@ -14,16 +14,19 @@ from ldm.host import CUDA
 
 
 class StepClock:
-    """Times optimizer steps: `warmup` that do not count, `steps` that do, and one more whose operations are counted.
+    """Times optimizer steps: `warmup` that do not count, `steps` that do, and one more whose
+    operations are counted.
 
-    Counting takes time, and the peak of memory is read before it. Operations are those that PyTorch dispatches:
-    matrix products, convolutions and attention, those that checkpointing repeats included.
+    Counting takes time, and the peak of memory is read before it. Operations are those that PyTorch
+    dispatches: matrix products, convolutions and attention, those that checkpointing repeats
+    included.
 
     Args:
         clock: of `CLOCKS`.
 
     Attributes:
-        seconds: of each of the `steps`, from the end of the step before to its own: the data's way is in it.
+        seconds: of each of the `steps`, from the end of the step before to its own: the data's way
+            is in it.
         peak_bytes: the GPU's, from `begin` on; on the CPU the process's.
         flops: of a step; None if nothing was counted.
     """
@@ -42,20 +45,20 @@ class StepClock:
         return self.warmup + self.steps + 1
 
     def begin(self, device: torch.device) -> None:
-        """The model is ready; the first step follows."""
+        """Start the clock. The model is ready and the first step follows."""
         self._device = device
         if device.type == CUDA:
             torch.cuda.reset_peak_memory_stats(device)
         self._now()
 
     def before(self) -> None:
-        """A step follows, or a further batch of one that accumulates."""
+        """Note that a step follows, or a further batch of a step that accumulates."""
         if self._done == self.total - 1 and self._counter is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
     def after(self) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         self._done += 1
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
@@ -90,7 +93,12 @@ class ClockCallback(pl.Callback):
         self.clock.before()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if trainer.global_step != self._step:  # else between accumulated batches
             self._step = trainer.global_step

@@ -12,8 +12,10 @@ from ldm.errors import UserError
 from ldm.host import environment_with
 
 
-def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
-    """The function's result, computed by a fresh process with further environment variables.
+def in_own_process(
+    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
+) -> Any:
+    """Run a function in a fresh process with further environment variables, and return its result.
 
     Raises:
         UserError: the process was killed; and what the function raises.
@@ -24,4 +26,6 @@ def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[st
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
-            raise UserError("the measuring process was killed; most often it had not enough memory") from error
+            raise UserError(
+                "the measuring process was killed; most often it had not enough memory"
+            ) from error

@@ -20,7 +20,7 @@ GB = 1e9
 
 
 def random_weights(config: Path, path: Path, dtype: str) -> Path:
-    """A checkpoint of a config's model with random weights."""
+    """Write a checkpoint of a config's model with random weights, and return its path."""
     torch.manual_seed(0)
     plain = to_plain(load_config([config]))
     model = instantiate_from_config(target_of(shared_config(plain)), "model")
@@ -29,7 +29,7 @@ def random_weights(config: Path, path: Path, dtype: str) -> Path:
 
 
 def measure_load(config: Path, path: Path, purpose: str, dtype: str) -> dict[str, Any]:
-    """Seconds and memory beyond what the imported packages take; every weight is read once."""
+    """Measure the seconds and the memory of loading, beyond what the imported packages take."""
     plain = to_plain(load_config([config]))
     with torch.device("meta"):
         instantiate_from_config(target_of(plain), "model")  # imports what the model needs
@@ -43,13 +43,18 @@ def measure_load(config: Path, path: Path, purpose: str, dtype: str) -> dict[str
         value.flatten()[:: 4096 // value.element_size()].sum()  # a number of every page
     seconds = time.perf_counter() - start
     peak, size = resident_bytes()[1] - before, tensor_bytes(weights)
-    return {"kind": "load", "for": purpose, "dtype": dtype, "seconds": seconds, "peak_bytes": peak, "weights": size}
+    return {
+        "kind": "load",
+        "for": purpose,
+        "dtype": dtype,
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "weights": size,
+    }
 
 
 def report_load(m: dict[str, Any]) -> str:
-    """The line for a person."""
+    """Return a measurement as one line for a person."""
     sizes = f"peak {m['peak_bytes'] / GB:.2f} GB for {m['weights'] / GB:.2f} GB of weights"
-    return (
-        f"load {m['file']} ({m['file_bytes'] / GB:.2f} GB) to {m['for']} in {m['dtype']}: {m['seconds']:.1f} s, "
-        f"{sizes} ({m['peak_bytes'] / m['weights']:.2f} x)"
-    )
+    what = f"{m['file']} ({m['file_bytes'] / GB:.2f} GB) to {m['for']} in {m['dtype']}"
+    return f"load {what}: {m['seconds']:.1f} s, {sizes} ({m['peak_bytes'] / m['weights']:.2f} x)"

@@ -26,7 +26,7 @@ ENOUGH = 1.0  # second of a product: many processors compute half precision slow
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """The processor, its threads, the GPU that is measured, the packages' versions."""
+    """Describe the processor, its threads, the GPU that is measured, and the packages' versions."""
     found: dict[str, Any] = {
         "platform": platform.platform(),
         "cpu": cpu_model(),
@@ -35,16 +35,20 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
     if device == CUDA:
         found["gpu"] = torch.cuda.get_device_name()
-    return found | {name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))}
+    return found | {
+        name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))
+    }
 
 
 def cpu_model() -> str:
-    """The processor's name, and its instruction set where that name says little."""
+    """Return the processor's name, with its instruction set."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
     lines = cpuinfo.read_text().splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
     return f"{name or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
@@ -55,9 +59,16 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_rate(
-    device_name: str, dtype: str, threads: int, clock: str = "wall", times: int = 5, side: int | None = None
+    device_name: str,
+    dtype: str,
+    threads: int,
+    clock: str = "wall",
+    times: int = 5,
+    side: int | None = None,
 ) -> float:
-    """The best floating-point operations per second, of `clock`, of the product of two large square matrices."""
+    """Return the most floating-point operations per second, by `clock`, that the product of two
+    large square matrices reaches.
+    """
     torch.set_num_threads(threads)
     device, side = torch.device(device_name), side or MATMUL_SIDES[device_name]
     a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
@@ -76,4 +87,6 @@ def matmul_rate(
 def require_diffusers() -> None:
     """Raise a `UserError` if diffusers is not installed."""
     if importlib.util.find_spec("diffusers") is None:
-        raise UserError("--against diffusers: the package is not installed: pip install 'diffusers>=0.30'")
+        raise UserError(
+            "--against diffusers: the package is not installed: pip install 'diffusers>=0.30'"
+        )

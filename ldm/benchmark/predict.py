@@ -18,7 +18,7 @@ COLUMNS = ("", "weights", "optimizer", "gradients", "activations", "both at once
 
 
 def predict(config: Mapping[str, Any]) -> Estimate:
-    """The estimate of a config's training step; no weight of it takes memory here.
+    """Estimate the memory of a config's training step. The weights take no memory here.
 
     Raises:
         UserError: images of any size, or another model than `LatentDiffusion`.
@@ -26,7 +26,9 @@ def predict(config: Mapping[str, Any]) -> Estimate:
     with torch.device("meta"):
         model = instantiate_from_config(target_of(config), "model")
     if not hasattr(model, "objective"):
-        raise UserError(f"model.target: {config['model']['target']}: an estimate is for LatentDiffusion")
+        raise UserError(
+            f"model.target: {config['model']['target']}: an estimate is for LatentDiffusion"
+        )
     data = config["data"]["params"]
     size = (data["train"].get("params") or {}).get("size")
     if not size:
@@ -38,7 +40,7 @@ def predict(config: Mapping[str, Any]) -> Estimate:
 
 
 def predicted(variants: Sequence[Variant]) -> tuple[dict[str, Any], str]:
-    """The estimates of some configs, as figures in bytes and as a table in GB."""
+    """Return the estimates of several configs, as figures in bytes and as a table in GB."""
     found = {variant.name: predict(variant.config) for variant in variants}
     lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
     for name, e in found.items():

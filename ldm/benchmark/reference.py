@@ -1,4 +1,6 @@
-"""The training steps that ours is compared with, built from a config of ours with weights of no meaning."""
+"""The training steps that ours is compared with, built from a config of ours with weights of no
+meaning.
+"""
 
 from __future__ import annotations
 
@@ -31,29 +33,33 @@ class Reference(Protocol):
     """Something that trains."""
 
     def step(self) -> None:
-        """One optimizer step, of as many images as our configs' step takes."""
+        """Take one optimizer step, of as many images as our config's step takes."""
 
 
 def has_prior(config: Mapping[str, Any]) -> bool:
-    """Whether a step has class images beside those of the subject."""
+    """Return whether a step has class images beside those of the subject."""
     return bool(config["data"]["params"].get("reg"))
 
 
 def autocast_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    """What the config's precision computes in where it is not float32."""
+    """Return the type that the config's precision computes in, or None for float32."""
     precision = str(RunConfig(config).get("lightning.trainer.precision", "32-true"))
     if precision not in AUTOCAST:
-        raise UserError(f"lightning.trainer.precision: {precision}: measured are {', '.join(AUTOCAST)}")
+        raise UserError(
+            f"lightning.trainer.precision: {precision}: measured are {', '.join(AUTOCAST)}"
+        )
     return AUTOCAST[precision]
 
 
 def accumulated(config: Mapping[str, Any]) -> int:
-    """Batches of an optimizer step."""
+    """Return the number of batches in an optimizer step."""
     return int(RunConfig(config).get("lightning.trainer.accumulate_grad_batches", 1))
 
 
 class Noise:
-    """A config's batches: noise for images, subject first, and their captions; ready before the clock starts."""
+    """A config's batches: noise for images, subject first, and their captions; ready before the
+    clock starts.
+    """
 
     def __init__(self, config: Mapping[str, Any]):
         params = config["data"]["params"]
@@ -68,7 +74,8 @@ class Noise:
 class Networks:
     """A config's networks as diffusers and transformers have them, with random weights.
 
-    `embedder` is our text encoder on the meta device: its tokens are theirs. `scheduler` is a scheduler's config.
+    `embedder` is our text encoder on the meta device: its tokens are theirs. `scheduler` is a
+    scheduler's config.
     """
 
     unet: Any
@@ -78,7 +85,7 @@ class Networks:
     scheduler: dict[str, Any]
 
     def noise_schedule(self) -> Any:
-        """Their forward process, for training."""
+        """Return the scheduler that adds noise in training."""
         from diffusers import DDPMScheduler
 
         return DDPMScheduler.from_config(self.scheduler)
@@ -93,8 +100,12 @@ def diffusers_networks(config: Mapping[str, Any]) -> Networks:
     with torch.device("meta"):
         ours = instantiate_from_config(target_of(config), "model")
     return Networks(
-        UNet2DConditionModel.from_config(unet_config(params["unet_config"]["params"], ours.image_size)),
-        AutoencoderKL.from_config(vae_config(params["first_stage_config"]["params"], ours.scale_factor)),
+        UNet2DConditionModel.from_config(
+            unet_config(params["unet_config"]["params"], ours.image_size)
+        ),
+        AutoencoderKL.from_config(
+            vae_config(params["first_stage_config"]["params"], ours.scale_factor)
+        ),
         CLIPTextModel(CLIPTextConfig(**text_config(ours.cond_stage_model))),
         ours.cond_stage_model,
         scheduler_config(params),
@@ -102,11 +113,12 @@ def diffusers_networks(config: Mapping[str, Any]) -> Networks:
 
 
 class DiffusersDreamBooth:
-    """A step as diffusers' DreamBooth example takes it, with prior preservation and a trained text encoder.
+    """A step as diffusers' DreamBooth example takes it, with prior preservation and a trained text
+    encoder.
 
-    Every step encodes the images of both halves anew, runs each network once over them, and clips the gradient's
-    norm to 1 before AdamW. The autoencoder is in the precision of the autocast. With the UNet's `use_checkpoint`, UNet
-    and text encoder recompute their activations.
+    Every step encodes the images of subject and class anew, runs each network once over them, and
+    clips the gradient's norm to 1 before AdamW. The autoencoder is in the precision of the
+    autocast. With the UNet's `use_checkpoint`, UNet and text encoder recompute their activations.
     """
 
     def __init__(self, config: Mapping[str, Any], device: torch.device):
@@ -132,13 +144,15 @@ class DiffusersDreamBooth:
         self.images, self.tokens = batch.images, self.embedder.tokenize(batch.captions)
 
     def latents(self, images: Images) -> Tensor:
-        """Scaled samples of the images' posteriors."""
+        """Sample the images' posteriors and scale the samples."""
         with torch.no_grad():
             posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         return posterior.sample() * self.vae.config.scaling_factor
 
-    def loss(self, latents: Tensor, tokens: Int[Tensor, "b n"], noise: Tensor, t: Int[Tensor, " b"]) -> Tensor:
-        """instance + weight x prior, of the two halves of one pass."""
+    def loss(
+        self, latents: Tensor, tokens: Int[Tensor, "b n"], noise: Tensor, t: Int[Tensor, " b"]
+    ) -> Tensor:
+        """Compute the subject's loss + weight x the prior, from one pass over both."""
         noisy = self.scheduler.add_noise(latents, noise, t)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             context = self.text_encoder(tokens)[0]
@@ -153,10 +167,12 @@ class DiffusersDreamBooth:
         return instance + self.prior_weight * F.mse_loss(output_prior.float(), target_prior.float())
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         for _ in range(self.batches):
             latents = self.latents(self.images.to(self.device))
-            t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=self.device)
+            t = torch.randint(
+                self.scheduler.config.num_train_timesteps, (len(latents),), device=self.device
+            )
             loss = self.loss(latents, self.tokens.to(self.device), torch.randn_like(latents), t)
             self.scaler.scale(loss / self.batches).backward()
         self.scaler.unscale_(self.optimizer)
@@ -167,9 +183,11 @@ class DiffusersDreamBooth:
 
 
 class TwoForward:
-    """The plain step on our own modules: a pass of every network for the subject and another for its prior.
+    """The plain step on our own modules: a pass of every network for the subject and another for
+    its prior.
 
-    As the CompVis-style reference takes it: float32, every image encoded in every step, AdamW as PyTorch has it.
+    As the CompVis-style reference takes it: float32, every image encoded in every step, AdamW as
+    PyTorch has it.
     """
 
     def __init__(self, config: Mapping[str, Any], device: torch.device):
@@ -177,23 +195,25 @@ class TwoForward:
         self.batches = accumulated(config)
         batch = Noise(config)
         count = batch.batch_size
-        self.halves = list(zip(batch.images.split(count), (batch.captions[:count], batch.captions[count:])))
+        self.parts = list(
+            zip(batch.images.split(count), (batch.captions[:count], batch.captions[count:]))
+        )
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=config["model"]["base_learning_rate"])
 
-    def half(self, images: Images, captions: list[str]) -> Tensor:
-        """The mean loss of one half."""
+    def part_loss(self, images: Images, captions: list[str]) -> Tensor:
+        """Compute the mean loss of the subject's images, or of the class images."""
         model = self.model
         latents = model.get_first_stage_encoding(model.encode_first_stage(images.to(model.device)))
         t = torch.randint(len(model.betas), (len(latents),), device=model.device)
         return model.p_losses(latents, model.get_learned_conditioning(captions), t)[0]
 
     def loss(self) -> Tensor:
-        """Of both halves."""
-        return self.model.objective.combine([self.half(*half) for half in self.halves])
+        """Compute the subject's loss + weight x the prior, one pass for each."""
+        return self.model.objective.combine([self.part_loss(*part) for part in self.parts])
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         for _ in range(self.batches):
             (self.loss() / self.batches).backward()
         self.optimizer.step()

@@ -12,19 +12,23 @@ RATIOS = ("speed", "memory")
 
 
 def merged(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several measurements of one variant as one: all their seconds, the highest peak."""
+    """Merge several measurements of one variant: all their seconds, and the highest peak."""
     if failed := [m["failed"] for m in rounds if "failed" in m]:
         return {"failed": failed[0]}
-    lists = {key: [value for m in rounds for value in m[key]] for key in rounds[0] if isinstance(rounds[0][key], list)}
+    lists = {
+        key: [value for m in rounds for value in m[key]]
+        for key in rounds[0]
+        if isinstance(rounds[0][key], list)
+    }
     return {**rounds[0], **lists, "peak_bytes": max(m["peak_bytes"] for m in rounds)}
 
 
 def figures(measured: Mapping[str, Any], images: int, peak_rate: float | None) -> dict[str, Any]:
-    """What a variant reached, beside what was measured.
+    """Compute what a variant reached from what was measured.
 
     Args:
-        measured: `seconds` of each repetition, which makes `images`; `peak_bytes`; `flops` of a repetition; of
-            sampling also `step_seconds`, which a training's `seconds` are.
+        measured: `seconds` of each repetition, which makes `images`; `peak_bytes`; `flops` of a
+            repetition; of sampling also `step_seconds`, which a training's `seconds` are.
         peak_rate: of the machine, in floating-point operations per second.
     """
     if "failed" in measured:
@@ -44,7 +48,9 @@ def figures(measured: Mapping[str, Any], images: int, peak_rate: float | None) -
 
 
 def compare(variants: Sequence[dict[str, Any]], compared_to: str) -> None:
-    """Add to each variant how many times the images per second, and the memory, it has of the one compared to."""
+    """Add to each variant how many times the images per second, and the memory, it has of the one
+    compared to.
+    """
     base = next(v for v in variants if v["name"] == compared_to)
     for variant in variants:
         if "failed" not in variant and "failed" not in base:
@@ -54,7 +60,7 @@ def compare(variants: Sequence[dict[str, Any]], compared_to: str) -> None:
 
 
 def table(variants: Sequence[Mapping[str, Any]], compared_to: str) -> str:
-    """The variants as a table in Markdown, aligned for a terminal."""
+    """Format the variants as a table in Markdown that is aligned for a terminal."""
     header = [*COLUMNS, *(f"{name}, x {compared_to}" for name in RATIOS)]
     rows = [header, *([v["name"], *_cells(v)] for v in variants)]
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
@@ -84,10 +90,12 @@ def _cells(v: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def told(measured: Mapping[str, Any]) -> str:
-    """The machine and the table, for a person."""
+def describe(measured: Mapping[str, Any]) -> str:
+    """Describe the machine and show the table, for a person."""
     facts = measured["machine"]
-    rates = ", ".join(f"{dtype} {rate / TERA:.3g}" for dtype, rate in facts["matmul_flops_per_second"].items())
+    rates = ", ".join(
+        f"{dtype} {rate / TERA:.3g}" for dtype, rate in facts["matmul_flops_per_second"].items()
+    )
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
     head = f"{where}; torch {facts['torch']}; TFLOP/s of a matrix product: {rates}"
     return f"{head}\n\n{table(measured['variants'], measured['compared_to'])}"

@@ -1,4 +1,6 @@
-"""Sampling, measured: this project's `text_to_image`, and diffusers' pipeline with the same sampler."""
+"""Sampling, measured: this project's `text_to_image`, and diffusers' pipeline with the same
+sampler.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,13 @@ class Program(Protocol):
     unet: torch.nn.Module
 
     def draw(self, steps: int) -> None:
-        """A batch of pictures."""
+        """Draw a batch of pictures."""
 
 
 class Ours:
-    """`load_model` and `text_to_image`; below float32 the matrices are in that precision, under its autocast."""
+    """`load_model` and `text_to_image`; below float32 the matrices are in that precision, under its
+    autocast.
+    """
 
     def __init__(self, config: Path, weights: Path, settings: Settings):
         self.settings, self.dtype = settings, DTYPES[settings.dtype]
@@ -58,8 +62,13 @@ class Ours:
         self.side = settings.size or self.model.image_size * self.model.downsampling
 
     def draw(self, steps: int) -> None:
-        batch, recipe = self.settings.batch, Recipe(steps, GUIDANCE, height=self.side, width=self.side)
-        with torch.autocast(self.settings.device, self.dtype, enabled=self.dtype is not torch.float32):
+        batch, recipe = (
+            self.settings.batch,
+            Recipe(steps, GUIDANCE, height=self.side, width=self.side),
+        )
+        with torch.autocast(
+            self.settings.device, self.dtype, enabled=self.dtype is not torch.float32
+        ):
             text_to_image(self.model, [PROMPT] * batch, range(batch), recipe)
 
 
@@ -95,7 +104,10 @@ class Diffusers:
         self.pipeline(prompts, side, side, num_inference_steps=steps, guidance_scale=GUIDANCE)
 
 
-PROGRAMS: dict[str, Callable[[Path, Path, Settings], Program]] = {"ours": Ours, "diffusers": Diffusers}
+PROGRAMS: dict[str, Callable[[Path, Path, Settings], Program]] = {
+    "ours": Ours,
+    "diffusers": Diffusers,
+}
 
 
 class UNetSpan:
@@ -116,15 +128,18 @@ class UNetSpan:
 
 
 def measure_sampling(kind: str, config: Path, weights: Path, settings: Settings) -> dict[str, Any]:
-    """What a batch of pictures takes, in this process.
+    """Measure what a batch of pictures takes, in this process.
 
     Returns:
-        `seconds` of the batch, `step_seconds` of a denoising step, `peak_bytes` (on a CPU beyond what the imported
-        packages take), `flops` of the batch; or `failed`, if the GPU's memory did not suffice.
+        `seconds` of the batch, `step_seconds` of a denoising step, `peak_bytes` (on a CPU beyond
+        what the imported packages take), `flops` of the batch; or `failed`, if the GPU's memory did
+        not suffice.
     """
     torch.set_num_threads(settings.threads)
     with torch.device("meta"):
-        instantiate_from_config(target_of(to_plain(load_config([config]))), "model")  # imports what the model needs
+        instantiate_from_config(
+            target_of(to_plain(load_config([config]))), "model"
+        )  # imports what the model needs
     device = torch.device(settings.device)
     before = resident_bytes()[0] if device.type == "cpu" else 0
     try:
@@ -138,7 +153,7 @@ def measure_sampling(kind: str, config: Path, weights: Path, settings: Settings)
 
 
 def _counted(program: Program, steps: int) -> int:
-    """The floating-point operations of a batch."""
+    """Count the floating-point operations of a batch."""
     with FlopCounterMode(display=False) as counter:
         program.draw(steps)
     return counter.get_total_flops()

@@ -1,4 +1,6 @@
-"""Training steps, measured: this project's own `train`, and the references of `ldm.benchmark.reference`."""
+"""Training steps, measured: this project's own `train`, and the references of
+`ldm.benchmark.reference`.
+"""
 
 from __future__ import annotations
 
@@ -41,29 +43,35 @@ class Settings:
     weights: Path | None = None
 
     def new_clock(self) -> StepClock:
-        """A clock for one training."""
+        """Return a clock for one training."""
         return StepClock(self.warmup, self.steps, self.clock)
 
 
 def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """What some steps of a config take, in this process.
+    """Measure what some steps of a config take, in this process.
 
     Args:
         kind: `ours`, or one of `REFERENCES`.
         config: plain containers, checked.
 
     Returns:
-        `seconds` of each step, `peak_bytes` (on a CPU beyond what the imported packages take) and `flops` of a step;
-        or `failed`, if the memory did not suffice.
+        `seconds` of each step, `peak_bytes` (on a CPU beyond what the imported packages take) and
+        `flops` of a step; or `failed`, if the memory did not suffice.
     """
     torch.set_num_threads(settings.threads)
     with torch.device("meta"):
         instantiate_from_config(target_of(config), "model")  # imports what the model needs
     before = resident_bytes()[0] if settings.device == "cpu" else 0
     try:
-        clock = _clocked_training(config, settings) if kind == OURS else _clocked_reference(kind, config, settings)
+        clock = (
+            _clocked_training(config, settings)
+            if kind == OURS
+            else _clocked_reference(kind, config, settings)
+        )
     except (UserError, RuntimeError, MemoryError) as error:
-        if not any(is_out_of_memory(e) for e in (error, error.__cause__) if e is not None):  # `train` explains its own
+        if not any(
+            is_out_of_memory(e) for e in (error, error.__cause__) if e is not None
+        ):  # `train` explains its own
             raise
         return {"failed": "out of memory"}
     return {"seconds": clock.seconds, "peak_bytes": clock.peak_bytes - before, "flops": clock.flops}
@@ -72,7 +80,9 @@ def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -
 def _clocked_training(config: Mapping[str, Any], settings: Settings) -> StepClock:
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
         config = training_config(config, settings, Path(folder))
-        trained = train(RunConfig(config), Run(Path(folder) / "run", "benchmark"), Start(settings.weights))
+        trained = train(
+            RunConfig(config), Run(Path(folder) / "run", "benchmark"), Start(settings.weights)
+        )
     callbacks: list[Any] = trained.trainer.callbacks  # type: ignore[attr-defined]
     return next(callback.clock for callback in callbacks if isinstance(callback, ClockCallback))
 
@@ -93,13 +103,17 @@ def _clocked_reference(kind: str, config: Mapping[str, Any], settings: Settings)
 
 
 def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) -> dict[str, Any]:
-    """The config with photos of noise, nothing logged or kept, and a clock."""
+    """Return the config with photos of noise, with nothing logged or kept, and with a clock."""
     config = copy.deepcopy(dict(given))
     total = settings.new_clock().total
     _use_noise(config["data"]["params"], folder, total * accumulated(config))
     asked = RunConfig(config)
     callbacks = asked.section("lightning.callbacks")
-    pictures = [name for name, known in callbacks.items() if "ImageLogger" in str((known or {}).get("target"))]
+    pictures = [
+        name
+        for name, known in callbacks.items()
+        if "ImageLogger" in str((known or {}).get("target"))
+    ]
     lightning = config["lightning"] = dict(asked.section("lightning"))
     clock = {
         "target": f"{ClockCallback.__module__}.{ClockCallback.__name__}",
@@ -119,7 +133,7 @@ def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) 
 
 
 def _use_noise(data: dict[str, Any], folder: Path, batches: int) -> None:
-    """Two batches of photos of noise for the subject and as many for its class, and no validation."""
+    """Make two batches of noise for the subject and two for its class. Leave validation out."""
     for name in ("validation", "test", "num_class_images"):
         data.pop(name, None)
     if data.get("latent_cache"):
@@ -134,8 +148,10 @@ def _use_noise(data: dict[str, Any], folder: Path, batches: int) -> None:
 
 
 def write_photos(folder: Path, count: int, size: int, seed: int) -> None:
-    """Square pictures of noise."""
+    """Write square pictures of noise."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     for number in range(count):
-        Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )

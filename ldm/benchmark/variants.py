@@ -34,10 +34,11 @@ class Variant:
 def variants(
     base: Sequence[Path], overrides: Sequence[str], switches: Sequence[str], against: Sequence[str]
 ) -> list[Variant]:
-    """The references, ours as configured, and ours with each switch.
+    """List the references, ours as configured, and ours with each switch.
 
     Raises:
-        UserError: a config, override or switch that is wrong, a name given twice, or a reference that cannot be built.
+        UserError: a config, override or switch that is wrong, a name given twice, or a reference
+            that cannot be built.
     """
     config = checked_config(base, overrides)
     rows = [Variant(kind, kind, config) for kind in against]
@@ -49,14 +50,18 @@ def variants(
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"'{twice[0]}' is the name of two rows")
     if against and config["model"]["params"].get("lora"):
-        raise UserError(f"--against {against[0]}: trains all weights, model.params.lora only adapters")
+        raise UserError(
+            f"--against {against[0]}: trains all weights, model.params.lora only adapters"
+        )
     if "diffusers" in against:
         require_diffusers()
     return rows
 
 
 def checked_config(base: Sequence[Path], overrides: Sequence[str]) -> dict[str, Any]:
-    """The merged files and overrides, each key of which something reads, with a subject to train on."""
+    """Merge the files and overrides, and check that each key is read and that there is a
+    subject.
+    """
     config = to_plain(load_config(base, overrides))
     check_config(config, TRAINER_KEYS)
     if not RunConfig(config).get("data.params.train"):
@@ -65,7 +70,7 @@ def checked_config(base: Sequence[Path], overrides: Sequence[str]) -> dict[str, 
 
 
 def parse_switch(text: str) -> tuple[str, list[str]]:
-    """`"name: key=value key=value"` as its name and overrides."""
+    """Split `"name: key=value key=value"` into its name and its overrides."""
     name, colon, changes = text.partition(":")
     if not (name.strip() and colon and changes.split()):
         raise UserError(f"--switch '{text}': expected 'NAME: key.path=value ...'")
@@ -79,7 +84,7 @@ def training_rows(
     against: Sequence[str],
     settings: Settings,
 ) -> list[Row]:
-    """What measures each of `variants`; raises as it does."""
+    """Return what measures each of `variants`; raise as it does."""
     return [
         Row(
             v.name,
@@ -94,11 +99,11 @@ def training_rows(
 
 
 def images_per_step(config: dict[str, Any]) -> int:
-    """Images of an optimizer step, those of the subject and of the class."""
+    """Count the images of an optimizer step, those of the subject and of the class."""
     return config["data"]["params"]["batch_size"] * (1 + has_prior(config)) * accumulated(config)
 
 
 def _dtype(variant: Variant) -> str:
-    """The name in `DTYPES` of what a variant computes in."""
+    """Return the name in `DTYPES` of what a variant computes in."""
     dtype = None if variant.kind == "two-forward" else autocast_dtype(variant.config)
     return next(name for name, known in DTYPES.items() if known == (dtype or torch.float32))

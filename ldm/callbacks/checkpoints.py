@@ -22,20 +22,28 @@ LAST = "last.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files through `ldm.checkpoints.loading`: safe to read, never half-written."""
+    """Lightning's checkpoint files through `ldm.checkpoints.loading`: safe to read, never
+    half-written.
+    """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         save_checkpoint(checkpoint, path)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read_checkpoint(path)
 
 
 class CheckpointKeeper(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint`, with `last.ckpt` always the newest one and at no cost in space.
+    """Lightning's `ModelCheckpoint`, with `last.ckpt` always the newest one and at no cost in
+    space.
 
-    It is a second name (a hard link) of the newest checkpoint, and is also written when the run ends or is
-    interrupted. Remembers each checkpoint's value of the metric `score`, for the summary.
+    It is a second name (a hard link) of the newest checkpoint, and is also written when the run
+    ends or is interrupted. Remembers each checkpoint's value of the metric `score`, for the
+    summary.
     """
 
     def __init__(self, score: str | None = None, save_last: bool = True, **kwargs: Any):
@@ -54,12 +62,15 @@ class CheckpointKeeper(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # Going on from an earlier checkpoint will replace `last.ckpt`, which may be the only one of its step.
+        # Going on from an earlier checkpoint will replace `last.ckpt`, which may be the only one of
+        # its step.
         start, last = trainer.ckpt_path, self.last_path
         if not (start and trainer.is_global_zero and last.exists()) or last.samefile(start):
             return
         if last.stat().st_nlink == 1:
-            stamp = datetime.datetime.fromtimestamp(last.stat().st_mtime).strftime("%Y-%m-%dT%H-%M-%S")
+            stamp = datetime.datetime.fromtimestamp(last.stat().st_mtime).strftime(
+                "%Y-%m-%dT%H-%M-%S"
+            )
             os.link(last, kept := last.with_name(f"last-of-{stamp}.ckpt"))
             log.info("%s is kept as %s", last, kept.name)
 
@@ -70,7 +81,11 @@ class CheckpointKeeper(ModelCheckpoint):
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {moved(key): moved(inner) for key, inner in value.items()}
-            return value.replace(there, here, 1) if isinstance(value, str) and value.startswith(there) else value
+            return (
+                value.replace(there, here, 1)
+                if isinstance(value, str) and value.startswith(there)
+                else value
+            )
 
         super().load_state_dict(moved(state_dict))
 
@@ -102,7 +117,8 @@ class CheckpointKeeper(ModelCheckpoint):
             self.last_step = self._last_global_step_saved = trainer.global_step
 
     def save_at(self, trainer: pl.Trainer, positions: dict[str, Any]) -> None:
-        """Write `last.ckpt` from the weights as they are, with a training's `positions` from before.
+        """Write `last.ckpt` from the weights as they are, with a training's `positions` from
+        before.
 
         Call it on the first process alone: it asks nothing of the others.
         """
@@ -111,15 +127,22 @@ class CheckpointKeeper(ModelCheckpoint):
             trainer.strategy.save_checkpoint({**content, **positions}, self.last_path)
             self.last_step = self._last_global_step_saved = positions["global_step"]
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Leave it to `KeepWholeSteps`, which knows whether the weights are of a whole step."""
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        # Not only in on_train_end: by then Lightning has closed the epoch that it stopped in, and a run that
-        # goes on from there would begin a new one.
+        # Not only in on_train_end: by then Lightning has closed the epoch that it stopped in, and a
+        # run that goes on from there would begin a new one.
         if 0 < trainer.max_steps <= trainer.global_step:
             self.save_last_now(trainer)
 
@@ -134,7 +157,9 @@ class CheckpointKeeper(ModelCheckpoint):
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make `target` another name of `source`, or a copy where the file system has no links; atomically."""
+    """Make `target` another name of `source`, or a copy where the file system has no links;
+    atomically.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:

@@ -19,7 +19,9 @@ from ldm.optim.boundary import at_step_boundary
 
 
 class CsvLog(CSVLogger):
-    """Lightning's logger, whose rows `RowsFirst` writes, and whose file is never empty for a moment."""
+    """Lightning's logger, whose rows `RowsFirst` writes, and whose file is never empty for a
+    moment.
+    """
 
     _ahead: tuple[int | None, dict[str, float]] | None = None
 
@@ -46,7 +48,9 @@ class CsvLog(CSVLogger):
 
 class _Writer(ExperimentWriter):
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """Write the rows anew under more columns, in one go: a kill would leave Lightning's file empty."""
+        """Write the rows anew under more columns, in one go: a kill would leave Lightning's file
+        empty.
+        """
         with open(self.metrics_file_path, newline="") as file:
             rows = list(csv.DictReader(file))
 
@@ -77,7 +81,9 @@ class RowsFirst(pl.Callback):
         if at_step_boundary(trainer, batch_idx):
             _write_row(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         loop = trainer.fit_loop.epoch_loop
         progress: Any = loop.batch_progress.current
         # Lightning counts a batch as completed when all callbacks are done with it.

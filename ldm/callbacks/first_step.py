@@ -26,8 +26,8 @@ WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 def checksum(values: Tensor) -> Tensor:
     """Return two integers, (2,), that change with any of the bits, but for a rare coincidence.
 
-    They are weighted sums, modulo 2^64, of the rows and of the columns of the bits as a table of integers. Nothing is
-    copied.
+    They are weighted sums, modulo 2^64, of the rows and of the columns of the bits as a table of
+    integers. Nothing is copied.
     """
     words = _words(values.detach())
     full = len(words) // WIDTH
@@ -46,11 +46,15 @@ def _words(values: Tensor) -> Tensor:
     """Return the bits of a tensor as a vector of the widest integers that fit."""
     flat = values.reshape(-1)
     sizes = (flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size())
-    return flat.view(next(word for word in WORDS if all(size % word.itemsize == 0 for size in sizes)))
+    return flat.view(
+        next(word for word in WORDS if all(size % word.itemsize == 0 for size in sizes))
+    )
 
 
 def part_of(name: str, trained: bool) -> str:
-    """Name the part of the network that a parameter belongs to; adapters that are trained are parts too."""
+    """Name the part of the network that a parameter belongs to; adapters that are trained are parts
+    too.
+    """
     child = name.partition(".")[0]
     part = PARTS.get(child, child)
     return f"LoRA adapters of the {part}" if trained and ADAPTER in name else part
@@ -59,9 +63,10 @@ def part_of(name: str, trained: bool) -> str:
 class FirstStepCheck(pl.Callback):
     """Compares every tensor before and after the first optimizer step of a new or resumed run.
 
-    The check waits for a step that could move something: one whose learning rate is not 0 and that a gradient scaler
-    did not skip. What has not moved is looked at again, at twice the step, while the learning rate still rises or no
-    gradient arrives yet (as behind layers that begin at zero). It costs two sums over the weights, and no copies.
+    The check waits for a step that could move something: one whose learning rate is not 0 and that
+    a gradient scaler did not skip. What has not moved is looked at again, at twice the step, while
+    the learning rate still rises or no gradient arrives yet (as behind layers that begin at zero).
+    It costs two sums over the weights, and no copies.
 
     Args:
         patience: steps that it waits for gradients, once the learning rate has risen.
@@ -83,15 +88,24 @@ class FirstStepCheck(pl.Callback):
         if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             self._before = {name: checksum(value) for name, value in _tensors(pl_module)}
             # As of now: a part may stop to train before a step is looked at.
-            self._frozen = self._before.keys() - {n for n, p in pl_module.named_parameters() if p.requires_grad}
+            self._frozen = self._before.keys() - {
+                n for n, p in pl_module.named_parameters() if p.requires_grad
+            }
             self._steps, self._next = 0, 1
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
         if self._before is not None:
             self._rate = _rate(optimizer)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if self._before is None or not at_step_boundary(trainer, batch_idx):
             return
@@ -105,7 +119,9 @@ class FirstStepCheck(pl.Callback):
         else:
             self._next = 2 * self._steps
 
-    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, before: Mapping[str, Tensor]) -> bool:
+    def _check(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, before: Mapping[str, Tensor]
+    ) -> bool:
         """Return whether there is nothing more to wait for."""
         still = unchanged(before, pl_module)
         _check_frozen(self._frozen - still, trainer.global_step)
@@ -115,7 +131,9 @@ class FirstStepCheck(pl.Callback):
         stuck = [name for name in trained if name in still]
         pulled = [name for name in stuck if _has_gradient(trained[name])]
         idle = _parts(trained) - _parts(name for name in trained if name not in still)
-        if (self._rises(trainer) and (pulled or idle)) or (idle - _parts(pulled) and self._steps < self.patience):
+        if (self._rises(trainer) and (pulled or idle)) or (
+            idle - _parts(pulled) and self._steps < self.patience
+        ):
             return False
         if idle:
             raise UserError(self._idle_text(trainer, idle, bool(idle & _parts(pulled))))
@@ -129,7 +147,8 @@ class FirstStepCheck(pl.Callback):
             return
         listed = ", ".join(pulled[:3]) + (", ..." if len(pulled) > 3 else "")
         log.warning(
-            "step %d: %d of %d trained tensors had a gradient but did not move: the learning rate, %.3g, is small for "
+            "step %d: %d of %d trained tensors had a gradient but did not move: the learning rate, "
+            "%.3g, is small for "
             "the precision of their values (%s)",
             *(step, len(pulled), trained, self._rate, listed),
         )
@@ -143,10 +162,13 @@ class FirstStepCheck(pl.Callback):
         where = f"step {trainer.global_step}: the {named} should train, but no weight has moved"
         if pulled:
             return (
-                f"{where} at a learning rate of {self._rate:.3g}, which is too small for the precision of the weights, "
+                f"{where} at a learning rate of {self._rate:.3g}, which is too small for the "
+                "precision of the weights, "
                 "or the optimizer does not hold them: raise model.base_learning_rate"
             )
-        return f"{where}: no gradient arrives there; freeze it, or see what detaches it from the loss"
+        return (
+            f"{where}: no gradient arrives there; freeze it, or see what detaches it from the loss"
+        )
 
 
 def unchanged(before: Mapping[str, Tensor], module: nn.Module) -> set[str]:
@@ -160,9 +182,15 @@ def unchanged(before: Mapping[str, Tensor], module: nn.Module) -> set[str]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what is compared: all parameters, and the buffers that training has no reason to change."""
+    """Yield what is compared: all parameters, and the buffers that training has no reason to
+    change.
+    """
     yield from module.named_parameters()
-    trains = {name for name, child in module.named_children() if any(p.requires_grad for p in child.parameters())}
+    trains = {
+        name
+        for name, child in module.named_children()
+        if any(p.requires_grad for p in child.parameters())
+    }
     averages = {name for name, child in module.named_children() if isinstance(child, LitEma)}
     for name, value in module.named_buffers():
         child, _, inside = name.partition(".")
@@ -176,7 +204,8 @@ def _check_frozen(changed: set[str], step: int) -> None:
         more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         part = f" ({part_of(moved[0], False)})" if "." in moved[0] else ""
         raise UserError(
-            f"step {step}: {moved[0]}{part}{more} is frozen, but has changed: an optimizer holds it, or something "
+            f"step {step}: {moved[0]}{part}{more} is frozen, but has changed: an optimizer holds "
+            "it, or something "
             "wrote into it; lightning.callbacks.first_step=null trains nevertheless"
         )
 
@@ -198,4 +227,8 @@ def _skipped(trainer: pl.Trainer, module: nn.Module) -> bool:
     if getattr(trainer.precision_plugin, "scaler", None) is None:
         return False
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return not bool(torch.stack([grad.isfinite().all() for grad in gradients]).all()) if gradients else False
+    return (
+        not bool(torch.stack([grad.isfinite().all() for grad in gradients]).all())
+        if gradients
+        else False
+    )

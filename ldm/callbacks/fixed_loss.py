@@ -1,4 +1,6 @@
-"""The loss of a few training examples at fixed time steps with fixed noise: a curve without the noise of sampling."""
+"""The loss of a few training examples at fixed time steps with fixed noise: a curve without the
+noise of sampling.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PARTS = {"subject": "train", "prior": "reg"}  # the datamodule's names of the da
 
 @dataclass(frozen=True)
 class Fixed:
-    """Hold what is evaluated of the subject or of the prior: latents, captions, and noise for each pair."""
+    """Hold what is evaluated of the subject or of the prior: latents, captions, and noise for each
+    pair.
+    """
 
     latents: Tensor  # (examples, z, h, w)
     captions: list[str]
@@ -32,16 +36,19 @@ class Fixed:
 
 
 class FixedLoss(pl.Callback):
-    """Logs `val/loss_subject_fixed` and, with a prior, `val/loss_prior_fixed`: a function of the weights alone.
+    """Logs `val/loss_subject_fixed` and, with a prior, `val/loss_prior_fixed`: a function of the
+    weights alone.
 
-    The step that is logged is the number of optimizer steps that made the weights; the first value is from before any.
-    Training is not changed by it. The first process does it, where weights are sharded together with the others.
+    The step that is logged is the number of optimizer steps that made the weights; the first value
+    is from before any. Training is not changed by it. The first process does it, where weights are
+    sharded together with the others.
 
     Args:
         every_n_steps: optimizer steps between two values.
         examples: of the subject and of the prior each, spread over the images; not augmented, and
             with the mode of the posterior as their latent.
-        time_steps: in the middle of as many equal parts of the schedule; every example is evaluated at each.
+        time_steps: in the middle of as many equal parts of the schedule; every example is evaluated
+            at each.
         batch_size: examples that are evaluated at once.
         seed: of the noise.
 
@@ -50,7 +57,12 @@ class FixedLoss(pl.Callback):
     """
 
     def __init__(
-        self, every_n_steps: int = 100, examples: int = 4, time_steps: int = 8, batch_size: int = 4, seed: int = 0
+        self,
+        every_n_steps: int = 100,
+        examples: int = 4,
+        time_steps: int = 8,
+        batch_size: int = 4,
+        seed: int = 0,
     ):
         numbers = {
             "every_n_steps": every_n_steps,
@@ -69,7 +81,10 @@ class FixedLoss(pl.Callback):
     def check(self, model: Any, data: Any) -> None:
         """Raise a `UserError` for a model or data that it cannot evaluate."""
         if not hasattr(model, "p_losses") or not hasattr(data, "datasets"):
-            raise UserError(f"{WHERE}: evaluates latent diffusion models on DataModuleFromConfig's data; remove it")
+            raise UserError(
+                f"{WHERE}: evaluates latent diffusion models on DataModuleFromConfig's "
+                "data; remove it"
+            )
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.check(pl_module, _data(trainer))
@@ -82,7 +97,12 @@ class FixedLoss(pl.Callback):
             self._log(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step:
             self._log(trainer, pl_module)
@@ -99,14 +119,21 @@ class FixedLoss(pl.Callback):
         finally:
             pl_module.train(was_training)
         for logger in trainer.loggers:
-            logger.log_metrics({f"val/loss_{name}_fixed": loss for name, loss in losses.items()}, trainer.global_step)
+            logger.log_metrics(
+                {f"val/loss_{name}_fixed": loss for name, loss in losses.items()},
+                trainer.global_step,
+            )
 
     @torch.no_grad()
     def losses(self, model: Any, datasets: Mapping[str, Any]) -> dict[str, float]:
-        """Return the mean loss of the subject and of the prior; the examples are those of the first call."""
+        """Return the mean loss of the subject and of the prior; the examples are those of the first
+        call.
+        """
         if self._fixed is None:
             present = {name: datasets[key] for name, key in PARTS.items() if key in datasets}
-            self._fixed = {name: self._make(model, dataset, name) for name, dataset in present.items()}
+            self._fixed = {
+                name: self._make(model, dataset, name) for name, dataset in present.items()
+            }
         return {name: self._loss(model, fixed) for name, fixed in self._fixed.items()}
 
     def _make(self, model: Any, dataset: Any, name: str) -> Fixed:
@@ -130,7 +157,9 @@ class FixedLoss(pl.Callback):
             t, noise = fixed.t[part], fixed.noise[part]
             chosen = [number // self.time_steps for number in range(start, start + len(t))]
             cond = model.get_learned_conditioning([fixed.captions[number] for number in chosen])
-            x_start, t, noise = (value.to(model.device) for value in (fixed.latents[chosen], t, noise))
+            x_start, t, noise = (
+                value.to(model.device) for value in (fixed.latents[chosen], t, noise)
+            )
             total += len(chosen) * model.p_losses(x_start, cond, t, noise)[0]
         return float(total) / len(fixed.t)
 

@@ -23,10 +23,11 @@ WHERE = "lightning.callbacks.image_logger.params"
 
 
 class ImageLogger(pl.Callback):
-    """Every `batch_frequency` steps, the grids that the model's `log_images` returns, in `images/{split}/`.
+    """Every `batch_frequency` steps, the grids that the model's `log_images` returns, in
+    `images/{split}/`.
 
-    With them comes a panel in `images/panel/`, the first before anything is learned: rows of pictures of fixed prompts
-    from fixed noise.
+    With them comes a panel in `images/panel/`, the first before anything is learned: rows of
+    pictures of fixed prompts from fixed noise.
 
     Args:
         batch_frequency: optimizer steps between grids.
@@ -37,8 +38,8 @@ class ImageLogger(pl.Callback):
         disabled: log nothing.
         log_first_step: also before anything is learned.
         log_images_kwargs: arguments of the model's `log_images`.
-        panel: what the panel shows, see `Panel`; null or false for none. Without it, models that make pictures of text
-            alone have one.
+        panel: what the panel shows, see `Panel`; null or false for none. Without it, models that
+            make pictures of text alone have one.
     """
 
     def __init__(
@@ -62,18 +63,24 @@ class ImageLogger(pl.Callback):
         self.disabled = disabled or batch_frequency < 1
         self.log_first_step = log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
-        self._early = {2**n for n in range(32) if 2**n < batch_frequency} if increase_log_steps else set()
+        self._early = (
+            {2**n for n in range(32) if 2**n < batch_frequency} if increase_log_steps else set()
+        )
         self._last_step = -1
         self.panel = make_panel(panel, self.log_images_kwargs)
         self._default_panel = panel is True
 
     def check(self, model: Any, data: Any) -> None:
-        """Raise a `UserError` for arguments that `log_images` does not take, or a panel that the model cannot draw."""
+        """Raise a `UserError` for arguments that `log_images` does not take, or a panel that the
+        model cannot draw.
+        """
         if not self.disabled:
             given = {"batch": None, "N": self.max_images, **self.log_images_kwargs}
             check_params(model.log_images, given, f"{WHERE}.log_images_kwargs")
         if self.panel and not can_draw(model) and not self._default_panel:
-            raise UserError(f"{WHERE}.{NAME}: this model makes no pictures of text alone; remove it")
+            raise UserError(
+                f"{WHERE}.{NAME}: this model makes no pictures of text alone; remove it"
+            )
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         self.check(pl_module, None)
@@ -82,7 +89,11 @@ class ImageLogger(pl.Callback):
 
     def due(self, step: int) -> bool:
         """Return whether this many optimizer steps deserve a grid."""
-        return not self.disabled and step > 0 and (step % self.batch_frequency == 0 or step in self._early)
+        return (
+            not self.disabled
+            and step > 0
+            and (step % self.batch_frequency == 0 or step in self._early)
+        )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -97,14 +108,21 @@ class ImageLogger(pl.Callback):
         self.log_panel(trainer, pl_module, batch)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if (step := trainer.global_step) == self._last_step:
             return
         self._last_step = step
         if self.due(step):
             self.log_images(trainer, pl_module, batch, "train")
-        if self.panel and (self.due(step) if (every := self.panel.every_n_steps) is None else step % every == 0):
+        if self.panel and (
+            self.due(step) if (every := self.panel.every_n_steps) is None else step % every == 0
+        ):
             self.log_panel(trainer, pl_module, batch)
 
     def log_images(self, trainer: pl.Trainer, pl_module: Any, batch: Any, split: str) -> None:
@@ -112,7 +130,9 @@ class ImageLogger(pl.Callback):
         if self.disabled or not computes(trainer):
             return
         with _evaluating(pl_module):
-            pictures = pl_module.log_images(batch, **{"N": self.max_images, **self.log_images_kwargs})
+            pictures = pl_module.log_images(
+                batch, **{"N": self.max_images, **self.log_images_kwargs}
+            )
         for name, images in pictures.items():
             self._save(trainer, self._to_grid(images), split, name)
 
@@ -133,7 +153,9 @@ class ImageLogger(pl.Callback):
         grid = make_grid(images, nrow=self.max_images)
         return (grid + 1) / 2 if self.rescale else grid
 
-    def _save(self, trainer: pl.Trainer, grid: Float[Tensor, "c h w"], split: str, name: str) -> None:
+    def _save(
+        self, trainer: pl.Trainer, grid: Float[Tensor, "c h w"], split: str, name: str
+    ) -> None:
         from torchvision.transforms.functional import to_pil_image
 
         name = f"{name}_gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}"
@@ -151,8 +173,9 @@ def _evaluating(module: Any) -> Iterator[None]:
 
 
 def _write(trainer: pl.Trainer, image: Image.Image, group: str, name: str) -> None:
-    """Save a picture as `images/{group}/{name}.png`, and in TensorBoard under the name's first word; the first rank
-    does."""
+    """Save a picture as `images/{group}/{name}.png`, and in TensorBoard under the name's first
+    word; the first rank does.
+    """
     if not trainer.is_global_zero:
         return
     folder = Path(trainer.default_root_dir) / "images" / group
@@ -161,4 +184,6 @@ def _write(trainer: pl.Trainer, image: Image.Image, group: str, name: str) -> No
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             title = f"{group}/{name.partition('_gs-')[0]}"
-            logger.experiment.add_image(title, np.asarray(image), trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(
+                title, np.asarray(image), trainer.global_step, dataformats="HWC"
+            )

@@ -43,7 +43,9 @@ class KeepSettings(pl.Callback):
         """Note the settings of the optimizers and schedules, which are not restored yet."""
         self._optimizers = [(optimizer, _settings(optimizer)) for optimizer in trainer.optimizers]
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-        self._schedules = [_Schedule.of(schedule) for schedule in schedules if isinstance(schedule, LambdaLR)]
+        self._schedules = [
+            _Schedule.of(schedule) for schedule in schedules if isinstance(schedule, LambdaLR)
+        ]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the settings back; all is restored by now."""
@@ -56,7 +58,11 @@ class KeepSettings(pl.Callback):
                 group.update(own)
         for number, schedule in enumerate(self._schedules):
             # A schedule that the run did not have so far begins where the run stands.
-            step = schedule.scheduler.last_epoch if number < self._restored_schedules else trainer.global_step
+            step = (
+                schedule.scheduler.last_epoch
+                if number < self._restored_schedules
+                else trainer.global_step
+            )
             schedule.put_back(step)
 
 
@@ -81,7 +87,9 @@ class _Schedule:
             if attributes:
                 vars(function).clear()
                 vars(function).update(attributes)
-        rates: list[Any] = [rate * function(step) for rate, function in zip(self.rates, scheduler.lr_lambdas)]
+        rates: list[Any] = [
+            rate * function(step) for rate, function in zip(self.rates, scheduler.lr_lambdas)
+        ]
         for group, rate in zip(scheduler.optimizer.param_groups, rates):
             group["lr"] = rate
         scheduler._last_lr = rates
@@ -90,7 +98,8 @@ class _Schedule:
 def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the settings of an optimizer's groups."""
     return [
-        {name: value for name, value in group.items() if name not in NOT_SETTINGS} for group in optimizer.param_groups
+        {name: value for name, value in group.items() if name not in NOT_SETTINGS}
+        for group in optimizer.param_groups
     ]
 
 
@@ -98,4 +107,8 @@ def _arguments(callback: pl.Callback) -> dict[str, Any]:
     """Return the plain values that a callback keeps of its arguments, by their names."""
     kept = vars(callback)
     plain = (bool, int, float, str, type(None))
-    return {name: kept[name] for name in signature(type(callback)).parameters if isinstance(kept.get(name, ...), plain)}
+    return {
+        name: kept[name]
+        for name in signature(type(callback)).parameters
+        if isinstance(kept.get(name, ...), plain)
+    }

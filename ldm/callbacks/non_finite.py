@@ -34,7 +34,9 @@ class StopOnNonFinite(pl.Callback):
     ) -> None:
         self._batch = batch
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         if pl_module.automatic_optimization:
             number = _batches_done(trainer)
             self._check(trainer, pl_module, [loss], trainer.global_step + 1, number)
@@ -70,7 +72,8 @@ class StopOnNonFinite(pl.Callback):
             raise UserError(f"step {step}: stopped, for another process's loss is not finite")
         raise UserError(
             f"step {step}: the loss is not finite ({_losses_text(trainer)}), "
-            f"of the batch {_batch_text(trainer, self._batch, number)}; {_advice(trainer, pl_module)}"
+            f"of the batch {_batch_text(trainer, self._batch, number)}; "
+            f"{_advice(trainer, pl_module)}"
         )
 
     def on_save_checkpoint(
@@ -101,23 +104,32 @@ def non_finite_weights(module: torch.nn.Module) -> list[str]:
 
 
 def _finite(values: Sequence[Tensor]) -> bool:
-    return not values or bool(torch.stack([value.detach().float().mean() for value in values]).isfinite().all())
+    return not values or bool(
+        torch.stack([value.detach().float().mean() for value in values]).isfinite().all()
+    )
 
 
 def _logged(trainer: pl.Trainer) -> dict[str, Tensor]:
-    return {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+    return {
+        name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")
+    }
 
 
 def _losses_text(trainer: pl.Trainer) -> str:
     logged = _logged(trainer)
     known = {text: logged[name] for name, text in NAMES.items() if name in logged}
-    return ", ".join(f"{name} {float(value):.4g}" for name, value in (known or logged).items()) or "not logged"
+    return (
+        ", ".join(f"{name} {float(value):.4g}" for name, value in (known or logged).items())
+        or "not logged"
+    )
 
 
 def _batch_text(trainer: pl.Trainer, batch: Any, number: int) -> str:
     """Quote the captions of a batch, each with its file or else its position and seed."""
     examples = getattr(trainer.train_dataloader, "dataset", None)
-    subject, prior = (examples.subject, examples.prior) if isinstance(examples, Examples) else (None, None)
+    subject, prior = (
+        (examples.subject, examples.prior) if isinstance(examples, Examples) else (None, None)
+    )
     batches = named_parts(batch)
     streams = {"subject": subject, "prior": prior}
     return "; ".join(
@@ -127,7 +139,9 @@ def _batch_text(trainer: pl.Trainer, batch: Any, number: int) -> str:
     )
 
 
-def _examples_text(trainer: pl.Trainer, part: Mapping[str, Any], stream: Stream | None, number: int) -> Iterable[str]:
+def _examples_text(
+    trainer: pl.Trainer, part: Mapping[str, Any], stream: Stream | None, number: int
+) -> Iterable[str]:
     seeds = part.get("noise_seed")
     captions = part.get("caption") or [""] * (0 if seeds is None else len(seeds))
     for index, caption in list(enumerate(captions))[:SHOWN]:
@@ -140,7 +154,11 @@ def _examples_text(trainer: pl.Trainer, part: Mapping[str, Any], stream: Stream 
 
 def _source(position: int | None, seed: int | None, stream: Stream | None) -> str:
     """Return an example's file, or else its position in the run or its noise seed."""
-    if position is None or stream is None or seed != derive_seed(stream.seed, "noise", stream.role, position):
+    if (
+        position is None
+        or stream is None
+        or seed != derive_seed(stream.seed, "noise", stream.role, position)
+    ):
         return f"noise seed {seed}"
     paths = getattr(stream.dataset, "paths", None)
     if not isinstance(paths, Sequence):
@@ -163,7 +181,9 @@ def _batches_done(trainer: pl.Trainer) -> int:
 def _advice(trainer: pl.Trainer, pl_module: Any) -> str:
     """Say what usually helps."""
     rate = getattr(pl_module, "learning_rate", None)
-    lower = "a lower model.base_learning_rate" + (f" (it was {rate:.3g})" if isinstance(rate, float) else "")
+    lower = "a lower model.base_learning_rate" + (
+        f" (it was {rate:.3g})" if isinstance(rate, float) else ""
+    )
     precision = str(trainer.precision)
     if precision.startswith("16"):
         return f"{lower} usually helps, or --precision bf16-mixed or 32-true, which do not overflow"

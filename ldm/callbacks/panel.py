@@ -1,4 +1,6 @@
-"""A panel: the same prompts from the same noise all through a run, so that drift is seen as it happens."""
+"""A panel: the same prompts from the same noise all through a run, so that drift is seen as it
+happens.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,13 @@ class Panel:
 
     Args:
         prompts: its rows; by default the subject's prompt, the class's and two of `unrelated`.
-        unrelated: prompts of other things; those that end in a word of the subject's or the class's are left out.
+        unrelated: prompts of other things; those that end in a word of the subject's or the class's
+            are left out.
         images: pictures of each prompt; a column has the same noise in every row.
         seed: of the noise.
         steps, scale: of the sampler, DDIM without noise, and its guidance.
-        every_n_steps: optimizer steps between panels, of which the first is before any; by default a panel comes
-            with every other grid.
+        every_n_steps: optimizer steps between panels, of which the first is before any; by default
+            a panel comes with every other grid.
 
     Raises:
         UserError: no prompts, or a number below 1.
@@ -49,7 +52,11 @@ class Panel:
                 raise ParameterError(f"{NAME}.{name}", f"expected a list of prompts, got {texts!r}")
         if prompts is not None and not prompts:
             raise ParameterError(f"{NAME}.prompts", "none; write panel: null for no panel")
-        for name, number in (("images", images), ("steps", steps), ("every_n_steps", every_n_steps)):
+        for name, number in (
+            ("images", images),
+            ("steps", steps),
+            ("every_n_steps", every_n_steps),
+        ):
             if number is not None and number < 1:
                 raise ParameterError(f"{NAME}.{name}", f"expected 1 or more, got {number}")
         self.given, self.unrelated = prompts, unrelated
@@ -63,7 +70,10 @@ class Panel:
             return list(self.given)
         summary = data.summary() if hasattr(data, "summary") else {}
         # The first that is not empty: some class images are of the empty prompt.
-        known = [next(filter(None, summary.get(f"{name}_prompts", [])), None) for name in ("subject", "class")]
+        known = [
+            next(filter(None, summary.get(f"{name}_prompts", [])), None)
+            for name in ("subject", "class")
+        ]
         own = [prompt for prompt in known if prompt]
         words = {word for prompt in own for word in prompt.split()}
         others = [prompt for prompt in self.unrelated if prompt.split()[-1] not in words]
@@ -72,7 +82,8 @@ class Panel:
     def draw(self, trainer: pl.Trainer, model: Any, batch: Any) -> Image.Image | None:
         """Draw the panel, with pictures as large as the first batch's; None without prompts.
 
-        It draws nothing from torch's global generator. The averaged weights are used, if the model keeps any.
+        It draws nothing from torch's global generator. The averaged weights are used, if the model
+        keeps any.
         """
         if not (prompts := self.prompts(trainer.datamodule)):  # type: ignore[attr-defined]
             return None
@@ -82,7 +93,9 @@ class Panel:
         rows: list[tuple[str, Sequence[Entry]]] = []
         with trainer.precision_plugin.forward_context():
             for prompt in prompts:  # one at a time: a step's memory may have no room for more
-                pictures = text_to_image(model, [prompt] * self.images, seeds, recipe, may_fail=True)
+                pictures = text_to_image(
+                    model, [prompt] * self.images, seeds, recipe, may_fail=True
+                )
                 rows.append((prompt, pictures))
         return contact_sheet(rows, min(self._side, WIDEST), f"step {trainer.global_step}")
 
@@ -90,14 +103,18 @@ class Panel:
 def make_panel(given: Mapping[str, Any] | bool | None, sampling: Mapping[str, Any]) -> Panel | None:
     """Make the panel that `panel` asks for: true for the default one, false or null for none.
 
-    `sampling` are the arguments of `log_images`, whose steps and guidance are the panel's if it has none of its own.
+    `sampling` are the arguments of `log_images`, whose steps and guidance are the panel's if it has
+    none of its own.
     """
     if given is None or given is False:
         return None
     options: Any = {} if given is True else given
     check_mapping(options, NAME)
     names = {"steps": "ddim_steps", "scale": "unconditional_guidance_scale"}
-    options = {**{name: sampling[other] for name, other in names.items() if other in sampling}, **options}
+    options = {
+        **{name: sampling[other] for name, other in names.items() if other in sampling},
+        **options,
+    }
     check_params(Panel, options, NAME)
     return Panel(**options)
 

@@ -23,22 +23,38 @@ class StepProgress(ProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._bar = tqdm(
-            total=total, initial=trainer.global_step, unit="step", desc="training", disable=not self._enabled
+            total=total,
+            initial=trainer.global_step,
+            unit="step",
+            desc="training",
+            disable=not self._enabled,
         )
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         assert self._bar is not None
         if (new := trainer.global_step - self._bar.n) > 0:
-            names = {name.rpartition("/")[2]: value for name, value in trainer.progress_bar_metrics.items()}
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in names.items()}, refresh=False)
+            names = {
+                name.rpartition("/")[2]: value
+                for name, value in trainer.progress_bar_metrics.items()
+            }
+            self._bar.set_postfix(
+                {name: f"{value:.4g}" for name, value in names.items()}, refresh=False
+            )
             self._bar.update(new)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._close()
 
     def _close(self) -> None:

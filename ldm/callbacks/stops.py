@@ -34,11 +34,15 @@ class KeepWholeSteps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._positions, self._changing = None, False
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         optimizers = [getattr(o, "optimizer", o) for o in trainer.optimizers]
         self._changing |= any(isinstance(optimizer, InBackward) for optimizer in optimizers)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
         self._changing = True
 
     def on_train_batch_end(
@@ -52,7 +56,9 @@ class KeepWholeSteps(pl.Callback):
         if at_step_boundary(trainer, batch_idx):
             self._positions, self._changing = _positions(trainer), False
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Save the last whole step, on the first process, and end the others."""
         if not trainer.is_global_zero:
             distributed.tell_failure(trainer, exception)
@@ -147,7 +153,9 @@ class InterruptHandler(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         keeper = keeper_of(trainer)
         if keeper is None:
-            log.warning("step %d: nothing is saved, for checkpoints are switched off", trainer.global_step)
+            log.warning(
+                "step %d: nothing is saved, for checkpoints are switched off", trainer.global_step
+            )
             return
         keeper.save_last_now(trainer)
         log.info("step %d is saved in %s", trainer.global_step, keeper.last_path)
@@ -155,7 +163,9 @@ class InterruptHandler(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._end()
 
     def _end(self) -> None:

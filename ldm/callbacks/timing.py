@@ -14,7 +14,9 @@ from ldm.host import CUDA
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory in use so far: the GPU's for CUDA, else this process's resident memory."""
+    """Return the most memory in use so far: the GPU's for CUDA, else this process's resident
+    memory.
+    """
     if device.type == CUDA:
         return torch.cuda.max_memory_allocated(device)
     return resident_bytes()[1]
@@ -23,18 +25,24 @@ def peak_memory_bytes(device: torch.device) -> int:
 def resident_bytes() -> tuple[int, int]:
     """Return this process's resident memory now, where the system says it, and at its peak."""
     status = Path("/proc/self/status")
-    if status.exists():  # resource's peak would be that of the parent, if it had more when this process started
+    if (
+        status.exists()
+    ):  # resource's peak would be that of the parent, if it had more when this process started
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
         return now, peak
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     return peak, peak
 
 
 class TimingCallback(pl.Callback):
-    """Measures a run's optimizer steps: `seconds_per_step` (without the first, which warms up) and `peak_bytes`."""
+    """Measures a run's optimizer steps: `seconds_per_step` (without the first, which warms up) and
+    `peak_bytes`.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
@@ -49,7 +57,12 @@ class TimingCallback(pl.Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if trainer.global_step == self._step:
             return  # between accumulated batches
@@ -64,5 +77,7 @@ class TimingCallback(pl.Callback):
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Return the mean seconds of an optimizer step, pictures and checkpoints included; None before the second."""
+        """Return the mean seconds of an optimizer step, pictures and checkpoints included; None
+        before the second.
+        """
         return self.seconds / self.steps if self.steps else None

@@ -10,13 +10,16 @@ from ldm.errors import UserError
 
 ENDINGS = (".txt", ".caption")  # of a caption file, in any case
 # Files in which other programs keep the captions of a whole folder.
-LISTS = {f"{name}.{ending}" for name in ("captions", "metadata") for ending in ("csv", "json", "jsonl")}
+LISTS = {
+    f"{name}.{ending}" for name in ("captions", "metadata") for ending in ("csv", "json", "jsonl")
+}
 # Encodings by the mark that a file begins with; without a mark it is UTF-8.
 ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-sig"}
 
 
 def read_captions(images: Sequence[Path], may_be_empty: bool = False) -> dict[Path, str]:
-    """Return the caption of each image that has one: dog.txt, dog.caption or dog.jpg.txt for dog.jpg.
+    """Return the caption of each image that has one: dog.txt, dog.caption or dog.jpg.txt for
+    dog.jpg.
 
     Text files that belong to no image are warned of.
 
@@ -54,7 +57,9 @@ def _one_caption(image: Path, files: Sequence[Path], may_be_empty: bool) -> str:
         raise UserError(f"{image}: two captions that differ, {names}: remove one")
     file, text = next(iter(found.items()))
     if not text and not may_be_empty:
-        raise UserError(f"{file}: this caption is empty; write one, or remove the file to use the templates")
+        raise UserError(
+            f"{file}: this caption is empty; write one, or remove the file to use the templates"
+        )
     return text
 
 
@@ -63,7 +68,9 @@ def _warn_of_unused(folders: Iterable[Path], unused: Sequence[Path]) -> None:
     for folder in folders:
         for path in sorted(folder.iterdir()):
             if path.name.lower() in LISTS:
-                warn_once(f"{path}: is not read; a caption is a text beside its image, 01.txt for 01.jpg")
+                warn_once(
+                    f"{path}: is not read; a caption is a text beside its image, 01.txt for 01.jpg"
+                )
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         warn_once(f"{unused[0]}{more}: no image of this name is beside it: nobody's caption")

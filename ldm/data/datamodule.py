@@ -44,9 +44,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
     `steps`, `scale`, `unconditional`, see `make_class_images`).
 
     With `latent_cache` the first stage encodes each image and its mirror once, when the training
-    starts, and a batch has "moments" (b, 2 z, h, w) of the posteriors instead of images: the numbers
-    stay those of an uncached run. `true` keeps them in memory; a folder keeps them for later runs,
-    too. Workers have nothing to do then: there are none.
+    starts, and a batch has "moments" (b, 2 z, h, w) of the posteriors instead of images: the
+    numbers stay those of an uncached run. `true` keeps them in memory; a folder keeps them for
+    later runs, too. Workers have nothing to do then: there are none.
 
     Raises:
         UserError: a config that does not fit its target, or what the datasets raise.
@@ -142,21 +142,31 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if unknown:
             hint = nearest(unknown[0], list(CLASS_IMAGE_KEYS))
             accepted = ", ".join(CLASS_IMAGE_KEYS)
-            raise ParameterError(f"class_images.{unknown[0]}", f"unknown key{hint}; accepted: {accepted}")
+            raise ParameterError(
+                f"class_images.{unknown[0]}", f"unknown key{hint}; accepted: {accepted}"
+            )
         share = self.class_images.get("unconditional", 0)
         if not 0 <= share < 1:
-            raise ParameterError("class_images.unconditional", f"expected a share below 1, got {share}")
+            raise ParameterError(
+                "class_images.unconditional", f"expected a share below 1, got {share}"
+            )
         if not self.num_class_images:
             return
         if self.reg is None:
-            raise ParameterError("num_class_images", "needs data.params.reg, which says where they go")
+            raise ParameterError(
+                "num_class_images", "needs data.params.reg, which says where they go"
+            )
         cls = get_obj_from_str(str(self.reg.get("target")), "reg.target")
         check_params(cls, self._reg_params, "reg.params")
         root = self._reg_params.get("data_root")
         if not root:
-            raise ParameterError("reg", "no folder for the class images; give --reg_data_root FOLDER")
+            raise ParameterError(
+                "reg", "no folder for the class images; give --reg_data_root FOLDER"
+            )
         if Path(root).expanduser().is_file():
-            raise UserError(f"{root}: is a file; --reg_data_root names the folder of the class images")
+            raise UserError(
+                f"{root}: is a file; --reg_data_root names the folder of the class images"
+            )
         if self.class_images_to_make and not self._reg_params.get("size"):
             raise ParameterError("reg.params.size", "needed to make class images")
         with under("reg.params"):
@@ -255,7 +265,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         workers = 0 if self.latent_cache else self.num_workers
         if workers is None:  # what the cache holds needs no help; decoding does
-            workers = 0 if all(map(_in_memory, self.datasets.values())) else min(4, os.cpu_count() or 1)
+            workers = (
+                0 if all(map(_in_memory, self.datasets.values())) else min(4, os.cpu_count() or 1)
+            )
         return {
             "num_workers": workers,
             # Workers that end with an epoch lose their decoded images.

@@ -80,7 +80,8 @@ def _warn_of_unread(root: Path, files: Sequence[Path]) -> None:
     unreadable = Counter(path.suffix.lower() for path in files if path.suffix.lower() in UNREADABLE)
     if unreadable:
         warn_once(
-            f"{root}: {unreadable.total()} files ending in {' '.join(sorted(unreadable))} are skipped; "
+            f"{root}: {unreadable.total()} files ending in {' '.join(sorted(unreadable))} "
+            "are skipped; "
             "save them as .png or .jpg"
         )
     known = {*SUFFIXES, *UNREADABLE, *TEXTS}
@@ -90,7 +91,9 @@ def _warn_of_unread(root: Path, files: Sequence[Path]) -> None:
     if pictures:
         path = pictures[0]
         more = f" and {len(pictures) - 1} more" if len(pictures) > 1 else ""
-        warn_once(f"{path}{more}: {kinds[path]} by content, but not by its ending: skipped; rename it")
+        warn_once(
+            f"{path}{more}: {kinds[path]} by content, but not by its ending: skipped; rename it"
+        )
 
 
 def list_files(root: str | Path) -> list[Path]:

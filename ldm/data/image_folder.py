@@ -59,7 +59,12 @@ class ImageFolderDataset(Dataset):
         self.masks = find_masks(data_root) if masks else None
         if self.masks:
             log.info("%s: masks for %d of %d images", data_root, len(self.masks), len(self.paths))
-        self.size, self.resize, self.interpolation, self.flip_p = size, resize, interpolation, flip_p
+        self.size, self.resize, self.interpolation, self.flip_p = (
+            size,
+            resize,
+            interpolation,
+            flip_p,
+        )
         # Without a size the images keep their own, which may be that of a camera: too much to keep.
         self.cache_images = 0 if size is None or resize == "random_crop" else cache_images
         self._cache: dict[Path, np.ndarray] = {}
@@ -98,7 +103,9 @@ class ImageFolderDataset(Dataset):
         return self.augmented(self.paths[index % self.n_images], generator)
 
     def augmented(self, path: Path, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Return the `image` at `path`, and its `mask` where masks are used, resized and perhaps mirrored."""
+        """Return the `image` at `path`, and its `mask` where masks are used, resized and perhaps
+        mirrored.
+        """
         # The crop draws before the mirror: the order of draws is part of what a seed means.
         pixels = None if self.latents else self._pixels(path, generator)
         mirrored = bool(torch.rand(1, generator=generator) < self.flip_p)
@@ -108,7 +115,9 @@ class ImageFolderDataset(Dataset):
         return self._entries(pixels, mirrored)
 
     def variants(self) -> Iterator[tuple[tuple[Path, bool], dict[str, np.ndarray]]]:
-        """Yield all that `augmented` can give without a random crop, by path and whether it is mirrored."""
+        """Yield all that `augmented` can give without a random crop, by path and whether it is
+        mirrored.
+        """
         assert self.resize != "random_crop", "random crops are too many"
         for path in self.paths:
             for mirrored in (False, True):
@@ -153,10 +162,15 @@ class ImageFolderDataset(Dataset):
             UserError: an image does not decode, or its mask cannot be used.
         """
         new = [path for path in self.paths if path not in self._checked]
-        # Threads help because Pillow decodes without holding Python's lock. Each of them changes the
-        # filters of warnings; the outer block puts back those from before all of them.
+        # Threads help because Pillow decodes without holding Python's lock. Each of them changes
+        # the filters of warnings; the outer block puts back those from before all of them.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
-            found = tqdm(pool.map(self._check_one, new), "checking images", len(new), disable=len(new) < LONG_CHECK)
+            found = tqdm(
+                pool.map(self._check_one, new),
+                "checking images",
+                len(new),
+                disable=len(new) < LONG_CHECK,
+            )
             try:
                 self._checked.update(zip(new, found))
             except UserError:

@@ -1,4 +1,6 @@
-"""A dataset's examples as latents that the first stage encoded once, so that epochs cost the UNet alone."""
+"""A dataset's examples as latents that the first stage encoded once, so that epochs cost the UNet
+alone.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,10 @@ class Encoder:
     """What makes latents of images.
 
     Args:
-        encode: from images, (b, 3, h, w) in [-1, 1], to the moments of their posteriors, (b, 2 z, h', w').
-        name: of what it computes; where latents are kept in files, those of another name are made anew.
+        encode: from images, (b, 3, h, w) in [-1, 1], to the moments of their posteriors, (b, 2 z,
+            h', w').
+        name: of what it computes; where latents are kept in files, those of another name are made
+            anew.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -47,21 +51,25 @@ class Encoder:
 
 
 class CachedLatents(Dataset):
-    """Another dataset's examples, `{"moments": (2 z, h, w), "caption": str}`, encoded once into a file.
+    """Another dataset's examples, `{"moments": (2 z, h, w), "caption": str}`, encoded once into a
+    file.
 
-    The moments are those of the first stage's posterior, in float16, so training still samples it anew.
-    The file says what it was made from: another dataset or first stage makes it anew.
+    The moments are those of the first stage's posterior, in float16, so training still samples it
+    anew. The file says what it was made from: another dataset or first stage makes it anew.
 
     Args:
         path: the file, `.safetensors`.
-        dataset: the config of what to encode; with the parameter `labels` its examples need a "class_word".
+        dataset: the config of what to encode; with the parameter `labels` its examples need a
+            "class_word".
         classes: of an epoch, only the examples of these classes.
 
     Raises:
         UserError: a file that is not a cache, or none when there is no model to make it.
     """
 
-    def __init__(self, path: str | Path, dataset: Mapping[str, Any], classes: Sequence[str] | None = None):
+    def __init__(
+        self, path: str | Path, dataset: Mapping[str, Any], classes: Sequence[str] | None = None
+    ):
         self.path, self.config, self.classes = Path(path).expanduser(), dataset, classes
         self.source: Any = instantiate_from_config(dataset, "dataset")
         if getattr(self.source, "masks", None) is not None:
@@ -86,25 +94,36 @@ class CachedLatents(Dataset):
         return self[index]
 
     def fill(self, encoder: Encoder | None) -> None:
-        """Make the file if it is not there or was made from something else; without an `encoder` it has to be there."""
+        """Make the file if it is not there or was made from something else; without an `encoder` it
+        has to be there.
+        """
         if encoder is None:
             if not self.path.is_file():
-                raise UserError(f"{self.path}: the latent cache of this run is gone, and only a new run makes it")
+                raise UserError(
+                    f"{self.path}: the latent cache of this run is gone, and only a new run "
+                    "makes it"
+                )
             return
         made_from = {"dataset": _plain(self.config), "first_stage": encoder.name}
-        if self.path.is_file() and self._header().get("made_from") == json.dumps(made_from, sort_keys=True):
+        if self.path.is_file() and self._header().get("made_from") == json.dumps(
+            made_from, sort_keys=True
+        ):
             return
         log.info("encoding %d examples into %s", len(self.source), self.path)
         moments, texts, classes = self._encode(encoder)
         tensors = {"moments": moments, "captions": _bytes(texts), "classes": _bytes(classes)}
         header = {"made_from": json.dumps(made_from, sort_keys=True)}
         size = moments.numel() * moments.element_size()
-        write_atomically(self.path, lambda temporary: save_file(tensors, temporary, metadata=header), size)
+        write_atomically(
+            self.path, lambda temporary: save_file(tensors, temporary, metadata=header), size
+        )
 
     @torch.no_grad()
     def _encode(self, encoder: Encoder) -> tuple[Tensor, list[str], list[str]]:
         moments, captions, classes = [], [], []
-        workers = 1 if len(self.source) > 10 * BATCH else 0  # one draws while the first stage encodes
+        workers = (
+            1 if len(self.source) > 10 * BATCH else 0
+        )  # one draws while the first stage encodes
         loader = DataLoader(self.source, BATCH, num_workers=workers, collate_fn=list)
         for examples in tqdm(loader, desc="latents"):
             images = torch.stack([torch.as_tensor(example["image"]) for example in examples])
@@ -137,7 +156,9 @@ class CachedLatents(Dataset):
             with safe_open(self.path, "pt") as file:
                 header, keys = file.metadata() or {}, set(file.keys())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path}: not a latent cache ({error}); remove it to make it anew") from error
+            raise UserError(
+                f"{self.path}: not a latent cache ({error}); remove it to make it anew"
+            ) from error
         if keys != {"moments", "captions", "classes"}:
             raise UserError(f"{self.path}: not a latent cache; name another file for it")
         return header
@@ -159,13 +180,15 @@ def check_encodable(dataset: Any, where: str) -> None:
 def encode_variants(
     dataset: ImageFolderDataset, encoder: Encoder, batch_size: int, folder: Path | None = None
 ) -> dict[tuple[Path, bool], dict[str, Any]]:
-    """A dataset's variants with the posterior's "moments", (2 z, h, w) float32 on the CPU, in place of the image.
+    """A dataset's variants with the posterior's "moments", (2 z, h, w) float32 on the CPU, in place
+    of the image.
 
     They are what a step would compute from the image.
 
     Args:
         batch_size: images that are encoded at once.
-        folder: where moments are kept, in files named after what they were computed from, and found again.
+        folder: where moments are kept, in files named after what they were computed from, and found
+            again.
     """
     found: dict[tuple[Path, bool], dict[str, Any]] = {}
     variants = dataset.variants()
@@ -173,12 +196,24 @@ def encode_variants(
     with tqdm(desc="latents", total=total, disable=total < 2 * BATCH, leave=False) as bar:
         while part := dict(itertools.islice(variants, batch_size)):
             pixels = {key: entries.pop("image") for key, entries in part.items()}
-            files = {key: _latent_file(folder, encoder.name, image) for key, image in pixels.items()} if folder else {}
-            kept = {key: moments for key, file in files.items() if (moments := _moments_in(file)) is not None}
-            made = _encode({key: image for key, image in pixels.items() if key not in kept}, encoder)
+            files = (
+                {key: _latent_file(folder, encoder.name, image) for key, image in pixels.items()}
+                if folder
+                else {}
+            )
+            kept = {
+                key: moments
+                for key, file in files.items()
+                if (moments := _moments_in(file)) is not None
+            }
+            made = _encode(
+                {key: image for key, image in pixels.items() if key not in kept}, encoder
+            )
             for key in files.keys() & made.keys():
                 write_atomically(files[key], functools.partial(save_file, {"moments": made[key]}))
-            found |= {key: {**part[key], "moments": moments} for key, moments in (kept | made).items()}
+            found |= {
+                key: {**part[key], "moments": moments} for key, moments in (kept | made).items()
+            }
             bar.update(len(part))
     return found
 
@@ -189,8 +224,12 @@ def _encode(pixels: Mapping[Any, np.ndarray], encoder: Encoder) -> dict[Any, Ten
         return {key: _encode({key: image}, encoder)[key] for key, image in pixels.items()}
     if not pixels:
         return {}
-    images = rearrange(torch.from_numpy(np.stack(list(pixels.values()))), "b h w c -> b c h w").contiguous()
-    return {key: moments.clone() for key, moments in zip(pixels, encoder.encode(images).float().cpu())}
+    images = rearrange(
+        torch.from_numpy(np.stack(list(pixels.values()))), "b h w c -> b c h w"
+    ).contiguous()
+    return {
+        key: moments.clone() for key, moments in zip(pixels, encoder.encode(images).float().cpu())
+    }
 
 
 def _latent_file(folder: Path, made_by: str, pixels: np.ndarray) -> Path:

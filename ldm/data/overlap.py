@@ -19,7 +19,9 @@ def check_folders(subject: str | Path, prior: str | Path) -> None:
     """
     subject, prior = Path(subject).expanduser(), Path(prior).expanduser()
     if prior.exists() and subject.exists() and prior.samefile(subject):
-        raise UserError(f"{prior}: is the folder of both the subject's photos and the class images: {WAY_OUT}")
+        raise UserError(
+            f"{prior}: is the folder of both the subject's photos and the class images: {WAY_OUT}"
+        )
     if is_searched(subject, prior):
         raise UserError(
             f"{prior}: the class images lie in the subject's folder {subject}, and would be "
@@ -37,7 +39,9 @@ def check_files(subject: Sequence[Path], prior: Sequence[Path]) -> None:
     of_subject = {_identity(path): path for path in subject}
     both = [(of_subject[_identity(path)], path) for path in prior if _identity(path) in of_subject]
     if both:
-        raise UserError(f"{_named(both)}: one file, among the subject's photos and the class images: {WAY_OUT}")
+        raise UserError(
+            f"{_named(both)}: one file, among the subject's photos and the class images: {WAY_OUT}"
+        )
 
 
 def warn_of_copies(subject: Mapping[Path, str], prior: Mapping[Path, str]) -> None:

@@ -18,10 +18,11 @@ from ldm.errors import ParameterError
 class PersonalizedBase(ImageFolderDataset):
     """Images with captions: `{"image": (h, w, c) float32 in [-1, 1], "caption": str}`.
 
-    The set "train" holds every image `repeats` times, "val" once. A caption file beside an image wins over
-    the templates (see `ldm.data.prompts`) unless `captions` is false. `resize=None` squashes the image to
-    `size` x `size`, or crops its centre with `center_crop`. With `masks`, of images beside the photos (01.mask.png for
-    01.jpg), an example has a "mask", too: (h, w) float32 in [0, 1], how much of the loss counts where.
+    The set "train" holds every image `repeats` times, "val" once. A caption file beside an image
+    wins over the templates (see `ldm.data.prompts`) unless `captions` is false. `resize=None`
+    squashes the image to `size` x `size`, or crops its centre with `center_crop`. With `masks`, of
+    images beside the photos (01.mask.png for 01.jpg), an example has a "mask", too: (h, w) float32
+    in [0, 1], how much of the loss counts where.
 
     Raises:
         UserError: no images, an unusable template or caption file, or a parameter out of its range.
@@ -48,7 +49,9 @@ class PersonalizedBase(ImageFolderDataset):
     ):
         if not data_root:
             flag = "--reg_data_root" if reg else "--data_root"
-            raise ParameterError("data_root", f"no folder of {'class ' if reg else ''}images; give {flag} FOLDER")
+            raise ParameterError(
+                "data_root", f"no folder of {'class ' if reg else ''}images; give {flag} FOLDER"
+            )
         if set not in ("train", "val"):
             raise ParameterError("set", f"expected train or val, got {set!r}")
         if repeats < 1:
@@ -56,18 +59,24 @@ class PersonalizedBase(ImageFolderDataset):
         mode = _resize_mode(resize, center_crop)
         super().__init__(data_root, size, mode, interpolation, flip_p, cache_images, masks)
         self.repeats = repeats if set == "train" else 1
-        self.templated = captions_from_templates(placeholder_token, identifier, templates, coarse_class_text, reg)
+        self.templated = captions_from_templates(
+            placeholder_token, identifier, templates, coarse_class_text, reg
+        )
         # An empty caption is for the prior: it keeps the unconditional model, too.
         self.captioned = beside = read_captions(self.paths, may_be_empty=reg) if captions else {}
         self.class_word, self.templates = str(placeholder_token), templates
-        self.captions = {path: [beside[path]] if path in beside else self.templated for path in self.paths}
+        self.captions = {
+            path: [beside[path]] if path in beside else self.templated for path in self.paths
+        }
         if not reg:
             _warn_of_subfolders(self.root, self.paths)
 
     @property
     def prompts(self) -> list[str]:
         """The distinct captions, in order of appearance."""
-        return list(dict.fromkeys(caption for captions in self.captions.values() for caption in captions))
+        return list(
+            dict.fromkeys(caption for captions in self.captions.values() for caption in captions)
+        )
 
     def __len__(self) -> int:
         return self.n_images * self.repeats
@@ -90,12 +99,15 @@ def _warn_of_subfolders(root: Path, paths: Sequence[Path]) -> None:
     if deeper and len(deeper) < len(paths):
         folders = sorted({str(path.parent.relative_to(root)) for path in deeper})
         warn_once(
-            f"{root}: {len(deeper)} of its {len(paths)} images are in subfolders ({', '.join(folders[:3])}): "
+            f"{root}: {len(deeper)} of its {len(paths)} images are in subfolders "
+            f"({', '.join(folders[:3])}): "
             "all are taken for the subject"
         )
 
 
 def _resize_mode(resize: str | None, center_crop: bool) -> str:
     if center_crop and resize not in (None, "center_crop"):
-        raise ParameterError("resize", f"{resize!r} contradicts center_crop: true; give one of the two")
+        raise ParameterError(
+            "resize", f"{resize!r} contradicts center_crop: true; give one of the two"
+        )
     return resize or ("center_crop" if center_crop else "squash")

@@ -23,20 +23,25 @@ def captions_from_templates(
 ) -> list[str]:
     """Return the captions that the templates give for the class word `placeholder_token`.
 
-    A template may hold `{identifier}` and `{class_word}`; a bare `{}` is the class word, before which
-    `coarse_class_text` goes. The default is the subject's template, or the prior's with `reg`.
+    A template may hold `{identifier}` and `{class_word}`; a bare `{}` is the class word, before
+    which `coarse_class_text` goes. The default is the subject's template, or the prior's with
+    `reg`.
 
     Raises:
         UserError: a template that cannot be filled, or no class word.
     """
     if not str(placeholder_token or "").strip():
-        raise ParameterError("placeholder_token", "no class word; give --class_word, for example --class_word dog")
+        raise ParameterError(
+            "placeholder_token", "no class word; give --class_word, for example --class_word dog"
+        )
     if templates is None:
         templates = PRIOR_TEMPLATE if reg else SUBJECT_TEMPLATE
     templates = [templates] if isinstance(templates, str) else list(templates)
     if not templates:
         raise ParameterError("templates", "the list is empty; leave it out for the default")
-    class_word = f"{coarse_class_text} {placeholder_token}" if coarse_class_text else str(placeholder_token)
+    class_word = (
+        f"{coarse_class_text} {placeholder_token}" if coarse_class_text else str(placeholder_token)
+    )
     captions = [_fill(template, identifier, class_word) for template in templates]
     return list(dict.fromkeys(captions))
 
@@ -58,9 +63,15 @@ def _fill(template: str, identifier: str, class_word: str) -> str:
         unknown = [field for field in fields if field not in (*FIELDS, "")]
         if unknown:
             hint = nearest(unknown[0], list(FIELDS))
-            raise ParameterError("templates", f"unknown field {{{unknown[0]}}} in {template!r}{hint}; {known}")
-        return template.format(*[class_word] * len(fields), identifier=identifier, class_word=class_word)
+            raise ParameterError(
+                "templates", f"unknown field {{{unknown[0]}}} in {template!r}{hint}; {known}"
+            )
+        return template.format(
+            *[class_word] * len(fields), identifier=identifier, class_word=class_word
+        )
     except UserError:
         raise
     except (ValueError, TypeError, LookupError) as error:
-        raise ParameterError("templates", f"{template!r} is no template ({error}); {known}") from error
+        raise ParameterError(
+            "templates", f"{template!r} is no template ({error}); {known}"
+        ) from error

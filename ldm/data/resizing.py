@@ -27,7 +27,9 @@ def check_resize(size: int | None, mode: str, interpolation: str) -> None:
     if mode not in RESIZE_MODES:
         raise ParameterError("resize", f"expected one of {', '.join(RESIZE_MODES)}, got {mode!r}")
     if interpolation not in INTERPOLATIONS:
-        raise ParameterError("interpolation", f"expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+        raise ParameterError(
+            "interpolation", f"expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}"
+        )
 
 
 def resize(
@@ -37,9 +39,11 @@ def resize(
     interpolation: str = "bicubic",
     generator: torch.Generator | None = None,
 ) -> Image.Image:
-    """Return `image` at `size` x `size`: all of it whatever its aspect ratio, or its central or a random square.
+    """Return `image` at `size` x `size`: all of it whatever its aspect ratio, or its central or a
+    random square.
 
-    `size=None` crops without resizing. A random crop draws from `generator` only if there is a choice.
+    `size=None` crops without resizing. A random crop draws from `generator` only if there is a
+    choice.
     """
     check_resize(size, mode, interpolation)
     return fit(image, choose_box(image.size, mode, generator), size, interpolation)

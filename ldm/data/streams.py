@@ -1,9 +1,9 @@
 """Examples in an order in which every random choice is a function of the seed and a position.
 
-The position g of a training example counts the examples that the whole run, over all ranks, consumes
-before it. Which image g is, how it is augmented and the seed of its noise are hashes of (seed, g). So
-the examples do not depend on the batch size, the ranks, the workers or on where a run was stopped and
-resumed.
+The position g of a training example counts the examples that the whole run, over all ranks,
+consumes before it. Which image g is, how it is augmented and the seed of its noise are hashes of
+(seed, g). So the examples do not depend on the batch size, the ranks, the workers or on where a run
+was stopped and resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ldm.rng import derive_seed, generator
 
 log = logging.getLogger(__name__)
 
-# image (b, h, w, c) in [-1, 1], caption list[str], noise_seed (b,) int64; with masks, mask (b, h, w)
+# image (b, h, w, c) in [-1, 1], caption list[str], noise_seed (b,) int64; with masks, mask (b, h,
+# w)
 Batch = dict[str, Any]
 
 
@@ -95,7 +96,9 @@ def check_same_size(parts: Iterable[Mapping[str, Any]]) -> None:
         sizes = sorted({tuple(part[key].shape[axes]) for part in parts if key in part})
         if len(sizes) > 1:
             what = "images" if key == "image" else "cached latents"
-            raise UserError(f"{what} of different sizes {sizes} cannot share a step; set 'size' in the data")
+            raise UserError(
+                f"{what} of different sizes {sizes} cannot share a step; set 'size' in the data"
+            )
 
 
 class Examples(Dataset):
@@ -111,7 +114,9 @@ class Examples(Dataset):
         return self.subject[g] if self.prior is None else (self.subject[g], self.prior[g])
 
     def __getitems__(self, positions: list[int]) -> Batch | tuple[Batch, Batch] | UserError:
-        """Return a batch, or the error in it, which a worker that raised it would bury in a traceback."""
+        """Return a batch, or the error in it, which a worker that raised it would bury in a
+        traceback.
+        """
         try:
             subject = self.subject.batch(positions)
             if self.prior is None:
@@ -177,4 +182,8 @@ class TrainLoader(ExamplesLoader):
         """Warn if the run takes another number of examples a step than before."""
         saved, now = state.get("global_batch"), self.state_dict()["global_batch"]
         if saved != now:
-            log.warning("resumed with %s examples a step instead of %s: their order is another one", now, saved)
+            log.warning(
+                "resumed with %s examples a step instead of %s: their order is another one",
+                now,
+                saved,
+            )

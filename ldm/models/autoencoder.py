@@ -69,7 +69,9 @@ class AutoencoderKL(pl.LightningModule):
     ):
         super().__init__()
         if not ddconfig.get("double_z", True):
-            raise ParameterError("ddconfig.double_z", "must be true, the posterior has a mean and a variance")
+            raise ParameterError(
+                "ddconfig.double_z", "must be true, the posterior has a mean and a variance"
+            )
         params = {"use_checkpoint": use_checkpoint, **ddconfig}
         check_params(Encoder, params, "ddconfig")
         with under("ddconfig"):
@@ -124,7 +126,9 @@ class AutoencoderKL(pl.LightningModule):
         outward.bias.copy_(outof @ mean + outward.bias.double())
         outward.weight.copy_((outof @ whitening.inverse()).view_as(outward.weight))
 
-    def forward(self, x: Images, sample_posterior: bool = True) -> tuple[Images, DiagonalGaussianDistribution]:
+    def forward(
+        self, x: Images, sample_posterior: bool = True
+    ) -> tuple[Images, DiagonalGaussianDistribution]:
         """Return reconstructions of a sample or of the mode of the posterior, and the posterior."""
         posterior = self.encode(x)
         z = posterior.sample() if sample_posterior else posterior.mode()
@@ -141,11 +145,16 @@ class AutoencoderKL(pl.LightningModule):
             UserError: there are none, or of a size that does not come back from the latents.
         """
         if self.image_key not in batch:
-            raise UserError(f"image_key: no '{self.image_key}' in the batch, which has {', '.join(map(str, batch))}")
+            raise UserError(
+                f"image_key: no '{self.image_key}' in the batch, which has "
+                f"{', '.join(map(str, batch))}"
+            )
         x = rearrange(batch[self.image_key], "b h w c -> b c h w").contiguous()
         if any(side % self.downsampling for side in x.shape[2:]):
             height, width = x.shape[2:]
-            raise UserError(f"images of {width}x{height} pixels: both must be multiples of {self.downsampling}")
+            raise UserError(
+                f"images of {width}x{height} pixels: both must be multiples of {self.downsampling}"
+            )
         return x
 
     # Training
@@ -158,14 +167,18 @@ class AutoencoderKL(pl.LightningModule):
             )
         parts = (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
         autoencoder = make_optimizer(self.optimizer, parts, self.learning_rate, betas=BETAS)
-        adversary = torch.optim.Adam(self.loss.discriminator.parameters(), lr=self.learning_rate, betas=BETAS)
+        adversary = torch.optim.Adam(
+            self.loss.discriminator.parameters(), lr=self.learning_rate, betas=BETAS
+        )
         if self.scheduler_config is None:
             return autoencoder, adversary
         return with_schedule(autoencoder, self.scheduler_config), {"optimizer": adversary}
 
     def on_train_start(self) -> None:
         # Lightning proposes to save the weights from before a manual step; those after it resume.
-        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "Using ModelCheckpoint with manual optimization", UserWarning
+        )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Take a step of the autoencoder, then one of the discriminator on its reconstructions."""
@@ -183,7 +196,9 @@ class AutoencoderKL(pl.LightningModule):
         if self.loss.discriminates(step):
             logged |= self._step_discriminator(x, reconstruction)
         for name, value in logged.items():
-            self.log(name, value, prog_bar=name == "train/rec_loss", on_step=True, batch_size=len(x))
+            self.log(
+                name, value, prog_bar=name == "train/rec_loss", on_step=True, batch_size=len(x)
+            )
 
     def _step_autoencoder(
         self, x: Images, reconstruction: Images, posterior: DiagonalGaussianDistribution, step: int
@@ -191,7 +206,9 @@ class AutoencoderKL(pl.LightningModule):
         optimizer = self.optimizers()[0]  # type: ignore[index]
         # Inside, no gradients are computed for the discriminator's weights.
         self.toggle_optimizer(optimizer)
-        loss, logged = self.loss.generator_loss(x, reconstruction, posterior, step, self.get_last_layer())
+        loss, logged = self.loss.generator_loss(
+            x, reconstruction, posterior, step, self.get_last_layer()
+        )
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()
@@ -221,7 +238,9 @@ class AutoencoderKL(pl.LightningModule):
         self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, split: str = "train") -> dict[str, Images]:
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 8, split: str = "train"
+    ) -> dict[str, Images]:
         """Return up to `N` inputs, their reconstructions, and decoded samples of the prior."""
         x = self.get_input(batch)[:N].to(self.device)
         reconstruction, posterior = self(x, sample_posterior=False)
@@ -237,4 +256,7 @@ def image_metrics(images: Images, targets: Images, split: str) -> dict[str, Tens
 
     images, targets = ((x.float().clamp(-1, 1) + 1) / 2 for x in (images, targets))
     ratios = [psnr(image, target, max_val=1.0) for image, target in zip(images, targets)]
-    return {f"{split}/psnr": torch.stack(ratios).mean(), f"{split}/ssim": ssim(images, targets, 11).mean()}
+    return {
+        f"{split}/psnr": torch.stack(ratios).mean(),
+        f"{split}/ssim": ssim(images, targets, 11).mean(),
+    }

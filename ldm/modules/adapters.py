@@ -1,6 +1,8 @@
-"""Low-rank adapters on attention (LoRA; Hu et al., 2106.09685): what `model.params.lora` puts into a model, with peft.
+"""Low-rank adapters on attention (LoRA; Hu et al., 2106.09685): what `model.params.lora` puts into
+a model, with peft.
 
-An adapted layer computes W x + up down x · alpha / rank. `up` starts at zero, so that the model starts as it was.
+An adapted layer computes W x + up down x · alpha / rank. `up` starts at zero, so that the model
+starts as it was.
 """
 
 from __future__ import annotations
@@ -73,7 +75,11 @@ def _has_layers(module: nn.Module, endings: Sequence[str]) -> bool:
 def adaptable_weights(module: nn.Module, endings: Sequence[str], prefix: str = "") -> list[str]:
     """Return the names, behind `prefix`, of the weights of a module's linear layers that end so."""
     linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    return [f"{prefix}{name}.weight" for name in linear if name.endswith(tuple(f".{ending}" for ending in endings))]
+    return [
+        f"{prefix}{name}.weight"
+        for name in linear
+        if name.endswith(tuple(f".{ending}" for ending in endings))
+    ]
 
 
 def add_adapters(module: nn.Module, layers: Sequence[str], options: LoraOptions) -> None:

@@ -21,7 +21,14 @@ def attention(
 class CrossAttention(nn.Module):
     """Attention from a sequence to `context`, or to itself when there is none."""
 
-    def __init__(self, query_dim: int, context_dim: int | None, heads: int, dim_head: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
@@ -34,7 +41,9 @@ class CrossAttention(nn.Module):
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m e"] | None = None
     ) -> Float[Tensor, "b n c"]:
         context = x if context is None else context
-        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        return self.to_out(
+            attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        )
 
 
 class GEGLU(nn.Module):
@@ -54,7 +63,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, dropout: float = 0.0, mult: int = 4):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, dim * mult), nn.Dropout(dropout), nn.Linear(dim * mult, dim))
+        self.net = nn.Sequential(
+            GEGLU(dim, dim * mult), nn.Dropout(dropout), nn.Linear(dim * mult, dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -115,12 +126,20 @@ class SpatialTransformer(nn.Module):
         inner_dim = heads * dim_head
         self.use_linear = use_linear
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
-        self.proj_in = nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, 1)
+        self.proj_in = (
+            nn.Linear(in_channels, inner_dim)
+            if use_linear
+            else nn.Conv2d(in_channels, inner_dim, 1)
+        )
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner_dim, heads, dim_head, context_dim, dropout, use_checkpoint)
             for _ in range(depth)
         )
-        proj_out = nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1)
+        proj_out = (
+            nn.Linear(inner_dim, in_channels)
+            if use_linear
+            else nn.Conv2d(inner_dim, in_channels, 1)
+        )
         # Zero at the start, so that a new block is the identity.
         for parameter in proj_out.parameters():
             nn.init.zeros_(parameter)

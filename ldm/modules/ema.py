@@ -28,7 +28,9 @@ class LitEma(nn.Module):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay must be in [0, 1], got {decay}")
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        self.register_buffer("num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int))
+        self.register_buffer(
+            "num_updates", torch.tensor(0 if use_num_updates else -1, dtype=torch.int)
+        )
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self._shadow_name = {name: name.replace(".", "") for name in trained}
         names = set(self._shadow_name.values())
@@ -38,7 +40,9 @@ class LitEma(nn.Module):
                 self.register_buffer(self._shadow_name[name], parameter.detach().clone())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the averages; their `decay` stays the one that was asked for, not that of a checkpoint."""
+        """Load the averages; their `decay` stays the one that was asked for, not that of a
+        checkpoint.
+        """
         if f"{prefix}decay" in state_dict and not self.decay.is_meta:
             state_dict[f"{prefix}decay"] = self.decay
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,4 +1,6 @@
-"""Embeddings of words, to start an identifier from or to prompt with: another word's, or a textual inversion's."""
+"""Embeddings of words, to start an identifier from or to prompt with: another word's, or a textual
+inversion's.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def token_of(word: str) -> int:
     """
     ids = tokenizer.encode(word)
     if len(ids) != 1:
-        raise UserError(f"'{word}' is {len(ids)} tokens, not one: choose a word that the vocabulary has")
+        raise UserError(
+            f"'{word}' is {len(ids)} tokens, not one: choose a word that the vocabulary has"
+        )
     return ids[0]
 
 
@@ -58,8 +62,8 @@ def in_vocabulary(word: str) -> bool:
 class EmbeddingManager:
     """Write rows of the text encoder's token embedding, or add some.
 
-    The reference configs name this class; there it trained embeddings of placeholders. DreamBooth trains
-    the whole text encoder instead, so what is left is to choose where a placeholder starts.
+    The reference configs name this class; there it trained embeddings of placeholders. DreamBooth
+    trains the whole text encoder instead, so what is left is to choose where a placeholder starts.
 
     Args:
         embedder: a text encoder with a `token_embedding` and `added_words`.
@@ -84,9 +88,10 @@ class EmbeddingManager:
     def load(self, embeddings: Sequence[Embedding]) -> list[str]:
         """Make words of prompts mean these embeddings, and return the words.
 
-        A single vector of a word that the vocabulary has is written over that word's row. For other words the
-        vectors become new rows, and the text encoder's `tokenize` finds the words in prompts. So it does for signs
-        such as "*", which with a sign beside them would be another token.
+        A single vector of a word that the vocabulary has is written over that word's row. For other
+        words the vectors become new rows, and the text encoder's `tokenize` finds the words in
+        prompts. So it does for signs such as "*", which with a sign beside them would be another
+        token.
 
         Raises:
             UserError: vectors that do not fit this text encoder; then nothing is written.
@@ -95,23 +100,30 @@ class EmbeddingManager:
             self._check(embedding)
         for embedding in embeddings:
             is_single = len(embedding.vectors) == 1
-            in_rows = [word for word in embedding.words if is_single and word.isalnum() and in_vocabulary(word)]
+            in_rows = [
+                word
+                for word in embedding.words
+                if is_single and word.isalnum() and in_vocabulary(word)
+            ]
             for word in in_rows:
                 self._rows[token_of(word)] = embedding.vectors[0].to(self._rows)
-            self._add_words([word for word in embedding.words if word not in in_rows], embedding.vectors)
+            self._add_words(
+                [word for word in embedding.words if word not in in_rows], embedding.vectors
+            )
             report(embedding)
         return [word for embedding in embeddings for word in embedding.words]
 
     @torch.no_grad()
     def start_from(self, embeddings: Sequence[Embedding], identifier: str) -> list[str]:
-        """Write embeddings over rows of the vocabulary, for a training that starts from them; return the rows' words.
+        """Write embeddings over rows of the vocabulary, for a training that starts from them;
+        return the rows' words.
 
-        An embedding goes to its own word, if that is a single token, and otherwise to the identifier: a new row would
-        be lost, because a checkpoint has the vocabulary's rows alone.
+        An embedding goes to its own word, if that is a single token, and otherwise to the
+        identifier: a new row would be lost, because a checkpoint has the vocabulary's rows alone.
 
         Raises:
-            UserError: vectors that do not fit, several for one word, or several embeddings for the identifier; then
-                nothing is written.
+            UserError: vectors that do not fit, several for one word, or several embeddings for the
+                identifier; then nothing is written.
         """
         rows: dict[str, Tensor] = {}
         for embedding in embeddings:
@@ -120,7 +132,8 @@ class EmbeddingManager:
             word = own if own is not None and in_vocabulary(own) else identifier
             if len(embedding.vectors) > 1 or word in rows:
                 raise UserError(
-                    f"{embedding.source}: several vectors for '{word}', which has one: a training starts from a file "
+                    f"{embedding.source}: several vectors for '{word}', which has one: a training "
+                    "starts from a file "
                     "of one vector; such embeddings are for sampling"
                 )
             token_of(word)  # raises if the identifier is several tokens
@@ -135,7 +148,9 @@ class EmbeddingManager:
         expected = self._rows.shape[1]
         name = embedding.words[0]
         if width != expected:
-            kinds = [f"{known} is {kind}" for known, kind in WIDTHS.items() if known in (width, expected)]
+            kinds = [
+                f"{known} is {kind}" for known, kind in WIDTHS.items() if known in (width, expected)
+            ]
             hint = f" ({', '.join(kinds)})" if kinds else ""
             raise UserError(
                 f"{embedding.source}: '{name}' has vectors of width {width}, "
@@ -143,7 +158,9 @@ class EmbeddingManager:
             )
         longest = self.embedder.max_length - 2  # a prompt has a start and an end
         if count > longest:
-            raise UserError(f"{embedding.source}: '{name}' has {count} vectors, a prompt has room for {longest}")
+            raise UserError(
+                f"{embedding.source}: '{name}' has {count} vectors, a prompt has room for {longest}"
+            )
         if not embedding.vectors.isfinite().all():
             raise UserError(f"{embedding.source}: '{name}' has values that are not finite")
 
@@ -156,7 +173,10 @@ class EmbeddingManager:
         rows = torch.cat([table.weight, vectors.to(table.weight)])
         table.weight = nn.Parameter(rows, requires_grad=table.weight.requires_grad)
         table.num_embeddings += len(vectors)
-        self.embedder.added_words = {**self.embedder.added_words, **{word.lower(): ids for word in words}}
+        self.embedder.added_words = {
+            **self.embedder.added_words,
+            **{word.lower(): ids for word in words},
+        }
 
 
 def report(embedding: Embedding) -> None:
@@ -169,6 +189,7 @@ def report(embedding: Embedding) -> None:
     for word in embedding.words:
         if word != ANY_WORD and in_vocabulary(word):
             log.warning(
-                "%s: '%s' is a word of the vocabulary: in prompts it no longer has its own meaning; "
+                "%s: '%s' is a word of the vocabulary: in prompts it no longer has its "
+                "own meaning; "
                 "give the file another name to have both", embedding.source, word,
             )  # fmt: skip

@@ -27,7 +27,9 @@ class InBackward:
         self._stepping = False
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(lambda p, index=index: self._update(p, index))
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, index=index: self._update(p, index)
+                )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure, during whose backward pass every parameter is updated."""

@@ -58,7 +58,13 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         super().__init__(params, {**defaults, "muon": False})
 
     @torch.no_grad()
@@ -77,7 +83,9 @@ class Muon(Optimizer):
         return loss
 
     @staticmethod
-    def _muon(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def _muon(
+        parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(grad, 1 - group["momentum"])
@@ -86,9 +94,15 @@ class Muon(Optimizer):
         parameter.add_(orthogonalized(update).reshape(parameter.shape), alpha=-group["lr"] * scale)
 
     @staticmethod
-    def _adam(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def _adam(
+        parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
         if not state:
-            state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+            state.update(
+                step=torch.zeros(()),
+                mean=torch.zeros_like(parameter),
+                square=torch.zeros_like(parameter),
+            )
         state["step"] += 1
         beta1, beta2 = group["betas"]
         state["mean"].lerp_(grad, 1 - beta1)
@@ -104,10 +118,18 @@ def muon_groups(module: nn.Module) -> list[dict[str, Any]]:
     The others are embeddings, norms, biases, and convolutions from or to few channels (pixels,
     latents), whose gradients have few directions.
     """
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings = {
+        id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
     groups: tuple[list[Tensor], list[Tensor]] = ([], [])
     for parameter in module.parameters():
         if parameter.requires_grad:
-            hidden = parameter.ndim >= 2 and min(parameter.shape[:2]) >= 16 and id(parameter) not in embeddings
+            hidden = (
+                parameter.ndim >= 2
+                and min(parameter.shape[:2]) >= 16
+                and id(parameter) not in embeddings
+            )
             groups[hidden].append(parameter)
-    return [{"params": parameters, "muon": bool(k)} for k, parameters in enumerate(groups) if parameters]
+    return [
+        {"params": parameters, "muon": bool(k)} for k, parameters in enumerate(groups) if parameters
+    ]

@@ -14,7 +14,9 @@ from ldm.host import CUDA
 from ldm.optim.in_backward import SUFFIX, AdamWInBackward, InBackward
 from ldm.optim.muon import Muon, muon_groups
 
-Part = nn.Module | Mapping[str, Any]  # a network, or a parameter group with its networks as `modules`
+Part = (
+    nn.Module | Mapping[str, Any]
+)  # a network, or a parameter group with its networks as `modules`
 
 
 def _muon_groups(parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -22,7 +24,11 @@ def _muon_groups(parts: Sequence[Part]) -> list[dict[str, Any]]:
     groups = []
     for part in _named(parts):
         for group in muon_groups(nn.ModuleList(part["modules"])):
-            kind = {"name": f"{part['name']}-{'muon' if group['muon'] else 'adam'}"} if "name" in part else {}
+            kind = (
+                {"name": f"{part['name']}-{'muon' if group['muon'] else 'adam'}"}
+                if "name" in part
+                else {}
+            )
             groups.append({**_settings(part), **group, **kind})
     return groups
 
@@ -30,7 +36,9 @@ def _muon_groups(parts: Sequence[Part]) -> list[dict[str, Any]]:
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": lambda modules, lr, **adam: _fused(torch.optim.Adam, modules, lr=lr, **adam),
     "adamw": lambda modules, lr, **adam: _fused(torch.optim.AdamW, modules, lr=lr, **adam),
-    "adamw_in_backward": lambda modules, lr, **adam: _fused(AdamWInBackward, modules, lr=lr, **adam),
+    "adamw_in_backward": lambda modules, lr, **adam: _fused(
+        AdamWInBackward, modules, lr=lr, **adam
+    ),
     "adamw8bit": lambda modules, lr, **adam: _eight_bit(modules, False, lr=lr, **adam),
     "adamw8bit_in_backward": lambda modules, lr, **adam: _eight_bit(modules, True, lr=lr, **adam),
     "muon": lambda modules, lr, **adam: Muon(_muon_groups(modules), lr=lr, **adam),
@@ -41,13 +49,17 @@ def check_name(name: str) -> None:
     """Raise a `UserError` for an optimizer that is not in `OPTIMIZERS`."""
     if name not in OPTIMIZERS:
         hint = nearest(name, list(OPTIMIZERS))
-        raise ParameterError("optimizer", f"unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}")
+        raise ParameterError(
+            "optimizer", f"unknown '{name}'{hint}; accepted: {', '.join(OPTIMIZERS)}"
+        )
 
 
 def shares_state(first: str, second: str) -> bool:
     """Return whether one optimizer can go on from the other's state."""
     kinds = {"adam": "adamw"}  # the same moments; the decay of weights has no state
-    one, other = (kinds.get(name.removesuffix(SUFFIX), name.removesuffix(SUFFIX)) for name in (first, second))
+    one, other = (
+        kinds.get(name.removesuffix(SUFFIX), name.removesuffix(SUFFIX)) for name in (first, second)
+    )
     return one == other
 
 
@@ -72,7 +84,9 @@ FUSED = ("cpu", CUDA, "mps", "xpu")  # devices that torch has fused kernels for
 def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Optimizer:
     """Make one of torch's optimizers, as one kernel over all parameters where there is one."""
     groups = _trained(modules)
-    parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+    parameters = [
+        p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])
+    ]
     fused = all(p.device.type in FUSED and p.is_floating_point() for p in parameters) or None
     return kind(groups, **{"fused": fused, **options})
 
@@ -85,7 +99,9 @@ def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: Any) -> Op
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ParameterError("optimizer", "adamw8bit needs: pip install -e '.[low-memory]'") from error
+        raise ParameterError(
+            "optimizer", "adamw8bit needs: pip install -e '.[low-memory]'"
+        ) from error
     kind = type("AdamW8bitInBackward", (InBackward, AdamW8bit), {}) if in_backward else AdamW8bit
     return kind(_trained(modules), **{"weight_decay": 0.01, **options})
 
@@ -93,9 +109,16 @@ def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: Any) -> Op
 def _trained(modules: Sequence[Part]) -> list[Any]:
     """Return the trained parameters of networks, or the parameter groups of named parts."""
     if any(isinstance(part, Mapping) for part in modules):
-        return [{**_settings(part), "params": _trained(part["modules"])} for part in _named(modules)]
+        return [
+            {**_settings(part), "params": _trained(part["modules"])} for part in _named(modules)
+        ]
     networks = [part for part in modules if isinstance(part, nn.Module)]
-    return [parameter for module in networks for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        parameter
+        for module in networks
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
 
 
 def _named(parts: Sequence[Part]) -> list[Mapping[str, Any]]:

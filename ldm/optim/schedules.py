@@ -16,7 +16,9 @@ from ldm.util import get_obj_from_str, instantiate_from_config
 # From the share of the decay that is left (1 or more before it begins, 0 at its end) to the factor.
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
-    "cosine": lambda left: (1 - math.cos(math.pi * min(1.0, left))) / 2,  # Loshchilov & Hutter, 1608.03983, eq. 5
+    "cosine": lambda left: (
+        (1 - math.cos(math.pi * min(1.0, left))) / 2
+    ),  # Loshchilov & Hutter, 1608.03983, eq. 5
 }
 
 
@@ -24,7 +26,8 @@ class WarmupDecay:
     """A factor for the learning rate: up over `warmup_steps`, then 1, then down to `final`.
 
     Args:
-        steps: training steps in all, by default the run's `max_steps`; later ones have the last rate.
+        steps: training steps in all, by default the run's `max_steps`; later ones have the last
+            rate.
         warmup_steps: steps until the full rate.
         decay: the share of `steps`, at the end, over which the rate falls; with 0 it stays.
         final: the factor that it ends at.
@@ -44,7 +47,8 @@ class WarmupDecay:
         if steps < 1 or not 0 <= warmup_steps < steps or not 0 <= decay <= 1:
             raise ParameterError(
                 "steps",
-                f"expected steps > warmup_steps >= 0 and 0 <= decay <= 1, got {steps}, {warmup_steps} and {decay}",
+                f"expected steps > warmup_steps >= 0 and 0 <= decay <= 1, got {steps}, "
+                f"{warmup_steps} and {decay}",
             )
         if shape not in SHAPES:
             hint = nearest(shape, list(SHAPES))
@@ -67,14 +71,18 @@ class WarmupDecay:
             parts.append(f"up over {self.warmup_steps} steps")
         if self.decay:
             first = round((1 - self.decay) * self.steps)
-            parts.append(f"{self.shape} from step {first} down to {self.final:g} x at step {self.steps}")
+            parts.append(
+                f"{self.shape} from step {first} down to {self.final:g} x at step {self.steps}"
+            )
         return ", then ".join(parts)
 
 
 WarmupLinearDecay = WarmupDecay  # as configs name it that are older than the other shapes
 
 
-def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None, max_steps: int = -1) -> Any:
+def with_schedule(
+    optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None, max_steps: int = -1
+) -> Any:
     """Return an optimizer for `configure_optimizers`, with a schedule if a config says how.
 
     Args:
@@ -87,4 +95,7 @@ def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | No
     if "steps" in signature(target).parameters and given.get("steps") is None:
         given["steps"] = max_steps if max_steps > 0 else None
     schedule = instantiate_from_config({**scheduler_config, "params": given}, "scheduler_config")
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
+    }

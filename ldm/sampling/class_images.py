@@ -89,7 +89,9 @@ def _in_batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def check_class(images: Sequence[Path], class_word: str, templates: str | Sequence[str] | None = None) -> None:
+def check_class(
+    images: Sequence[Path], class_word: str, templates: str | Sequence[str] | None = None
+) -> None:
     """Compare the class of images that say in their metadata what they show with `class_word`.
 
     An image of a prompt without the class word is warned of: "a puppy" may be meant as a dog.
@@ -111,7 +113,9 @@ def check_class(images: Sequence[Path], class_word: str, templates: str | Sequen
         made_as = f"{paths[0]}{more}: made as '{prompt}', and the class word is '{class_word}'"
         other = class_word_of(prompt, templates)
         if other is not None:
-            raise UserError(f"{made_as}: make '{other}' the class word, or give class images another folder")
+            raise UserError(
+                f"{made_as}: make '{other}' the class word, or give class images another folder"
+            )
         log.warning("%s: the class learns from it all the same", made_as)
 
 
@@ -126,4 +130,6 @@ def _prompt_of(image: Path) -> str | None:
 
 def _names(prompt: str, class_word: str) -> bool:
     """Tell whether a prompt names a class, in the singular or the plural."""
-    return re.search(rf"\b{re.escape(class_word.strip())}(e?s)?\b", prompt, re.IGNORECASE) is not None
+    return (
+        re.search(rf"\b{re.escape(class_word.strip())}(e?s)?\b", prompt, re.IGNORECASE) is not None
+    )

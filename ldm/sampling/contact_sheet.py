@@ -17,18 +17,24 @@ PAPER, INK, FAINT = "#fafafa", "#1c1c1c", "#666666"
 def contact_sheet(
     rows: Sequence[tuple[str, Sequence[Entry]]], cell: int = 128, title: str | None = None
 ) -> Image.Image:
-    """A grid of pictures, each fitted into `cell` pixels a side, with the label of each row above it.
+    """A grid of pictures, each fitted into `cell` pixels a side, with the label of each row above
+    it.
 
-    A row is a label and its pictures; a picture may carry a caption, as `(caption, picture)`. Rows may differ
-    in length. The sheet grows with its title and labels; a caption wider than its picture ends in an ellipsis.
+    A row is a label and its pictures; a picture may carry a caption, as `(caption, picture)`. Rows
+    may differ in length. The sheet grows with its title and labels; a caption wider than its
+    picture ends in an ellipsis.
     """
     if cell < 1 or not rows:
-        raise UserError(f"a contact sheet needs rows and a cell of 1 pixel or more, got {len(rows)} and {cell}")
+        raise UserError(
+            f"a contact sheet needs rows and a cell of 1 pixel or more, got {len(rows)} and {cell}"
+        )
     gap = max(2, cell // 16)
     large, medium, small = (ImageFont.load_default(max(10, round(cell / n))) for n in (6, 8, 10))
     headings = [(title or "", large)] + [(label, medium) for label, _ in rows]
     columns = max(len(entries) for _, entries in rows)
-    width = max(columns * (cell + gap) - gap, *(round(font.getlength(text)) for text, font in headings))
+    width = max(
+        columns * (cell + gap) - gap, *(round(font.getlength(text)) for text, font in headings)
+    )
     top = gap + (_line(large) + gap if title else 0)
     heights = [_line(medium) + _pictures_height(entries, cell, gap, small) for _, entries in rows]
 
@@ -56,7 +62,9 @@ def _pictures_height(entries: Sequence[Entry], cell: int, gap: int, font: Font) 
     return (cell if entries else 0) + captions + gap
 
 
-def _paste_fitted(sheet: Image.Image, image: Image.Image, corner: tuple[int, int], cell: int) -> None:
+def _paste_fitted(
+    sheet: Image.Image, image: Image.Image, corner: tuple[int, int], cell: int
+) -> None:
     """Scale the image into the cell, keeping its proportions, and centre it there."""
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -1,10 +1,12 @@
 """How a picture was made, as text inside its PNG file.
 
-Two entries say it. `parameters` is the text that AUTOMATIC1111's web UI writes and that other programs read:
+Two entries say it. `parameters` is the text that AUTOMATIC1111's web UI writes and that other
+programs read:
 
     photo of a sks dog
     Negative prompt: blurry
-    Steps: 50, Sampler: DDIM, Schedule type: Automatic, CFG scale: 7.5, Seed: 42, Size: 512x512, Model: my-dog
+    Steps: 50, Sampler: DDIM, Schedule type: Automatic, CFG scale: 7.5, Seed: 42, Size: 512x512,
+        Model: my-dog
 
 `dreambooth` is JSON with everything that the picture is a function of, for our own programs.
 """
@@ -39,7 +41,8 @@ def picture_texts(
     """Return the texts of a picture's PNG file, by key.
 
     Args:
-        model: the name of the weights' file, without its suffix; left out if it is not known, as is `model_sha256`.
+        model: the name of the weights' file, without its suffix; left out if it is not known, as is
+            `model_sha256`.
         more: goes into our own entry alone.
     """
     everything = {"prompt": prompt, **asdict(recipe), "negative_prompt": negative_prompt, **more}
@@ -50,7 +53,11 @@ def picture_texts(
 
 
 def infotext(
-    prompt: str, recipe: Recipe, negative_prompt: str = "", model: str | None = None, model_sha256: str | None = None
+    prompt: str,
+    recipe: Recipe,
+    negative_prompt: str = "",
+    model: str | None = None,
+    model_sha256: str | None = None,
 ) -> str:
     """Return the recipe in the form of AUTOMATIC1111's web UI: prompts, then one line of fields."""
     fields: dict[str, Any] = {

@@ -31,12 +31,20 @@ def pick_device(name: str | None = None) -> torch.device:
         UserError: the named one is not there.
     """
     if name is None:
-        name = CUDA if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            CUDA
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not on this machine: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--device {name}: not on this machine: {str(error).splitlines()[0]}"
+        ) from error
     return device
 
 
@@ -52,7 +60,8 @@ def load_model(
     Args:
         config: its YAML; by default the one that trained it, else that of its family.
         weights: `trained` or `ema`; by default the averaged weights where there are any.
-        dtype: of its matrices and convolutions, for sampling under `autocast`; by default they are float32.
+        dtype: of its matrices and convolutions, for sampling under `autocast`; by default they are
+            float32.
 
     Raises:
         UserError: a file that cannot be read, or a config that does not fit the checkpoint.
@@ -100,7 +109,9 @@ def check_size(model: LatentDiffusion, height: int, width: int) -> None:
     levels = sum(1 for name, _ in unet.named_modules() if name.endswith(".op"))
     step = model.downsampling * 2**levels
     if height < step or width < step or height % step or width % step:
-        raise UserError(f"height {height} and width {width} must be multiples of {step} for this model")
+        raise UserError(
+            f"height {height} and width {width} must be multiples of {step} for this model"
+        )
 
 
 @torch.no_grad()

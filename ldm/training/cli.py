@@ -61,7 +61,9 @@ def trainer_value(text: str) -> Any:
     """Read the value of one of Lightning's flags as YAML would."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a value, or leave the flag out")
-    if ":" in text:  # a duration such as 00:12:00:00, which YAML takes for a number to the base of 60
+    if (
+        ":" in text
+    ):  # a duration such as 00:12:00:00, which YAML takes for a number to the base of 60
         return text
     try:
         value = yaml.safe_load(text)
@@ -98,36 +100,72 @@ def build_parser() -> argparse.ArgumentParser:
     boolean: dict[str, Any] = {"type": str2bool, "nargs": "?", "const": True, "metavar": "BOOL"}
     what = parser.add_argument_group("what to run")
     what.add_argument(
-        "-b", "--base", action="extend", nargs="*", default=[], metavar="YAML", help="configs, merged left to right"
+        "-b",
+        "--base",
+        action="extend",
+        nargs="*",
+        default=[],
+        metavar="YAML",
+        help="configs, merged left to right",
     )
     what.add_argument("-t", "--train", default=False, help="train", **boolean)
-    what.add_argument("--no-test", default=False, help="skip the test set, where the config has one", **boolean)
-    what.add_argument("-r", "--resume", metavar="RUN", help="go on with a run: its folder, or a .ckpt in it")
-    what.add_argument("--actual_resume", metavar="CKPT", help="initial weights (.ckpt or .safetensors)")
-    what.add_argument("--weights", choices=WEIGHTS, help="which of that file's, if it has both (default: trained)")
+    what.add_argument(
+        "--no-test", default=False, help="skip the test set, where the config has one", **boolean
+    )
+    what.add_argument(
+        "-r", "--resume", metavar="RUN", help="go on with a run: its folder, or a .ckpt in it"
+    )
+    what.add_argument(
+        "--actual_resume", metavar="CKPT", help="initial weights (.ckpt or .safetensors)"
+    )
+    what.add_argument(
+        "--weights", choices=WEIGHTS, help="which of that file's, if it has both (default: trained)"
+    )
     data = parser.add_argument_group("images")
     data.add_argument("--data_root", metavar="DIR", help="photos of the subject")
-    data.add_argument("--reg_data_root", metavar="DIR", help="images of the class, for prior preservation")
+    data.add_argument(
+        "--reg_data_root", metavar="DIR", help="images of the class, for prior preservation"
+    )
     data.add_argument("--class_word", metavar="WORD", help="the class noun, such as dog")
-    data.add_argument("--init_word", metavar="WORD", help="give the identifier this word's embedding at the start")
-    data.add_argument("--embedding_manager_ckpt", metavar="FILE", help="textual-inversion embeddings to start from")
+    data.add_argument(
+        "--init_word", metavar="WORD", help="give the identifier this word's embedding at the start"
+    )
+    data.add_argument(
+        "--embedding_manager_ckpt",
+        metavar="FILE",
+        help="textual-inversion embeddings to start from",
+    )
     run = parser.add_argument_group("the run and its folder")
     run.add_argument("-n", "--name", default="", help="name of the run (default: the config's)")
     run.add_argument("-f", "--postfix", default="", help="appended to the name")
     run.add_argument("-l", "--logdir", help="where run folders are made (default: logs)")
     run.add_argument(
-        "--datadir_in_name", default=None, help="begin the name with the data folder's (default: true)", **boolean
+        "--datadir_in_name",
+        default=None,
+        help="begin the name with the data folder's (default: true)",
+        **boolean,
     )
     run.add_argument("-p", "--project", help="the run folder's parent, instead of --logdir")
     run.add_argument("-s", "--seed", type=int, help="seed of everything random (default: 23)")
-    run.add_argument("--export", choices=EXPORTS, help="also write the weights alone at the end, in this precision")
-    run.add_argument("-d", "--debug", default=False, help="show the traceback of an error", **boolean)
+    run.add_argument(
+        "--export",
+        choices=EXPORTS,
+        help="also write the weights alone at the end, in this precision",
+    )
+    run.add_argument(
+        "-d", "--debug", default=False, help="show the traceback of an error", **boolean
+    )
     machine = parser.add_argument_group("the machine")
     machine.add_argument(
-        "--gpus", metavar="LIST", help="'0,' the first GPU, '0,1' two; without it the CPU or the YAML's"
+        "--gpus",
+        metavar="LIST",
+        help="'0,' the first GPU, '0,1' two; without it the CPU or the YAML's",
     )
     machine.add_argument(
-        "--scale_lr", default=None, help="learning rate x accumulated batches x devices x batch size", **boolean
+        "--scale_lr",
+        default=None,
+        help="learning rate x accumulated batches x devices x batch size",
+        **boolean,
     )
     return parser
 
@@ -136,7 +174,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
     Returns:
-        the flags; `trainer` holds those of Lightning that were given, `overrides` the key.path=value.
+        the flags; `trainer` holds those of Lightning that were given, `overrides` the
+        key.path=value.
 
     Raises:
         UserError: an unknown flag (with the nearest valid one), a value that does not parse, or a
@@ -146,7 +185,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     visible = set(_flags(parser))
     for key in TRAINER_KEYS:
         parser.add_argument(
-            f"--{key}", dest=f"trainer.{key}", type=trainer_value, help=argparse.SUPPRESS, default=argparse.SUPPRESS
+            f"--{key}",
+            dest=f"trainer.{key}",
+            type=trainer_value,
+            help=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
         )
     overrides, words = _overrides_apart(parser, sys.argv[1:] if argv is None else argv)
     _say_what_is_given_twice(parser, words)
@@ -160,7 +203,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # What is empty is a shell variable that was not set, or a mistake: it is never "not given".
     for name, value in vars(args).items():
         if isinstance(value, str) and not value.strip() and name not in MAY_BE_EMPTY:
-            raise UserError(f"--{name.removeprefix('trainer.')}: is empty; give a value, or leave the flag out")
+            raise UserError(
+                f"--{name.removeprefix('trainer.')}: is empty; give a value, or leave the flag out"
+            )
     args.overrides = overrides
     given = [key for key in vars(args) if key.startswith("trainer.")]
     args.trainer = {key.removeprefix("trainer."): vars(args).pop(key) for key in given}
@@ -173,14 +218,18 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from action.option_strings
 
 
-def _overrides_apart(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+def _overrides_apart(
+    parser: argparse.ArgumentParser, words: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """Return the words of the form `key.path=value`, and the others.
 
     argparse would take an override for the value of a flag before it that may have one. What
     follows a flag that must have one is its value, whatever it looks like: a folder may be called
     `photos.v2=final`.
     """
-    takes_one = {flag for action in parser._actions if action.nargs is None for flag in action.option_strings}
+    takes_one = {
+        flag for action in parser._actions if action.nargs is None for flag in action.option_strings
+    }
     overrides: list[str] = []
     others: list[str] = []
     for before, word in zip(["", *words], words):
@@ -196,7 +245,9 @@ def _say_what_is_given_twice(parser: argparse.ArgumentParser, words: Sequence[st
     times = Counter(actions[flag] for flag in flags if flag in actions)
     for action, number in times.items():
         if number > 1 and action.dest != "base":
-            log.warning("%s is given %d times: the last one counts", action.option_strings[-1], number)
+            log.warning(
+                "%s is given %d times: the last one counts", action.option_strings[-1], number
+            )
 
 
 def prepare(args: argparse.Namespace) -> tuple[RunConfig, Run]:
@@ -232,11 +283,15 @@ def with_flags(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     """
     # The run's own settings.
     given = {"seed": args.seed, "scale_lr": args.scale_lr, "export": args.export}
-    values: dict[str, Any] = {f"run.{key}": value for key, value in given.items() if value is not None}
+    values: dict[str, Any] = {
+        f"run.{key}": value for key, value in given.items() if value is not None
+    }
     config = config.having({**values, "run.working_folder": os.getcwd()})
     config = config.having({"run.seed": config.seed})
     # Lightning's arguments: which device and precision depends on those that are given.
-    config = config.having({f"lightning.trainer.{key}": value for key, value in args.trainer.items()})
+    config = config.having(
+        {f"lightning.trainer.{key}": value for key, value in args.trainer.items()}
+    )
     config = config.having(_device(config, args))
     # The images.
     config = config.having(_images(config, args))
@@ -282,7 +337,11 @@ def _images(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 def _needs_no_class_images(config: RunConfig) -> bool:
     """Return whether the prior weighs nothing, and no folder is named for it."""
     weighs = config.get("model.params.reg_weight", 1.0)
-    return bool(config.get("data.params.reg")) and not weighs and not config.get("data.params.reg.params.data_root")
+    return (
+        bool(config.get("data.params.reg"))
+        and not weighs
+        and not config.get("data.params.reg.params.data_root")
+    )
 
 
 def start_of(args: argparse.Namespace) -> Start:
@@ -300,5 +359,7 @@ def start_of(args: argparse.Namespace) -> Start:
     if embeddings and not embeddings.is_file():
         raise UserError(f"--embedding_manager_ckpt {embeddings}: no such file")
     if args.weights and not weights:
-        raise UserError("--weights: says which of the weights of --actual_resume, which is not given")
+        raise UserError(
+            "--weights: says which of the weights of --actual_resume, which is not given"
+        )
     return Start(weights, args.weights, embeddings, args.init_word)

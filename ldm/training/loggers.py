@@ -16,7 +16,10 @@ WHERE = "lightning.trainer.logger"
 OWN = ("tensorboard", "csv")  # always there
 # Lightning's loggers by the names that people give them, and the arguments that name the run.
 SERVICES = {
-    "wandb": ("pytorch_lightning.loggers.WandbLogger", lambda run: {"name": run.folder.name, "save_dir": run.folder}),
+    "wandb": (
+        "pytorch_lightning.loggers.WandbLogger",
+        lambda run: {"name": run.folder.name, "save_dir": run.folder},
+    ),
     "mlflow": ("pytorch_lightning.loggers.MLFlowLogger", lambda run: {"run_name": run.folder.name}),
     "comet": ("pytorch_lightning.loggers.CometLogger", lambda run: {"name": run.folder.name}),
     "neptune": ("pytorch_lightning.loggers.NeptuneLogger", lambda run: {"name": run.folder.name}),

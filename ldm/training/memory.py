@@ -23,7 +23,8 @@ GB = 1e9
 CONCERNS = 1e9  # bytes of weights from which on an estimate is worth its seconds
 # Bytes that an optimizer keeps for each trained parameter.
 STATE_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2, "muon": 4}
-# Numbers that a block of a text transformer keeps for each token and channel: Korthikanti et al., 2205.05198, table 1.
+# Numbers that a block of a text transformer keeps for each token and channel: Korthikanti et al.,
+# 2205.05198, table 1.
 TEXT_NUMBERS = 17
 
 
@@ -31,8 +32,8 @@ TEXT_NUMBERS = 17
 class Estimate:
     """Bytes on the device at the peak of a training step.
 
-    `shared` is the most that gradients and activations take together: a backward pass frees the ones while it makes
-    the others.
+    `shared` is the most that gradients and activations take together: a backward pass frees the
+    ones while it makes the others.
     """
 
     weights: int
@@ -47,13 +48,19 @@ class Estimate:
         return self.weights + self.optimizer + self.shared
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "optimizer": self.optimizer, "gradients and activations": self.shared}
+        parts = {
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "gradients and activations": self.shared,
+        }
         return f"about {self.total / GB:.2f} GB ({' + '.join(f'{name} {n / GB:.2f}' for name, n in parts.items())})"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a forward pass: bytes that it keeps for the backward pass, and of its weights' gradients."""
+    """A part of a forward pass: bytes that it keeps for the backward pass, and of its weights'
+    gradients.
+    """
 
     activations: int
     gradients: int
@@ -67,14 +74,16 @@ def estimate(
     autocast: torch.dtype | None = None,
     accumulates: bool = False,
 ) -> Estimate:
-    """Estimate what a `LatentDiffusion` needs to train, without torch's and the driver's own (about 1 GB).
+    """Estimate what a `LatentDiffusion` needs to train, without torch's and the driver's own (about
+    1 GB).
 
     Args:
         optimizer: its name in `ldm.optim.registry.OPTIMIZERS`.
         samples: in one pass of the UNet: subject and class images of a batch.
         side: of the images, pixels.
         autocast: the lower precision of a mixed one.
-        accumulates: whether a step's gradients are of several passes, so that most of these begin beside all of them.
+        accumulates: whether a step's gradients are of several passes, so that most of these begin
+            beside all of them.
 
     Raises:
         UserError: an optimizer of no known name.
@@ -90,7 +99,8 @@ def estimate(
     together = accumulates or optimizer.endswith(SUFFIX)
     return Estimate(
         weights=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
-        optimizer=STATE_BYTES[optimizer.removesuffix(SUFFIX)] * sum(parameter.numel() for parameter in trained),
+        optimizer=STATE_BYTES[optimizer.removesuffix(SUFFIX)]
+        * sum(parameter.numel() for parameter in trained),
         gradients=gradients,
         activations=activations,
         shared=gradients + activations if together else _most_at_once(stages) + recomputed,
@@ -101,7 +111,8 @@ def _most_at_once(stages: Sequence[Stage]) -> int:
     """Return the most that activations and gradients take together during the backward pass."""
     moments = range(len(stages))
     return max(
-        sum(stage.activations for stage in stages[: i + 1]) + sum(stage.gradients for stage in stages[i:])
+        sum(stage.activations for stage in stages[: i + 1])
+        + sum(stage.gradients for stage in stages[i:])
         for i in moments
     )
 
@@ -109,25 +120,41 @@ def _most_at_once(stages: Sequence[Stage]) -> int:
 def forward_stages(
     model: Any, samples: int, latent_side: int, autocast: torch.dtype | None = None
 ) -> tuple[list[Stage], int]:
-    """Measure what the text encoder and the UNet's blocks keep for the backward pass, in their order.
+    """Measure what the text encoder and the UNet's blocks keep for the backward pass, in their
+    order.
 
     Returns:
         the stages, and the bytes that recomputing a checkpointed block adds at most.
     """
     unet = model.model.diffusion_model
-    tokens, width = model.cond_stage_model.max_length, model.cond_stage_model.token_embedding.weight.shape[1]
+    tokens, width = (
+        model.cond_stage_model.max_length,
+        model.cond_stage_model.token_embedding.weight.shape[1],
+    )
     text = 0
-    gradients = sum(parameter.nbytes for parameter in model.cond_stage_model.parameters() if parameter.requires_grad)
+    gradients = sum(
+        parameter.nbytes
+        for parameter in model.cond_stage_model.parameters()
+        if parameter.requires_grad
+    )
     if model.cond_stage_trainable:
-        blocks = sum(isinstance(module, nn.LayerNorm) for module in model.cond_stage_model.modules()) // 2
+        blocks = (
+            sum(isinstance(module, nn.LayerNorm) for module in model.cond_stage_model.modules())
+            // 2
+        )
         distinct = min(samples, 2)  # captions, most of which are the same
         text = blocks * TEXT_NUMBERS * distinct * tokens * width * 4
     with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
-        state = {name: _without_data(value) for name, value in unet.state_dict(keep_vars=True).items()}
+        state = {
+            name: _without_data(value) for name, value in unet.state_dict(keep_vars=True).items()
+        }
         x = torch.empty(samples, unet.in_channels, latent_side, latent_side)
         t = torch.zeros(samples, dtype=torch.long)
         context = torch.empty(samples, tokens, width, requires_grad=model.cond_stage_trainable)
-        with torch.enable_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with (
+            torch.enable_grad(),
+            torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
+        ):
             stages, recomputed = _stages(unet, state, (x, t, context))
     return [Stage(text, gradients), *stages], recomputed
 
@@ -137,10 +164,16 @@ def _without_data(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
 
 
-def _stages(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[list[Stage], int]:
+def _stages(
+    unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
+) -> tuple[list[Stage], int]:
     """Measure what each of the UNet's blocks keeps, and the most that recomputing one adds."""
     weights = {value.untyped_storage()._cdata for value in state.values()}
-    blocks = [block for child in unet.children() for block in (child if isinstance(child, nn.ModuleList) else [child])]
+    blocks = [
+        block
+        for child in unet.children()
+        for block in (child if isinstance(child, nn.ModuleList) else [child])
+    ]
     entered: list[nn.Module] = []
     kept: list[dict[int, Tensor]] = [{}]
     recomputed = [0]
@@ -173,9 +206,13 @@ def _stages(unet: nn.Module, state: Mapping[str, Tensor], inputs: tuple[Tensor, 
     kept[-1][output.untyped_storage()._cdata] = output
     found, known = [], set(weights)
     for tensors, block in zip(kept, [nn.Identity(), *entered]):  # first what is before all blocks
-        gradients = sum(parameter.nbytes for parameter in block.parameters() if parameter.requires_grad)
+        gradients = sum(
+            parameter.nbytes for parameter in block.parameters() if parameter.requires_grad
+        )
         found.append(Stage(_total(tensors, known), gradients))
-        known |= tensors.keys()  # of what several keep, the first in the forward pass is the last to let go
+        known |= (
+            tensors.keys()
+        )  # of what several keep, the first in the forward pass is the last to let go
     return found, max(recomputed)
 
 
@@ -192,7 +229,9 @@ def _counting(kept: list[dict[int, Tensor]]) -> Iterator[None]:
 
 
 def _total(kept: dict[int, Tensor], without: set[int]) -> int:
-    return sum(value.untyped_storage().nbytes() for key, value in kept.items() if key not in without)
+    return sum(
+        value.untyped_storage().nbytes() for key, value in kept.items() if key not in without
+    )
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -208,9 +247,15 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
-    """Estimate a run; None for other models, for images of any size and where memory is of no concern."""
+    """Estimate a run; None for other models, for images of any size and where memory is of no
+    concern.
+    """
     side = getattr(data.datasets.get("train"), "size", None)
-    if not hasattr(model, "objective") or not side or sum(p.nbytes for p in model.parameters()) < CONCERNS:
+    if (
+        not hasattr(model, "objective")
+        or not side
+        or sum(p.nbytes for p in model.parameters()) < CONCERNS
+    ):
         return None
     batches = 2 if "reg" in data.datasets else 1  # of the subject and of the prior
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
@@ -244,23 +289,35 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def switches(trainer: Any, model: Any) -> list[str]:
-    """List what a user can still change to need less memory, the cheapest in time and quality first."""
-    optimizer, sharded, device = model.optimizer, is_sharded(trainer), trainer.strategy.root_device.type
-    unet, trained = model.model.diffusion_model, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    recomputed = [module.use_checkpoint for module in unet.modules() if hasattr(module, "use_checkpoint")]
+    """List what a user can still change to need less memory, the cheapest in time and quality
+    first.
+    """
+    optimizer, sharded, device = (
+        model.optimizer,
+        is_sharded(trainer),
+        trainer.strategy.root_device.type,
+    )
+    unet, trained = (
+        model.model.diffusion_model,
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+    recomputed = [
+        module.use_checkpoint for module in unet.modules() if hasattr(module, "use_checkpoint")
+    ]
     found = {
         "model.params.unet_config.params.use_checkpoint=true": not all(recomputed),
         "--precision bf16-mixed": (
-            not trainer.precision.startswith(("bf16", "16")) and default_precision(device) == "bf16-mixed"
+            not trainer.precision.startswith(("bf16", "16"))
+            and default_precision(device) == "bf16-mixed"
         ),
         f"model.params.optimizer={optimizer}{SUFFIX} (-{4 * trained / GB:.1f} GB)": (
             optimizer in ("adamw", "adamw8bit") and not needs_gradients(trainer)
         ),
-        f"model.params.optimizer={optimizer.replace('adamw', 'adamw8bit')} (-{6 * trained / GB:.1f} GB)": (
-            optimizer in ("adamw", "adamw" + SUFFIX) and not sharded
-        ),
+        f"model.params.optimizer={optimizer.replace('adamw', 'adamw8bit')} "
+        f"(-{6 * trained / GB:.1f} GB)": (optimizer in ("adamw", "adamw" + SUFFIX) and not sharded),
         "model.params.cond_stage_trainable=false": model.cond_stage_trainable and not model.lora,
         "configs/stable-diffusion/v1-finetune_lora.yaml": not model.lora and not sharded,
-        "data.params.batch_size=1, or smaller images (data.params.train.params.size and reg.params.size)": True,
+        "data.params.batch_size=1, or smaller images (data.params.train.params.size and "
+        "reg.params.size)": True,
     }
     return [switch for switch, left in found.items() if left]

@@ -15,7 +15,11 @@ from ldm.modules.encoders import tokenizer
 log = logging.getLogger(__name__)
 
 RATES = "lr-"  # how the metrics of Lightning's LearningRateMonitor begin
-KNOWN = ("ldm", "main", "pytorch_lightning")  # packages whose callbacks log nothing that is not known here
+KNOWN = (
+    "ldm",
+    "main",
+    "pytorch_lightning",
+)  # packages whose callbacks log nothing that is not known here
 
 
 def check_monitors(trainer: Any, model: Any, data: Any) -> None:
@@ -36,11 +40,15 @@ def check_monitors(trainer: Any, model: Any, data: Any) -> None:
             continue
         if metric not in logged["val"]:
             names = [*logged["train"], *logged["val"]]
-            raise UserError(f"{where}: nothing logs '{metric}'{nearest(metric, names)}; logged are {', '.join(names)}")
+            raise UserError(
+                f"{where}: nothing logs '{metric}'{nearest(metric, names)}; logged are "
+                f"{', '.join(names)}"
+            )
         if is_needed and without_validation:
             trained = ", ".join(logged["train"])
             raise UserError(
-                f"{where}: '{metric}' is of the validation, but {without_validation}; without it: {trained}"
+                f"{where}: '{metric}' is of the validation, but {without_validation}; without "
+                f"it: {trained}"
             )
 
 
@@ -73,7 +81,11 @@ def _why_no_validation(trainer: Any, data: Any) -> str:
     if isinstance(interval, int):
         first = interval
     elif isinstance(interval, float):
-        first = int(batches * interval) if interval < 1 else batches * (trainer.check_val_every_n_epoch or 1)
+        first = (
+            int(batches * interval)
+            if interval < 1
+            else batches * (trainer.check_val_every_n_epoch or 1)
+        )
     else:
         return ""  # a time
     step = math.ceil(first / trainer.accumulate_grad_batches)

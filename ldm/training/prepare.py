@@ -35,7 +35,9 @@ def check_images(data: Any) -> None:
     if isinstance(data.prior, PersonalizedBase):
         prior = data.prior
         captioned = prior.captioned
-        check_class([p for p in prior.paths if p not in captioned], prior.class_word, prior.templates)
+        check_class(
+            [p for p in prior.paths if p not in captioned], prior.class_word, prior.templates
+        )
 
 
 def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None) -> None:
@@ -90,7 +92,8 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: b
     folder = data.class_folder
     if resumes:  # a tuned model's images are not its prior
         raise UserError(
-            f"{folder}: {missing} of {data.num_class_images} class images are missing, and only a new "
+            f"{folder}: {missing} of {data.num_class_images} class images are missing, and only "
+            "a new "
             "run makes them: put them back, or lower data.params.num_class_images"
         )
     make_class_images(
@@ -131,7 +134,9 @@ def _cache_latents(model: Any, data: DataModuleFromConfig, trainer: Any) -> None
         for kind in ("train", "reg"):
             if kind in data.datasets:
                 dataset = data.datasets[kind]
-                dataset.latents = encode_variants(dataset, Encoder(encode, name), data.batch_size, folder)
+                dataset.latents = encode_variants(
+                    dataset, Encoder(encode, name), data.batch_size, folder
+                )
 
 
 @contextmanager
@@ -147,5 +152,7 @@ def _moved(module: nn.Module, device: torch.device, home: torch.device) -> Itera
 def _load_first_stage(model: Any, checkpoint: Path) -> None:
     """Give the first stage its weights before Lightning restores the whole model."""
     state = state_dict_of(read_checkpoint(checkpoint), checkpoint)
-    own = {key.removeprefix(FIRST_STAGE): state[key] for key in state if key.startswith(FIRST_STAGE)}
+    own = {
+        key.removeprefix(FIRST_STAGE): state[key] for key in state if key.startswith(FIRST_STAGE)
+    }
     model.first_stage_model.load_state_dict(own, strict=False)

@@ -78,7 +78,9 @@ def _check_lengths(config: RunConfig, step: int, epoch: int) -> None:
     for key, done, name in (("max_steps", step, "steps"), ("max_epochs", epoch, "epochs")):
         limit = config.get(f"lightning.trainer.{key}", -1)
         if 0 < limit < done:
-            raise UserError(f"lightning.trainer.{key}: {limit}, but the run has done {done} {name}: give more")
+            raise UserError(
+                f"lightning.trainer.{key}: {limit}, but the run has done {done} {name}: give more"
+            )
 
 
 def _check_fixed(before: RunConfig, now: RunConfig) -> None:
@@ -102,7 +104,9 @@ def _refusal(key: str, was: Any, now: Any) -> str:
     if key == "optimizer" and not shares_state(was, now):
         return "it cannot go on from the other's state"
     if key == "text_encoder_lr" and None in (was, now):
-        return "a text encoder with its own rate is a group of its own in the checkpoint's optimizer"
+        return (
+            "a text encoder with its own rate is a group of its own in the checkpoint's optimizer"
+        )
     return FIXED.get(key, "")
 
 

@@ -1,4 +1,6 @@
-"""The run folder: `{logdir}/{data folder}{time}_{name}{postfix}` with `configs/`, `checkpoints/`, `images/`."""
+"""The run folder: `{logdir}/{data folder}{time}_{name}{postfix}` with `configs/`, `checkpoints/`,
+`images/`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from ldm import signals
 from ldm.distributed import agreed, is_first
 from ldm.errors import UserError
 
-# Lightning starts the other ranks of a run as copies of this process: they inherit the time from it. Those that
-# torchrun or SLURM starts ask the first one.
+# Lightning starts the other ranks of a run as copies of this process: they inherit the time from
+# it. Those that torchrun or SLURM starts ask the first one.
 STAMP_VARIABLE = "DREAMBOOTH_RUN_STAMP"
 
 
@@ -82,7 +84,11 @@ def forget_stamp() -> None:
 def new_run(args: argparse.Namespace) -> Run:
     """Make the folder that the flags name for a new run, which no other run has or will have."""
     parent = Path(args.project or args.logdir or "logs")
-    data = Path(args.data_root).resolve().name if args.datadir_in_name is not False and args.data_root else ""
+    data = (
+        Path(args.data_root).resolve().name
+        if args.datadir_in_name is not False and args.data_root
+        else ""
+    )
     name = args.name or (Path(args.base[0]).stem if args.base else "run")
     made: list[Path] = []
 
@@ -194,7 +200,9 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError(f"{folder}: another process is training in it; wait for its end, or stop it") from error
+        raise UserError(
+            f"{folder}: another process is training in it; wait for its end, or stop it"
+        ) from error
     except OSError:  # a file system without locks
         pass
     _locks.add(descriptor)
@@ -221,13 +229,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def _check_length(name: Path) -> None:
-    """Raise a `UserError` if a run's name is too long for a file system, with what files add that have it in theirs."""
+    """Raise a `UserError` if a run's name is too long for a file system, with what files add that
+    have it in theirs.
+    """
     for part in name.parts:
         length = len(os.fsencode(part))
         if length > LONGEST_NAME:
             raise UserError(
-                f"--name, --postfix and --data_root give a run folder whose name has {length} bytes, of {LONGEST_NAME} "
-                f"that it may have ({part[:60]}...): give a shorter --name, or --datadir_in_name false"
+                f"--name, --postfix and --data_root give a run folder whose name has {length} "
+                f"bytes, of {LONGEST_NAME} "
+                f"that it may have ({part[:60]}...): give a shorter --name, or "
+                "--datadir_in_name false"
             )
 
 
@@ -251,5 +263,8 @@ def resumed_run(resume: str) -> Run:
     stamp = time_stamp(lambda stamp: not (folder / "configs" / f"{stamp}-project.yaml").exists())
     run = Run(folder, stamp, checkpoint)
     if not run.saved_configs():
-        raise UserError(f"--resume {resume}: no configs in {run.configs}: give the run's folder, or start with --base")
+        raise UserError(
+            f"--resume {resume}: no configs in {run.configs}: give the run's folder, or start "
+            "with --base"
+        )
     return run

@@ -1,4 +1,6 @@
-"""FSDP: every process holds a part of the weights, and the checkpoints are those of a run that is not sharded."""
+"""FSDP: every process holds a part of the weights, and the checkpoints are those of a run that is
+not sharded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ import torch
 from pytorch_lightning.plugins.precision import FSDPPrecision
 from pytorch_lightning.strategies import FSDPStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, MixedPrecision, OptimStateKeyType
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    MixedPrecision,
+    OptimStateKeyType,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import StateDictType as Kind
 from torch.optim import Optimizer
@@ -22,11 +29,15 @@ from ldm.util import instantiate_from_config
 WHERE = "lightning.trainer.strategy"
 OURS = "ldm.training.sharding.FullySharded"
 KINDS = ("FULL_SHARD", "SHARD_GRAD_OP")
-OPTIMIZERS = ("adam", "adamw")  # whose state has the shape of the weights, and may be computed of any part of them
+OPTIMIZERS = (
+    "adam",
+    "adamw",
+)  # whose state has the shape of the weights, and may be computed of any part of them
 
 
 def make_strategy(given: Any) -> Any:
-    """Return the strategy that the config names: ours for `fsdp`, that of a `target`, else Lightning's.
+    """Return the strategy that the config names: ours for `fsdp`, that of a `target`, else
+    Lightning's.
 
     Raises:
         UserError: a strategy whose checkpoints would not be single files.
@@ -36,9 +47,13 @@ def make_strategy(given: Any) -> Any:
     if given == "fsdp":
         return FullySharded()
     if isinstance(given, str) and given.startswith("deepspeed"):
-        raise UserError(f"{WHERE}: {given}: its checkpoints are folders: use fsdp, which shards as much")
+        raise UserError(
+            f"{WHERE}: {given}: its checkpoints are folders: use fsdp, which shards as much"
+        )
     if isinstance(given, str) and given.startswith("fsdp"):
-        raise UserError(f"{WHERE}: {given}: use fsdp, or {{target: {OURS}, params: {{...}}}} with its options")
+        raise UserError(
+            f"{WHERE}: {given}: use fsdp, or {{target: {OURS}, params: {{...}}}} with its options"
+        )
     return given
 
 
@@ -47,15 +62,26 @@ def gathered_together(model: LatentDiffusion) -> set[nn.Module]:
 
     They are the UNet's and the text encoder's blocks, and what is around those in either.
     """
-    unet = [module for module in model.model.modules() if isinstance(module, TimestepEmbedSequential)]
-    lists = [module for module in model.cond_stage_model.modules() if isinstance(module, nn.ModuleList)]
-    return {model.model, model.cond_stage_model, *unet, *(block for blocks in lists for block in blocks)}
+    unet = [
+        module for module in model.model.modules() if isinstance(module, TimestepEmbedSequential)
+    ]
+    lists = [
+        module for module in model.cond_stage_model.modules() if isinstance(module, nn.ModuleList)
+    ]
+    return {
+        model.model,
+        model.cond_stage_model,
+        *unet,
+        *(block for blocks in lists for block in blocks),
+    }
 
 
 def check_shardable(model: Any) -> None:
     """Raise a `UserError` for what needs the whole weights on every process."""
     if not isinstance(model, LatentDiffusion):
-        raise UserError(f"{WHERE}: fsdp: shards latent diffusion models, not {type(model).__name__}: use ddp")
+        raise UserError(
+            f"{WHERE}: fsdp: shards latent diffusion models, not {type(model).__name__}: use ddp"
+        )
     excluded = {
         "use_ema=true": model.model_ema is not None,
         "lora": model.lora is not None,
@@ -67,14 +93,16 @@ def check_shardable(model: Any) -> None:
 
 
 class FullySharded(FSDPStrategy):
-    """Lightning's FSDP for `LatentDiffusion`, with the checkpoints of every other strategy: one file, CompVis's keys.
+    """Lightning's FSDP for `LatentDiffusion`, with the checkpoints of every other strategy: one
+    file, CompVis's keys.
 
-    The autoencoder, which is small and never trained, is whole on every process. Weights are gathered in float32 and
-    computed with in autocast, as without sharding.
+    The autoencoder, which is small and never trained, is whole on every process. Weights are
+    gathered in float32 and computed with in autocast, as without sharding.
 
     Args:
-        sharding_strategy: what is sharded: FULL_SHARD weights, gradients and optimizer; SHARD_GRAD_OP all but the
-            weights while a step is computed, which costs memory and saves time.
+        sharding_strategy: what is sharded: FULL_SHARD weights, gradients and optimizer;
+            SHARD_GRAD_OP all but the weights while a step is computed, which costs memory and saves
+            time.
 
     Raises:
         UserError: another `sharding_strategy`.
@@ -83,7 +111,9 @@ class FullySharded(FSDPStrategy):
     def __init__(self, sharding_strategy: str = "FULL_SHARD"):
         if sharding_strategy not in KINDS:
             accepted = ", ".join(KINDS)
-            raise UserError(f"{WHERE}: unknown sharding_strategy '{sharding_strategy}'; accepted: {accepted}")
+            raise UserError(
+                f"{WHERE}: unknown sharding_strategy '{sharding_strategy}'; accepted: {accepted}"
+            )
         # Lightning's own mixed precision would round the noise schedule, which are buffers.
         super().__init__(sharding_strategy=sharding_strategy, mixed_precision=MixedPrecision())  # type: ignore[arg-type]
 
@@ -93,9 +123,12 @@ class FullySharded(FSDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Any) -> None:
-        self._precision_plugin = None if plugin is None else ShardedPrecision(plugin.precision, self)
+        self._precision_plugin = (
+            None if plugin is None else ShardedPrecision(plugin.precision, self)
+        )
 
-    # Weights are restored before the model is sharded, as without sharding, and the optimizer's state afterwards.
+    # Weights are restored before the model is sharded, as without sharding, and the optimizer's
+    # state afterwards.
     restore_checkpoint_after_setup = False  # type: ignore[assignment]
     lightning_restore_optimizer = True  # type: ignore[assignment]
     load_checkpoint = Strategy.load_checkpoint
@@ -126,7 +159,10 @@ class FullySharded(FSDPStrategy):
         where = {"offload_to_cpu": True, "rank0_only": rank0_only}
         assert self.model is not None
         return FSDP.state_dict_type(
-            self.model, Kind.FULL_STATE_DICT, FullStateDictConfig(**where), FullOptimStateDictConfig(**where)
+            self.model,
+            Kind.FULL_STATE_DICT,
+            FullStateDictConfig(**where),
+            FullOptimStateDictConfig(**where),
         )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -134,16 +170,24 @@ class FullySharded(FSDPStrategy):
         assert self.model is not None
         with self._whole(rank0_only=True):
             state = self.model.state_dict()
-        # Without the marks that FSDP leaves on tensors, which a safe reader of checkpoints does not know.
-        return {name: value.detach().cpu() for name, value in state.items()} if self.is_global_zero else {}
+        # Without the marks that FSDP leaves on tensors, which a safe reader of checkpoints does not
+        # know.
+        return (
+            {name: value.detach().cpu() for name, value in state.items()}
+            if self.is_global_zero
+            else {}
+        )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the whole state by parameters' numbers, as torch has it; empty but on the first process."""
+        """Return the whole state by parameters' numbers, as torch has it; empty but on the first
+        process.
+        """
         assert self.model is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         own = optimizer.state_dict()
         whole: dict[str, Any] = {"state": {}, "param_groups": []}
-        # One kind of moments at a time: torch gathers all into one buffer, and copies none that is on the CPU already.
+        # One kind of moments at a time: torch gathers all into one buffer, and copies none that is
+        # on the CPU already.
         for kind in sorted({kind for values in own["state"].values() for kind in values}):
             part = {number: {kind: values[kind]} for number, values in own["state"].items()}
             with self._whole(rank0_only=True):
@@ -153,15 +197,21 @@ class FullySharded(FSDPStrategy):
             whole["param_groups"] = gathered.get("param_groups", [])
         if not self.is_global_zero:
             return {}
-        return FSDP.rekey_optim_state_dict(whole, OptimStateKeyType.PARAM_ID, self.model, optim=optimizer)
+        return FSDP.rekey_optim_state_dict(
+            whole, OptimStateKeyType.PARAM_ID, self.model, optim=optimizer
+        )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's parts of a whole state."""
         assert self.model is not None
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
-            named = FSDP.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, self.model, optim=optimizer)
+            named = FSDP.rekey_optim_state_dict(
+                state, OptimStateKeyType.PARAM_NAME, self.model, optim=optimizer
+            )
             with self._whole(rank0_only=False):
-                optimizer.load_state_dict(FSDP.optim_state_dict_to_load(self.model, optimizer, named))
+                optimizer.load_state_dict(
+                    FSDP.optim_state_dict_to_load(self.model, optimizer, named)
+                )
 
 
 class ShardedPrecision(FSDPPrecision):

@@ -26,7 +26,9 @@ LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
 
 def _rows(title: str, rows: dict[str, str]) -> str:
     width = max(map(len, rows))
-    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items() if text)])
+    return "\n".join(
+        [title, *(f"  {name:<{width}}  {text}" for name, text in rows.items() if text)]
+    )
 
 
 def count(module: nn.Module, trainable: bool) -> int:
@@ -38,8 +40,12 @@ def parameters(model: nn.Module) -> str:
     """Say what is trained and what is frozen, in millions of parameters by part."""
 
     def listed(trainable: bool) -> str:
-        parts = {PARTS.get(name, name): count(child, trainable) for name, child in model.named_children()}
-        return " + ".join(f"{name} {number / 1e6:.2f} M" for name, number in parts.items() if number)
+        parts = {
+            PARTS.get(name, name): count(child, trainable) for name, child in model.named_children()
+        }
+        return " + ".join(
+            f"{name} {number / 1e6:.2f} M" for name, number in parts.items() if number
+        )
 
     frozen = listed(False)
     return listed(True) + (f"; frozen: {frozen}" if frozen else "")
@@ -47,7 +53,9 @@ def parameters(model: nn.Module) -> str:
 
 def prompts(texts: list[str], shown: int = 2) -> str:
     """Quote prompts with their token ids, of which those of a rare identifier are worth a look."""
-    lines = [f'"{text}" = tokens {" ".join(map(str, tokenizer.encode(text)))}' for text in texts[:shown]]
+    lines = [
+        f'"{text}" = tokens {" ".join(map(str, tokenizer.encode(text)))}' for text in texts[:shown]
+    ]
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
@@ -65,16 +73,26 @@ def text_encoder(model: Any) -> str:
 def schedule(trainer: Any) -> str:
     """Return how the learning rate changes with the steps."""
     for config in trainer.lr_scheduler_configs:
-        function = config.scheduler.lr_lambdas[0] if isinstance(config.scheduler, LambdaLR) else None
+        function = (
+            config.scheduler.lr_lambdas[0] if isinstance(config.scheduler, LambdaLR) else None
+        )
         if isinstance(function, WarmupDecay) and str(function):
             return f", {function}"
     return ""
 
 
 def start(
-    trainer: Any, model: Any, data: Any, run: Run, weights: str, training: str, resumed: Resumed | None = None
+    trainer: Any,
+    model: Any,
+    data: Any,
+    run: Run,
+    weights: str,
+    training: str,
+    resumed: Resumed | None = None,
 ) -> str:
-    """Say what is about to happen: parameters, images, prompts, precision, steps, where the output goes."""
+    """Say what is about to happen: parameters, images, prompts, precision, steps, where the output
+    goes.
+    """
     rows = {"training": training, "weights": weights}
     found = data.summary()
     for name in ("subject", "class"):
@@ -82,12 +100,19 @@ def start(
             texts = found[f"{name}_prompts"]
             rows[name] = f"{images} images" + (f"; {prompts(texts)}" if texts else "")
     batch = f"batch {data.batch_size}"
-    for number, unit in ((trainer.world_size, "processes"), (trainer.accumulate_grad_batches, "accumulated")):
+    for number, unit in (
+        (trainer.world_size, "processes"),
+        (trainer.accumulate_grad_batches, "accumulated"),
+    ):
         batch += f" x {number} {unit}" if number > 1 else ""
     if found["class_images"]:
         batch += f" of each; loss = subject + {model.objective.reg_weight:g} x prior"
-    rows["step"] = f"{batch}; learning rate {model.learning_rate:.3g}{text_encoder(model)}{schedule(trainer)}"
-    until = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
+    rows["step"] = (
+        f"{batch}; learning rate {model.learning_rate:.3g}{text_encoder(model)}{schedule(trainer)}"
+    )
+    until = (
+        f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
+    )
     rows["steps"] = f"to {until}"
     if resumed:
         rows["steps"] += f", going on from step {resumed.step} ({run.resume_from})"
@@ -127,7 +152,14 @@ def end(
     if keeper.best:
         rows["best"] = f"{keeper.best[0]} ({keeper.score} {keeper.best[1]:.4g})"
     if prompt is not None:
-        command = ["python", "scripts/stable_txt2img.py", "--ckpt", relative(keeper.last_path), "--prompt", prompt]
+        command = [
+            "python",
+            "scripts/stable_txt2img.py",
+            "--ckpt",
+            relative(keeper.last_path),
+            "--prompt",
+            prompt,
+        ]
         rows["sample"] = shlex.join(command)
     return _rows("Done", rows)
 

@@ -56,8 +56,9 @@ class Trained:
 class Start:
     """What a run starts from, beside its config.
 
-    `weights` are a checkpoint's, of which `take` names the trained or the averaged ones (by default the trained);
-    `embeddings` are a textual-inversion file's; `init_word` gives the identifier another word's embedding.
+    `weights` are a checkpoint's, of which `take` names the trained or the averaged ones (by default
+    the trained); `embeddings` are a textual-inversion file's; `init_word` gives the identifier
+    another word's embedding.
     """
 
     weights: Path | None = None
@@ -76,7 +77,8 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         test: run the config's test set afterwards, if it has one.
 
     Raises:
-        UserError: for what the user gave; for all that can be known then, before anything is written.
+        UserError: for what the user gave; for all that can be known then, before anything is
+            written.
     """
     start = start or Start()
     quiet_lightning()
@@ -127,7 +129,9 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
 
 
 def check_training(model: Any, data: Any, trainer: Any) -> None:
-    """Raise a `UserError` for what a training of this model on this data would end with at its start."""
+    """Raise a `UserError` for what a training of this model on this data would end with at its
+    start.
+    """
     if is_sharded(trainer):
         check_shardable(model)
     for callback in trainer.callbacks:
@@ -150,8 +154,11 @@ def _check_goes_on(model: Any, path: Path) -> None:
 
 
 def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
-    """Train; an error says which step is saved and, where it is an allocator's, what helps against it."""
-    # Autocast would keep a copy of each weight until the forward pass ends, though none is read twice in it.
+    """Train; an error says which step is saved and, where it is an allocator's, what helps against
+    it.
+    """
+    # Autocast would keep a copy of each weight until the forward pass ends, though none is read
+    # twice in it.
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -174,7 +181,9 @@ def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
 
 def _as_user_error(error: BaseException, trainer: Any, model: Any) -> str:
     """Return the one line that says what a user can do about an error, or nothing."""
-    if isinstance(error, ParameterError):  # of one of the model's hooks, unless it says its whole path
+    if isinstance(
+        error, ParameterError
+    ):  # of one of the model's hooks, unless it says its whole path
         located = error.parameter.partition(".")[0] in SECTIONS[""]
         return str(error if located else error.under("model.params"))
     if isinstance(error, UserError):
@@ -222,7 +231,9 @@ def _write_adapters(
 
 
 def _with_base_model(config: RunConfig, start: Start) -> RunConfig:
-    """Return the config with the file that the run starts from, for the header of what it will export."""
+    """Return the config with the file that the run starts from, for the header of what it will
+    export.
+    """
     if start.weights is None:
         return config
     base = {"file": start.weights.name}
@@ -231,7 +242,9 @@ def _with_base_model(config: RunConfig, start: Start) -> RunConfig:
     return config.having({"run.base_model": base})
 
 
-def _export(state: Mapping[str, Tensor], config: RunConfig, run: Run, steps: int, images: Mapping[str, int]) -> Path:
+def _export(
+    state: Mapping[str, Tensor], config: RunConfig, run: Run, steps: int, images: Mapping[str, int]
+) -> Path:
     """Write the weights alone, in the precision that `run.export` asks for."""
     precision = str(config.export)
     path = run.checkpoints / f"{run.folder.name}-{precision}.safetensors"
@@ -261,14 +274,20 @@ class _Announcement(pl.Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            # Of sharded weights, only a part is left to be counted; and adapters are new since `setup`.
+            # Of sharded weights, only a part is left to be counted; and adapters are new since
+            # `setup`.
             parameters = self.parameters if is_sharded(trainer) else summary.parameters(pl_module)
             data = trainer.datamodule
-            log.info(summary.start(trainer, pl_module, data, self.run, self.weights, parameters, self.resumed))
+            log.info(
+                summary.start(
+                    trainer, pl_module, data, self.run, self.weights, parameters, self.resumed
+                )
+            )
 
 
 def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:
-    """Build the model with its initial weights; return it with a line that says where they are from.
+    """Build the model with its initial weights; return it with a line that says where they are
+    from.
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
     """
@@ -278,8 +297,11 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
         model, report = instantiate_from_config(config.model, "model"), "newly initialised"
         load_parts(model)
     else:
-        # A folder has no config of its own; a file's adapters have the scale that its own config says.
-        checkpoint = Checkpoint.open(start.weights, config.content if start.weights.is_dir() else None).merged()
+        # A folder has no config of its own; a file's adapters have the scale that its own config
+        # says.
+        checkpoint = Checkpoint.open(
+            start.weights, config.content if start.weights.is_dir() else None
+        ).merged()
         keeps_ema = bool(config.get("model.params.use_ema", True))
         model, loaded = checkpoint.for_training(start.take, keeps_ema).build(config=config.content)
         report = f"{checkpoint}; {loaded}"
@@ -300,12 +322,17 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
         words = manager.start_from(read_embeddings(start.embeddings), identifier)
         report += f"; {', '.join(words)} {'starts' if len(words) == 1 else 'start'} from {start.embeddings}"
     if getattr(model, "lora", None):
-        log.warning("%s will not hold the changed embeddings; the merged model does (scripts/convert.py)", summary.LORA)
+        log.warning(
+            "%s will not hold the changed embeddings; the merged model does (scripts/convert.py)",
+            summary.LORA,
+        )
     return report
 
 
 def set_learning_rates(model: Any, config: RunConfig, trainer: pl.Trainer, batch_size: int) -> None:
-    """Give the model `base_learning_rate`; with `scale_lr` all rates times accumulated batches, devices, batch size."""
+    """Give the model `base_learning_rate`; with `scale_lr` all rates times accumulated batches,
+    devices, batch size.
+    """
     model.learning_rate = base = config.base_learning_rate
     if not config.scale_lr:
         return
@@ -313,4 +340,9 @@ def set_learning_rates(model: Any, config: RunConfig, trainer: pl.Trainer, batch
     model.learning_rate = math.prod(factors, start=base)
     if text_training := getattr(model, "text_training", None):
         model.text_training = text_training.scaled(*factors)
-    log.info("learning rate %.3g = %.3g x %d accumulated x %d devices x %d images", model.learning_rate, base, *factors)
+    log.info(
+        "learning rate %.3g = %.3g x %d accumulated x %d devices x %d images",
+        model.learning_rate,
+        base,
+        *factors,
+    )

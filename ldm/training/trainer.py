@@ -36,7 +36,9 @@ NOT_SETTABLE = {
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says of every run: its start summary is ours, and the rest is as intended."""
+    """Silence what Lightning says of every run: its start summary is ours, and the rest is as
+    intended.
+    """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (
         r".*you defined a `validation_step` but have no `val_dataloader`.*",
@@ -55,14 +57,19 @@ def build_trainer(config: RunConfig, run: Run) -> Any:
     Raises:
         UserError: an argument that Lightning does not take.
     """
-    default = defaults.TRAINER if not config.trainer.get("barebones") else defaults.BAREBONES_TRAINER
+    default = (
+        defaults.TRAINER if not config.trainer.get("barebones") else defaults.BAREBONES_TRAINER
+    )
     arguments = {**default, **config.trainer}
     for key, instead in NOT_SETTABLE.items():
         if key in arguments:
             raise UserError(f"lightning.trainer.{key}: not settable here; use {instead}")
     if arguments.get("precision") in ("16-true", "bf16-true"):
-        # Lightning would round the noise schedule with the weights: its first step would become noiseless.
-        raise UserError(f"lightning.trainer.precision: {arguments['precision']}: use 16-mixed or bf16-mixed")
+        # Lightning would round the noise schedule with the weights: its first step would become
+        # noiseless.
+        raise UserError(
+            f"lightning.trainer.precision: {arguments['precision']}: use 16-mixed or bf16-mixed"
+        )
     if not arguments.get("barebones"):
         arguments["logger"] = make_loggers(arguments.get("logger", True), run)
     if "strategy" in arguments:
@@ -93,7 +100,9 @@ class NoSignals(_SignalConnector):
 
 
 def check_optimizer(config: RunConfig, trainer: Any) -> None:
-    """Raise a `UserError` for an unknown optimizer, or for what needs all gradients where it keeps none."""
+    """Raise a `UserError` for an unknown optimizer, or for what needs all gradients where it keeps
+    none.
+    """
     optimizer = config.get("model.params.optimizer")
     if optimizer is None:
         return
@@ -101,7 +110,9 @@ def check_optimizer(config: RunConfig, trainer: Any) -> None:
         check_name(optimizer)
         found = needs_gradients(trainer) if optimizer.endswith(SUFFIX) else []
         if found:
-            raise ParameterError("optimizer", f"{optimizer} keeps no gradients, so not with {', '.join(found)}")
+            raise ParameterError(
+                "optimizer", f"{optimizer} keeps no gradients, so not with {', '.join(found)}"
+            )
 
 
 def needs_gradients(trainer: Any) -> list[str]:
@@ -116,19 +127,24 @@ def needs_gradients(trainer: Any) -> list[str]:
 
 
 def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:
-    """Return whether the Trainer's arguments forbid a callback, which Lightning would refuse to run with."""
+    """Return whether the Trainer's arguments forbid a callback, which Lightning would refuse to run
+    with.
+    """
     switches = {
         pl.callbacks.LearningRateMonitor: arguments["logger"],
         pl.callbacks.ProgressBar: arguments.get("enable_progress_bar", True),
         pl.callbacks.Checkpoint: arguments.get("enable_checkpointing", True),
     }
     return any(
-        isinstance(callback, kind) and (not on or bool(arguments.get("barebones"))) for kind, on in switches.items()
+        isinstance(callback, kind) and (not on or bool(arguments.get("barebones")))
+        for kind, on in switches.items()
     )
 
 
 def build_callbacks(config: RunConfig, run: Run) -> list[pl.Callback]:
-    """Make the default callbacks, the config's, then the keepers of the run folder and its checkpoints."""
+    """Make the default callbacks, the config's, then the keepers of the run folder and its
+    checkpoints.
+    """
     configured = {name: dict(value) for name, value in defaults.CALLBACKS.items()}
     for name, value in config.section("lightning.callbacks").items():
         if value is None or value is False:  # switched off
@@ -136,9 +152,18 @@ def build_callbacks(config: RunConfig, run: Run) -> list[pl.Callback]:
             continue
         check_mapping(value, f"lightning.callbacks.{name}")
         known = configured.get(name, {})
-        configured[name] = {**known, **value, "params": {**known.get("params", {}), **(value.get("params") or {})}}
-    made = [instantiate_from_config(value, f"lightning.callbacks.{name}") for name, value in configured.items()]
-    checks = [callback for callback in made if isinstance(callback, (StopOnNonFinite, FirstStepCheck))]
+        configured[name] = {
+            **known,
+            **value,
+            "params": {**known.get("params", {}), **(value.get("params") or {})},
+        }
+    made = [
+        instantiate_from_config(value, f"lightning.callbacks.{name}")
+        for name, value in configured.items()
+    ]
+    checks = [
+        callback for callback in made if isinstance(callback, (StopOnNonFinite, FirstStepCheck))
+    ]
     return [
         SetupCallback(run, dict(config.content)),
         KeepSettings(),
@@ -147,16 +172,24 @@ def build_callbacks(config: RunConfig, run: Run) -> list[pl.Callback]:
         *(callback for callback in made if callback not in checks),
         RowsFirst(),
         InterruptHandler(),
-        _checkpoint_callback(config.section("lightning.modelcheckpoint"), run, config.get("model.params.monitor")),
+        _checkpoint_callback(
+            config.section("lightning.modelcheckpoint"), run, config.get("model.params.monitor")
+        ),
     ]
 
 
 def _checkpoint_callback(given: Mapping[str, Any], run: Run, monitor: str | None) -> pl.Callback:
     default = defaults.MODELCHECKPOINT
-    params = {"dirpath": str(run.checkpoints.resolve()), **default["params"], **(given.get("params") or {})}
+    params = {
+        "dirpath": str(run.checkpoints.resolve()),
+        **default["params"],
+        **(given.get("params") or {}),
+    }
     target = given.get("target", default["target"])
     if target.rpartition(".")[2] == "ModelCheckpoint":  # Lightning's own, in the configs of others
         target = default["target"]
     if target == default["target"]:
         params = {"score": monitor, **params}
-    return instantiate_from_config({"target": target, "params": params}, "lightning.modelcheckpoint")
+    return instantiate_from_config(
+        {"target": target, "params": params}, "lightning.modelcheckpoint"
+    )

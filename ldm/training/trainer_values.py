@@ -42,8 +42,12 @@ def _optional(values: Values) -> Values:
 BOOLEAN = Values("true or false", lambda value: isinstance(value, bool))
 COUNT = Values("a whole number, 1 or more", lambda value: _is_whole(value, 1))
 COUNT_OR_NONE_AT_ALL = Values("a whole number, 0 or more", lambda value: _is_whole(value, 0))
-LIMIT = Values("a whole number, 1 or more, or -1 for no limit", lambda v: _is_whole(v, -1) and v != 0)
-SOME_PART = Values("a share above 0 and up to 1, or a number of batches", lambda v: _is_part(v, 0) and v > 0)
+LIMIT = Values(
+    "a whole number, 1 or more, or -1 for no limit", lambda v: _is_whole(v, -1) and v != 0
+)
+SOME_PART = Values(
+    "a share above 0 and up to 1, or a number of batches", lambda v: _is_part(v, 0) and v > 0
+)
 PART = Values("a share from 0 to 1, or a number of batches", lambda value: _is_part(value, 0))
 NOT_NEGATIVE = Values("a number, 0 or more", lambda value: _is_number(value) and value >= 0)
 
@@ -60,7 +64,9 @@ TRAINER_VALUES: dict[str, Values] = {
         "a share of an epoch above 0, a number of batches, or a time",
         lambda value: value is None or not _is_number(value) or (_is_part(value, 0) and value > 0),
     ),
-    "num_sanity_val_steps": Values("a whole number, -1 or more", lambda value: value is None or _is_whole(value, -1)),
+    "num_sanity_val_steps": Values(
+        "a whole number, -1 or more", lambda value: value is None or _is_whole(value, -1)
+    ),
     "limit_train_batches": _optional(SOME_PART),
     "limit_val_batches": _optional(PART),
     "limit_test_batches": _optional(PART),
@@ -68,8 +74,12 @@ TRAINER_VALUES: dict[str, Values] = {
     "overfit_batches": PART,
     "gradient_clip_val": _optional(NOT_NEGATIVE),
     "reload_dataloaders_every_n_epochs": COUNT_OR_NONE_AT_ALL,
-    "fast_dev_run": Values("true, false or a number of steps", lambda v: isinstance(v, bool) or _is_whole(v, 0)),
-    "deterministic": Values("true, false or warn", lambda v: v in (None, "warn") or isinstance(v, bool)),
+    "fast_dev_run": Values(
+        "true, false or a number of steps", lambda v: isinstance(v, bool) or _is_whole(v, 0)
+    ),
+    "deterministic": Values(
+        "true, false or warn", lambda v: v in (None, "warn") or isinstance(v, bool)
+    ),
     "benchmark": _optional(BOOLEAN),
     "barebones": BOOLEAN,
     "detect_anomaly": BOOLEAN,
@@ -87,4 +97,6 @@ def check_trainer_values(arguments: Mapping[str, Any]) -> None:
     """Raise a `UserError` for an argument whose value is a mistake that Lightning does not see."""
     for name, values in TRAINER_VALUES.items():
         if name in arguments and not values.holds(arguments[name]):
-            raise UserError(f"lightning.trainer.{name}: expected {values.words}, got {arguments[name]!r}")
+            raise UserError(
+                f"lightning.trainer.{name}: expected {values.words}, got {arguments[name]!r}"
+            )

@@ -8,5 +8,7 @@ from ldm.benchmark import rows
 @pytest.fixture
 def here(monkeypatch):
     """Measure in this process: the importing takes a fresh one longer than the measuring."""
-    monkeypatch.setattr(rows, "apart", lambda function, *arguments, environment=None: function(*arguments))
+    monkeypatch.setattr(
+        rows, "in_own_process", lambda function, *arguments, environment=None: function(*arguments)
+    )
     monkeypatch.setattr(rows, "matmul_rate", lambda device, dtype, threads, clock: 1e12)

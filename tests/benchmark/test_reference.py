@@ -16,7 +16,11 @@ def shared_step_loss(model, images, captions, count, seeds=None):
     """Ours, of images whose first `count` are the subject's."""
     images = rearrange(images, "b c h w -> b h w c")
     halves = [
-        {"image": images[part], "caption": captions[part], **({} if seeds is None else {"noise_seed": seeds[part]})}
+        {
+            "image": images[part],
+            "caption": captions[part],
+            **({} if seeds is None else {"noise_seed": seeds[part]}),
+        }
         for part in (slice(None, count), slice(count, None))
     ]
     return model.shared_step(halves, "train")[0]
@@ -30,9 +34,13 @@ def test_the_diffusers_step_has_our_loss(tmp_path):
     golden.load_golden_weights(ours)
     theirs = DiffusersDreamBooth(config, torch.device("cpu"))
     for name, state in to_diffusers(ours.state_dict()).items():
-        network = {"unet": theirs.unet, "vae": theirs.vae, "text_encoder": theirs.text_encoder}[name]
+        network = {"unet": theirs.unet, "vae": theirs.vae, "text_encoder": theirs.text_encoder}[
+            name
+        ]
         known = network.state_dict()
-        network.load_state_dict({key if key in known else key.removeprefix("text_model."): state[key] for key in state})
+        network.load_state_dict(
+            {key if key in known else key.removeprefix("text_model."): state[key] for key in state}
+        )
 
     captions = ["photo of a sks dog"] * 2 + ["photo of a dog"] * 2
     assert torch.equal(theirs.tokens, ours.cond_stage_model.tokenize(captions))
@@ -51,10 +59,15 @@ def test_the_diffusers_step_trains_unet_and_text_encoder(tmp_path):
     config = checked_config([runs.config(tmp_path)], ["data.params.train.params.size=16"])
     theirs = DiffusersDreamBooth(config, torch.device("cpu"))
     networks = {"unet": theirs.unet, "vae": theirs.vae, "text_encoder": theirs.text_encoder}
-    before = {name: [p.detach().clone() for p in network.parameters()] for name, network in networks.items()}
+    before = {
+        name: [p.detach().clone() for p in network.parameters()]
+        for name, network in networks.items()
+    }
     theirs.step()
     changed = {
-        name for name, n in networks.items() if any(not torch.equal(a, b) for a, b in zip(before[name], n.parameters()))
+        name
+        for name, n in networks.items()
+        if any(not torch.equal(a, b) for a, b in zip(before[name], n.parameters()))
     }
     assert changed == {"unet", "text_encoder"}
     assert theirs.unet.is_gradient_checkpointing and all(p.grad is None for p in theirs.trained)
@@ -62,7 +75,9 @@ def test_the_diffusers_step_trains_unet_and_text_encoder(tmp_path):
 
 def test_two_passes_have_our_loss(tmp_path):
     base = runs.config(tmp_path, data__params__batch_size=2, model__params__reg_weight=0.5)
-    plain = TwoForward(checked_config([base], ["data.params.train.params.size=16"]), torch.device("cpu"))
+    plain = TwoForward(
+        checked_config([base], ["data.params.train.params.size=16"]), torch.device("cpu")
+    )
     golden.load_golden_weights(plain.model)
     (images, captions), (prior_images, prior_captions) = plain.halves
     torch.manual_seed(5)

@@ -56,7 +56,9 @@ def test_training_and_a_switch(here, tmp_path, capsys, monkeypatch):
 
 
 def test_the_memory_of_a_config(tmp_path, capsys):
-    """The figures are those of the model that the config makes, and no weight of it is made for them."""
+    """The figures are those of the model that the config makes, and no weight of it is made for
+    them.
+    """
     config = runs.config(tmp_path)
     switch = "in backward: model.params.optimizer=adamw_in_backward"
     found = measured(tmp_path, "memory", "--base", config, "--switch", switch)["estimates"]
@@ -71,7 +73,10 @@ def test_the_memory_of_a_config(tmp_path, capsys):
 def test_memory_of_an_optimizer_that_there_is_not(tmp_path, capsys, caplog):
     config = runs.config(tmp_path, model__params__optimizer="adamw_in_backwards")
     assert benchmark.main(["memory", "--base", str(config)]) == 1
-    assert "model.params.optimizer: unknown 'adamw_in_backwards' (did you mean 'adamw_in_backward'?)" in caplog.text
+    assert (
+        "model.params.optimizer: unknown 'adamw_in_backwards' (did you mean 'adamw_in_backward'?)"
+        in caplog.text
+    )
 
 
 PROFILES = sorted((ROOT / "configs/stable-diffusion/profiles").glob("*.yaml"))
@@ -96,17 +101,38 @@ def test_training_against_others(here, tmp_path):
         *["train", "--base", config, "--steps", 1, "--warmup", 0, "--device", "cpu", "--size", 16],
         *["--against", "diffusers", "--against", "two-forward"],
     )
-    assert list(by_name(found)) == ["diffusers", "two-forward", "ours"] and found["compared_to"] == "diffusers"
+    assert (
+        list(by_name(found)) == ["diffusers", "two-forward", "ours"]
+        and found["compared_to"] == "diffusers"
+    )
     theirs, plain, ours = found["variants"]
     assert ours["images"] == theirs["images"] == plain["images"] == 4
-    assert ours["speed_ratio"] == pytest.approx(ours["images_per_second"] / theirs["images_per_second"])
+    assert ours["speed_ratio"] == pytest.approx(
+        ours["images_per_second"] / theirs["images_per_second"]
+    )
     # The same work, but for how the text encoder recomputes and what a gradient is needed of.
-    assert ours["flops"] == pytest.approx(plain["flops"], rel=0.05) == pytest.approx(theirs["flops"], rel=0.1)
+    assert (
+        ours["flops"]
+        == pytest.approx(plain["flops"], rel=0.05)
+        == pytest.approx(theirs["flops"], rel=0.1)
+    )
 
 
 def test_mixed_precision_on_both_sides(here, tmp_path):
     pytest.importorskip("diffusers")
-    command = ["train", "--base", runs.config(tmp_path), "--steps", 1, "--warmup", 0, "--device", "cpu", "--size", 16]
+    command = [
+        "train",
+        "--base",
+        runs.config(tmp_path),
+        "--steps",
+        1,
+        "--warmup",
+        0,
+        "--device",
+        "cpu",
+        "--size",
+        16,
+    ]
     found = measured(tmp_path, *command, "--precision", "bf16-mixed", *["--against", "diffusers"])
     assert [v["dtype"] for v in found["variants"]] == ["bf16", "bf16"]
 
@@ -114,7 +140,16 @@ def test_mixed_precision_on_both_sides(here, tmp_path):
 def test_a_subject_without_a_prior(here, tmp_path):
     found = measured(
         tmp_path,
-        *["train", "--base", runs.config(tmp_path), "data.params.reg=null", "--steps", 1, "--warmup", 0],
+        *[
+            "train",
+            "--base",
+            runs.config(tmp_path),
+            "data.params.reg=null",
+            "--steps",
+            1,
+            "--warmup",
+            0,
+        ],
         *["--device", "cpu", "--size", 16, "--against", "two-forward"],
     )
     assert [v["images"] for v in found["variants"]] == [1, 1]
@@ -122,17 +157,38 @@ def test_a_subject_without_a_prior(here, tmp_path):
 
 @pytest.mark.parametrize(
     "failing, other, where",
-    [("two-forward", "ours", (TwoForward, "step")), ("ours", "two-forward", (LatentDiffusion, "training_step"))],
+    [
+        ("two-forward", "ours", (TwoForward, "step")),
+        ("ours", "two-forward", (LatentDiffusion, "training_step")),
+    ],
 )
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
-def test_what_does_not_fit_is_said_in_its_row(here, tmp_path, monkeypatch, capsys, failing, other, where, error):
+def test_what_does_not_fit_is_said_in_its_row(
+    here, tmp_path, monkeypatch, capsys, failing, other, where, error
+):
     def full(*_):
         raise error
 
     monkeypatch.setattr(*where, full)
-    command = ["train", "--base", runs.config(tmp_path), "--steps", 1, "--warmup", 0, "--device", "cpu", "--size", 16]
+    command = [
+        "train",
+        "--base",
+        runs.config(tmp_path),
+        "--steps",
+        1,
+        "--warmup",
+        0,
+        "--device",
+        "cpu",
+        "--size",
+        16,
+    ]
     found = by_name(measured(tmp_path, *command, "--against", "two-forward"))
     assert found[failing]["failed"] == "out of memory" and found[other]["seconds"]
     assert ("speed_ratio" in found[other]) is (failing == "ours"), "a ratio is to two-forward"
@@ -144,17 +200,26 @@ def test_what_does_not_fit_is_said_in_its_row(here, tmp_path, monkeypatch, capsy
     [
         (["model.params.reg_wieght=2"], "model.params.reg_wieght: unknown key"),
         (["--switch", "x: model.params.reg_wieght=2"], "model.params.reg_wieght: unknown key"),
-        (["--switch", "reg_weight=2"], "--switch 'reg_weight=2': expected 'NAME: key.path=value ...'"),
+        (
+            ["--switch", "reg_weight=2"],
+            "--switch 'reg_weight=2': expected 'NAME: key.path=value ...'",
+        ),
         (["--switch", "ours: model.params.reg_weight=2"], "'ours' is the name of two rows"),
         (["--steps", "0"], "--steps 0: expected at least 1"),
         (["--ckpt", "missing.ckpt"], "--ckpt missing.ckpt: no such file"),
         (["--against", "diffuser"], "invalid choice"),
         (["--against", "two-forward", "model.params.lora.rank=2"], "trains all weights"),
-        (["lightning.trainer.precision=64-true"], "lightning.trainer.precision: 64-true: measured are"),
+        (
+            ["lightning.trainer.precision=64-true"],
+            "lightning.trainer.precision: 64-true: measured are",
+        ),
     ],
 )
 def test_what_cannot_be_measured(more, message, tmp_path, caplog, here):
-    assert benchmark.main(["train", "--base", str(runs.config(tmp_path)), "--device", "cpu", *more]) == 1
+    assert (
+        benchmark.main(["train", "--base", str(runs.config(tmp_path)), "--device", "cpu", *more])
+        == 1
+    )
     (line,) = [record.getMessage() for record in caplog.records if "error" in record.getMessage()]
     assert message in line and "\n" not in line
 
@@ -162,8 +227,15 @@ def test_what_cannot_be_measured(more, message, tmp_path, caplog, here):
 @pytest.mark.parametrize("command", [["train", "--base"], ["sample", "--config"]])
 def test_without_diffusers(command, tmp_path, caplog, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name))
-    assert benchmark.main([*command, str(runs.config(tmp_path)), "--device", "cpu", "--against", "diffusers"]) == 1
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name)
+    )
+    assert (
+        benchmark.main(
+            [*command, str(runs.config(tmp_path)), "--device", "cpu", "--against", "diffusers"]
+        )
+        == 1
+    )
     assert caplog.messages == [
         "error: --against diffusers: the package is not installed: pip install 'diffusers>=0.30'"
     ]

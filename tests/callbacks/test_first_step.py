@@ -17,7 +17,9 @@ from tests.support.spies import errors, spy
 
 @pytest.fixture(scope="module")
 def weights(workspace):
-    """`--actual_resume` with weights through which gradients flow: a new UNet's last layers are zero."""
+    """`--actual_resume` with weights through which gradients flow: a new UNet's last layers are
+    zero.
+    """
     return ["--actual_resume", str(workspace.train("weights") / "checkpoints/last.ckpt")]
 
 
@@ -67,7 +69,9 @@ def test_a_checksum_changes_with_any_value(dtype, shape):
     assert torch.equal(checksum(values), before)
 
 
-@pytest.mark.parametrize("places", [(0, 1), (0, 1024), (2, 4096), (5, 4101), (0, 5000), (4998, 5001)])
+@pytest.mark.parametrize(
+    "places", [(0, 1), (0, 1024), (2, 4096), (5, 4101), (0, 5000), (4998, 5001)]
+)
 def test_a_checksum_sees_changes_that_cancel_in_a_sum(places):
     bits = torch.arange(5002, dtype=torch.int32).view(torch.float32)
     before, integers = checksum(bits), bits.view(torch.int32)
@@ -98,7 +102,9 @@ def test_a_sound_run_passes(workspace, weights, caplog, more):
 
 def test_a_new_model_is_looked_at_until_its_zero_layers_pass_gradients(workspace, caplog):
     workspace.train("new", "model.base_learning_rate=1e-6")
-    found = re.search(r"step (\d+): (what should train has moved|\d+ of \d+ trained tensors)", caplog.text)
+    found = re.search(
+        r"step (\d+): (what should train has moved|\d+ of \d+ trained tensors)", caplog.text
+    )
     assert found and found.group(1) == "4"
 
 
@@ -115,7 +121,9 @@ def test_something_frozen_that_changes_ends_the_run(workspace, caplog, name, wor
 
 
 def test_it_can_be_switched_off(workspace):
-    workspace.train("off", "--max_steps", "1", spy(Touch, name="betas"), "lightning.callbacks.first_step=null")
+    workspace.train(
+        "off", "--max_steps", "1", spy(Touch, name="betas"), "lightning.callbacks.first_step=null"
+    )
 
 
 def test_the_frozen_layers_under_adapters_have_to_stay(workspace, caplog):
@@ -135,26 +143,38 @@ def test_a_learning_rate_that_stays_zero_is_an_error(workspace, caplog):
     schedule = f"model.params.scheduler_config={{target: {__name__}.Rate, params: {{zeros: 100}}}}"
     more = [schedule, "lightning.callbacks.first_step.params.patience=2"]
     assert main.main(workspace.arguments("zero-rate", *more)) == 1
-    assert "step 2: the UNet and the text encoder should train, but no weight has moved" in caplog.text
+    assert (
+        "step 2: the UNet and the text encoder should train, but no weight has moved" in caplog.text
+    )
     assert "at a learning rate of 0" in caplog.text
 
 
 def test_a_part_that_no_gradient_reaches_is_an_error(workspace, caplog):
     more = [f"model.target={__name__}.Detached", "lightning.callbacks.first_step.params.patience=2"]
     assert main.main(workspace.arguments("detached", *more)) == 1
-    assert "step 2: the text encoder should train" in caplog.text and "no gradient arrives there" in caplog.text
+    assert (
+        "step 2: the text encoder should train" in caplog.text
+        and "no gradient arrives there" in caplog.text
+    )
 
 
 def test_a_learning_rate_that_rounding_swallows_is_said(workspace, weights, caplog):
     workspace.train("rounded", "--max_steps", "1", *weights, "model.base_learning_rate=1e-10")
-    (warning,) = [record.getMessage() for record in caplog.records if "did not move" in record.getMessage()]
+    (warning,) = [
+        record.getMessage() for record in caplog.records if "did not move" in record.getMessage()
+    ]
     assert "trained tensors had a gradient" in warning and "1e-10" in warning
 
 
 def test_one_that_it_swallows_altogether_is_an_error(workspace, weights, caplog):
-    assert main.main(workspace.arguments("swallowed", *weights, "model.base_learning_rate=1e-20")) == 1
+    assert (
+        main.main(workspace.arguments("swallowed", *weights, "model.base_learning_rate=1e-20")) == 1
+    )
     (error,) = errors(caplog)
-    assert "the UNet and the text encoder should train" in error and "1e-20, which is too small" in error
+    assert (
+        "the UNet and the text encoder should train" in error
+        and "1e-20, which is too small" in error
+    )
 
 
 def test_a_step_that_the_gradient_scaler_skipped_does_not_count():

@@ -27,8 +27,12 @@ def test_fixed_losses_are_logged_also_before_the_first_step(curve):
 
 def test_fixed_losses_change_nothing(curve, plain):
     ours, theirs = checkpoint(curve), checkpoint(plain)
-    assert same(ours["state_dict"], theirs["state_dict"]) and same(ours["optimizer_states"], theirs["optimizer_states"])
-    assert [row["train/loss_total"] for row in metrics(curve)] == [row["train/loss_total"] for row in metrics(plain)]
+    assert same(ours["state_dict"], theirs["state_dict"]) and same(
+        ours["optimizer_states"], theirs["optimizer_states"]
+    )
+    assert [row["train/loss_total"] for row in metrics(curve)] == [
+        row["train/loss_total"] for row in metrics(plain)
+    ]
 
 
 def test_fixed_losses_are_a_function_of_the_weights_alone(workspace, curve):
@@ -36,7 +40,9 @@ def test_fixed_losses_are_a_function_of_the_weights_alone(workspace, curve):
     first = workspace.train("same-weights", "--max_steps", "2", fixed(every_n_steps=50))
     workspace.resume(first, "--max_steps", "3", "data.params.batch_size=2", "-s", "5")
     for name in ("val/loss_subject_fixed", "val/loss_prior_fixed"):
-        assert fixed_losses(first, name) == {step: fixed_losses(curve, name)[step] for step in (0, 2)}
+        assert fixed_losses(first, name) == {
+            step: fixed_losses(curve, name)[step] for step in (0, 2)
+        }
 
 
 def test_a_fixed_loss_is_the_mean_of_the_examples_losses(workspace, golden_model):
@@ -46,9 +52,9 @@ def test_a_fixed_loss_is_the_mean_of_the_examples_losses(workspace, golden_model
     golden_model.eval()
     found = callback.losses(golden_model, {"train": data})
     assert list(found) == ["subject"]
-    assert FixedLoss(examples=2, time_steps=3, batch_size=1).losses(golden_model, {"train": data}) == pytest.approx(
-        found
-    )
+    assert FixedLoss(examples=2, time_steps=3, batch_size=1).losses(
+        golden_model, {"train": data}
+    ) == pytest.approx(found)
     (half,) = callback._halves.values()
     assert half.t.tolist() == [166, 500, 833] * 2
     plain = PersonalizedBase(workspace.photos, SIZE, flip_p=0.0, resize="center_crop")
@@ -60,7 +66,9 @@ def test_a_fixed_loss_is_the_mean_of_the_examples_losses(workspace, golden_model
             cond = golden_model.get_learned_conditioning([plain[example]["caption"]])
             for place in range(3):
                 pair = 3 * example + place
-                loss, _ = golden_model.p_losses(z, cond, half.t[pair : pair + 1], half.noise[pair : pair + 1])
+                loss, _ = golden_model.p_losses(
+                    z, cond, half.t[pair : pair + 1], half.noise[pair : pair + 1]
+                )
                 losses.append(float(loss))
     assert found["subject"] == pytest.approx(sum(losses) / 6, rel=1e-5)
 
@@ -72,13 +80,18 @@ def test_fixed_losses_without_a_prior_and_of_latents(golden_model):
 
         def __getitem__(self, index):
             moments = torch.randn(
-                2 * golden_model.latent_channels, 8, 8, generator=torch.Generator().manual_seed(index)
+                2 * golden_model.latent_channels,
+                8,
+                8,
+                generator=torch.Generator().manual_seed(index),
             )
             return {"moments": moments.half(), "caption": f"number {index}"}
 
     golden_model.eval()
     state = torch.get_rng_state()
-    first, second = (FixedLoss(time_steps=2).losses(golden_model, {"train": Latents()}) for _ in range(2))
+    first, second = (
+        FixedLoss(time_steps=2).losses(golden_model, {"train": Latents()}) for _ in range(2)
+    )
     assert first == second and list(first) == ["subject"]
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -50,12 +50,23 @@ def test_a_loss_that_is_not_finite_ends_the_run(workspace, caplog):
     every = "lightning.modelcheckpoint.params.every_n_train_steps=1"
     assert main.main(workspace.arguments("nan", every, spy(BreakWeights, step=3))) == 1
     run = workspace.run("nan")
-    assert checkpoints(run) == [f"epoch=000000-step=00000000{step}.ckpt" for step in (1, 2)] + ["last.ckpt"]
+    assert checkpoints(run) == [f"epoch=000000-step=00000000{step}.ckpt" for step in (1, 2)] + [
+        "last.ckpt"
+    ]
     assert all(value.isfinite().all() for value in checkpoint(run)["state_dict"].values())
     (error,) = errors(caplog)
     last = str(run / "checkpoints/last.ckpt")
-    for part in ("step 3:", "subject nan, prior nan", '"photo of a sks dog"', '"photo of a dog"', str(workspace.photos),
-                 str(workspace.class_images), "base_learning_rate (it was 0.001)", last):  # fmt: skip
+    for part in (
+        "step 3:",
+        "subject nan, prior nan",
+        '"photo of a sks dog"',
+        '"photo of a dog"',
+        str(workspace.photos),
+        # fmt: skip
+        str(workspace.class_images),
+        "base_learning_rate (it was 0.001)",
+        last,
+    ):
         assert part in error, part
     assert "\n" not in error
 
@@ -65,10 +76,14 @@ def test_the_files_that_are_named_are_those_of_the_batch(workspace, caplog):
     run = workspace.train("named", "--max_steps", "1")
     assert main.main(["-r", str(run), "--max_steps", "5", spy(BreakWeights, step=4)]) == 1
     (error,) = errors(caplog)
-    for half, name, root in zip(BreakWeights.batch, ("subject", "prior"), (workspace.photos, workspace.class_images)):
+    for half, name, root in zip(
+        BreakWeights.batch, ("subject", "prior"), (workspace.photos, workspace.class_images)
+    ):
         path = re.search(rf'{name}: "[^"]*" \(([^)]*)\)', error).group(1)
         assert Path(path).parent == root
-        image = torch.from_numpy(ImageFolderDataset(path_folder(path, workspace), SIZE, "squash")[0]["image"])
+        image = torch.from_numpy(
+            ImageFolderDataset(path_folder(path, workspace), SIZE, "squash")[0]["image"]
+        )
         assert any(torch.equal(half["image"][0], view) for view in (image, image.flip(1)))
 
 
@@ -94,13 +109,22 @@ def test_weights_that_are_not_finite_are_not_written(workspace, caplog):
     assert checkpoints(run) == ["epoch=000000-step=000000003.ckpt", "last.ckpt"]
     assert checkpoint(run)["global_step"] == 3
     (error,) = errors(caplog)
-    assert "step 4: trained weights are not finite (model." in error and "no checkpoint is written" in error
+    assert (
+        "step 4: trained weights are not finite (model." in error
+        and "no checkpoint is written" in error
+    )
 
 
 def test_a_loss_of_one_process_ends_all(workspace, monkeypatch):
     devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
-    more = [f"model.target={__name__}.BrokenOnRankOne", "lightning.modelcheckpoint.params.every_n_train_steps=1"]
-    more += [fixed(every_n_steps=1), with_panel({"images": 1})]  # of the first process, for which the other waits
+    more = [
+        f"model.target={__name__}.BrokenOnRankOne",
+        "lightning.modelcheckpoint.params.every_n_train_steps=1",
+    ]
+    more += [
+        fixed(every_n_steps=1),
+        with_panel({"images": 1}),
+    ]  # of the first process, for which the other waits
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     process = workspace.start(*workspace.arguments("nan-ddp", *devices, *more, "--max_steps", "6"))
     try:
@@ -108,7 +132,10 @@ def test_a_loss_of_one_process_ends_all(workspace, monkeypatch):
     finally:
         process.kill()
     assert process.returncode == 1, output
-    assert "step 3: the loss is not finite" in output and "step 3: stopped, for another process" in output
+    assert (
+        "step 3: the loss is not finite" in output
+        and "step 3: stopped, for another process" in output
+    )
     run = workspace.run("nan-ddp")
     assert checkpoints(run)[-2:] == ["epoch=000000-step=000000002.ckpt", "last.ckpt"]
     assert panels(run) == ["panel_gs-000000.png", "panel_gs-000002.png"]

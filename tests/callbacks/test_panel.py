@@ -20,7 +20,10 @@ def paneled(workspace):
 def test_a_panel_comes_with_the_grids_and_before_the_first_step(paneled):
     assert panels(paneled) == [f"panel_gs-{step:06}.png" for step in (0, 2, 4)]
     sheets = [Image.open(path) for path in sorted((paneled / "images/panel").iterdir())]
-    assert len({sheet.tobytes() for sheet in sheets}) == 3 and len({sheet.size for sheet in sheets}) == 1
+    assert (
+        len({sheet.tobytes() for sheet in sheets}) == 3
+        and len({sheet.size for sheet in sheets}) == 1
+    )
     events = EventAccumulator(str(paneled / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Images("panel/panel")] == [0, 2, 4]
@@ -33,7 +36,9 @@ def test_a_panel_changes_nothing(workspace, paneled, plain, more):
         with_it = workspace.train("panel-ema", with_panel({"images": 1}), *more)
         without = workspace.train("plain-ema", *more)
     ours, theirs = checkpoint(with_it), checkpoint(without)
-    assert same(ours["state_dict"], theirs["state_dict"]) and same(ours["optimizer_states"], theirs["optimizer_states"])
+    assert same(ours["state_dict"], theirs["state_dict"]) and same(
+        ours["optimizer_states"], theirs["optimizer_states"]
+    )
 
 
 def test_panels_of_the_same_weights_are_the_same(workspace, paneled):
@@ -53,7 +58,12 @@ def test_no_panel(workspace, panel):
 def test_the_rows_of_a_panel():
     found = {"subject_prompts": ["photo of a sks car"], "class_prompts": ["", "photo of a car"]}
     data = SimpleNamespace(summary=lambda: found)
-    assert Panel().prompts(data) == ["photo of a sks car", "photo of a car", "a photo of a house", "a photo of a tree"]
+    assert Panel().prompts(data) == [
+        "photo of a sks car",
+        "photo of a car",
+        "a photo of a house",
+        "a photo of a tree",
+    ]
     found["class_prompts"] = []
     assert Panel(unrelated=["a cat"]).prompts(data) == ["photo of a sks car", "a cat"]
     assert Panel(prompts=["x", "y"]).prompts(data) == ["x", "y"]
@@ -61,8 +71,10 @@ def test_the_rows_of_a_panel():
 
 
 @pytest.mark.parametrize("panel, words", [
-    ({"image": 2}, "panel.image: unknown key"), ({"images": 0}, "panel.images: expected 1 or more, got 0"),
-    ({"prompts": "a cat"}, "panel.prompts: expected a list of prompts, got 'a cat'"), (3, "panel: expected a mapping"),
+    ({"image": 2}, "panel.image: unknown key"), ({"images": 0}, "panel.images: expected 1 or "
+                                                                "more, got 0"),
+    ({"prompts": "a cat"}, "panel.prompts: expected a list of prompts, got "
+                           "'a cat'"), (3, "panel: expected a mapping"),
 ])  # fmt: skip
 def test_a_panel_that_cannot_be(workspace, caplog, panel, words):
     assert main.main(workspace.arguments("bad-panel", with_panel(panel))) == 1

@@ -42,7 +42,9 @@ def test_broken_image_stops_a_run_with_its_name(tmp_path, checked, workers):
             data.setup("fit")
         list(data.train_dataloader())  # of a file that broke since
     message = str(error.value)
-    del error  # its traceback holds the loader: workers that the garbage collector finds stop after five seconds
+    # its traceback holds the loader: workers that the garbage collector finds stop after five
+    # seconds
+    del error
     assert message.startswith(str(root)) and "\n" not in message
 
 
@@ -71,7 +73,9 @@ def test_config_errors_name_the_key(one):
         module(one, batch_size=0)
     with pytest.raises(UserError, match=r"needs data\.params\.reg"):
         module(one, num_class_images=3)
-    with pytest.raises(UserError, match=r"class_images\.unconditional: expected a share below 1, got 1"):
+    with pytest.raises(
+        UserError, match=r"class_images\.unconditional: expected a share below 1, got 1"
+    ):
         module(one, one, class_images={"unconditional": 1})
 
 
@@ -87,7 +91,9 @@ def module(subject, prior=None, train=None, **params) -> DataModuleFromConfig:
     return DataModuleFromConfig(train=config(subject, **(train or {})), reg=reg, **params)
 
 
-def as_rank(data: DataModuleFromConfig, rank: int, world_size: int, batches_done: int = 0) -> DataModuleFromConfig:
+def as_rank(
+    data: DataModuleFromConfig, rank: int, world_size: int, batches_done: int = 0
+) -> DataModuleFromConfig:
     progress = SimpleNamespace(total=SimpleNamespace(processed=batches_done))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, fit_loop=loop)
@@ -99,7 +105,10 @@ def examples(batches) -> list:
     result = []
     for halves in batches:
         rows = [
-            [(half["image"][i].sum().item(), half["caption"][i], int(half["noise_seed"][i])) for half in halves]
+            [
+                (half["image"][i].sum().item(), half["caption"][i], int(half["noise_seed"][i]))
+                for half in halves
+            ]
             for i in range(len(halves[0]["caption"]))
         ]
         result += rows
@@ -121,7 +130,9 @@ def test_batches(folders):
     assert isinstance(pair, tuple) and [half["image"].shape[0] for half in pair] == [2, 2]
     assert [half["caption"][0] for half in pair] == ["photo of a sks dog", "photo of a dog"]
     assert not set(pair[0]["noise_seed"].tolist()) & set(pair[1]["noise_seed"].tolist())
-    assert torch.equal(pair[0]["image"], alone["image"])  # a prior does not change what the subject sees
+    assert torch.equal(
+        pair[0]["image"], alone["image"]
+    )  # a prior does not change what the subject sees
 
 
 def test_every_pass_holds_every_image_once(folders):
@@ -137,7 +148,9 @@ def test_every_pass_holds_every_image_once(folders):
 
 
 def test_order_depends_on_the_seed(folders):
-    first, again, other = (examples(module(*folders, seed=seed).train_dataloader()) for seed in (23, 23, 24))
+    first, again, other = (
+        examples(module(*folders, seed=seed).train_dataloader()) for seed in (23, 23, 24)
+    )
     assert first == again
     assert first != other
 
@@ -147,7 +160,10 @@ def test_ranks_and_batch_size_share_one_order(folders, workers):
     train = {"repeats": 4, "templates": ["a {}", "one {}"], "resize": "random_crop"}
     whole = examples(module(*folders, train, batch_size=4).train_dataloader())
     assert examples(module(*folders, train).train_dataloader()) == whole
-    ranks = [as_rank(module(*folders, train, batch_size=2, num_workers=workers), rank, 2) for rank in (0, 1)]
+    ranks = [
+        as_rank(module(*folders, train, batch_size=2, num_workers=workers), rank, 2)
+        for rank in (0, 1)
+    ]
     loaders = [data.train_dataloader() for data in ranks]
     assert [len(loader) for loader in loaders] == [3, 3]
     split = [[examples([batch]) for batch in loader] for loader in loaders]
@@ -170,13 +186,19 @@ def test_epochs_continue_the_positions(folders):
 
 
 def test_validation_is_the_same_in_every_epoch_and_on_every_rank(folders):
-    config = {"target": PERSONALIZED, "params": {"data_root": str(folders[0]), "size": 4, "set": "val"}}
+    config = {
+        "target": PERSONALIZED,
+        "params": {"data_root": str(folders[0]), "size": 4, "set": "val"},
+    }
     data = module(*folders, validation=config, batch_size=2)
     batches = list(data.val_dataloader())
     assert [len(batch["caption"]) for batch in batches] == [2, 1]
     rows = examples([[batch] for batch in batches])
     assert len({row[0][2] for row in rows}) == 3
-    assert examples([[batch] for batch in as_rank(data, 1, 2, batches_done=5).val_dataloader()]) == rows
+    assert (
+        examples([[batch] for batch in as_rank(data, 1, 2, batches_done=5).val_dataloader()])
+        == rows
+    )
 
 
 class NoisyDataset(torch.utils.data.Dataset):
@@ -271,18 +293,26 @@ def fit(data, accumulate=1, callbacks=(), ckpt_path=None, **limits) -> Recorder:
 @pytest.mark.parametrize("limits", [{"max_epochs": 3}, {"max_steps": 9}], ids=["epochs", "steps"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_order_is_the_uninterrupted_one(folders, tmp_path, limits, workers, accumulate, recwarn):
+def test_resumed_order_is_the_uninterrupted_one(
+    folders, tmp_path, limits, workers, accumulate, recwarn
+):
     def data():  # 9 batches an epoch: with two accumulated, its last step has one only
         return module(*folders, train={"repeats": 6}, batch_size=2, num_workers=workers)
 
     straight = fit(data(), accumulate, **limits).steps
     if "max_epochs" in limits:
-        assert [(epoch, batch) for epoch, batch, _ in straight] == [(e, b) for e in range(3) for b in range(9)]
+        assert [(epoch, batch) for epoch, batch, _ in straight] == [
+            (e, b) for e in range(3) for b in range(9)
+        ]
     positions = examples(module(*folders, train={"repeats": 18}).train_dataloader())
-    assert [row for *_, rows in straight for row in rows] == positions[: 2 * len(straight)]  # none left out
+    assert [row for *_, rows in straight for row in rows] == positions[
+        : 2 * len(straight)
+    ]  # none left out
     steps_an_epoch = 9 if accumulate == 1 else 5
     ends = [2, steps_an_epoch, steps_an_epoch + 3] if workers == 0 else [steps_an_epoch + 1]
-    for at in [end for end in ends if end < limits.get("max_steps", 99)]:  # mid-epoch, at its end, in the next
+    for at in [
+        end for end in ends if end < limits.get("max_steps", 99)
+    ]:  # mid-epoch, at its end, in the next
         path = tmp_path / f"{at}.ckpt"
         fit(data(), accumulate, [SaveAt(path, at)], max_steps=at)
         resumed = fit(data(), accumulate, ckpt_path=path, **limits).steps

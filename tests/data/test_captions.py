@@ -19,7 +19,10 @@ def test_captions_equal_the_reference(one, meta):
         "coarse": PersonalizedBase(one, size=64, coarse_class_text="big")[0]["caption"],
     }
     assert caption == {name: meta[f"data_caption_{name}"] for name in caption}
-    bare = [captions_from_templates(templates=meta["data_templates"][name])[0] for name in ("train", "reg")]
+    bare = [
+        captions_from_templates(templates=meta["data_templates"][name])[0]
+        for name in ("train", "reg")
+    ]
     assert bare == [meta["data_caption_train"], meta["data_caption_reg"]]
 
 
@@ -35,7 +38,9 @@ def test_identifier_and_templates(one):
     assert {dataset[0]["caption"] for _ in range(20)} == set(dataset.prompts)
 
 
-@pytest.mark.parametrize("template", ["photo of {clas_word}", "photo of {", "photo of {0}", "{class_word:d}", 3])
+@pytest.mark.parametrize(
+    "template", ["photo of {clas_word}", "photo of {", "photo of {0}", "{class_word:d}", 3]
+)
 def test_bad_template(template):
     with pytest.raises(UserError, match=r"templates: .*\{identifier\}, \{class_word\}"):
         captions_from_templates(templates=[template])
@@ -76,7 +81,9 @@ def test_templates_read_backwards():
     assert class_word_of("nothing", ["nothing"]) is None
 
 
-@pytest.mark.parametrize("name", ["00.txt", "00.TXT", "00.Txt", "00.caption", "00.CAPTION", "00.png.txt"])
+@pytest.mark.parametrize(
+    "name", ["00.txt", "00.TXT", "00.Txt", "00.caption", "00.CAPTION", "00.png.txt"]
+)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_caption_files_by_ending_and_encoding(tmp_path, caplog, name, encoding):
     root = folder(tmp_path / "a", 2)
@@ -91,7 +98,9 @@ def test_two_captions_for_one_photo(tmp_path):
         (root / name).write_text("my dog")
     assert PersonalizedBase(root, size=8).prompts == ["my dog"]
     (root / "00.caption").write_text("my cat")
-    with pytest.raises(UserError, match=r"00\.png: two captions that differ, 00\.caption and 00\.txt"):
+    with pytest.raises(
+        UserError, match=r"00\.png: two captions that differ, 00\.caption and 00\.txt"
+    ):
         PersonalizedBase(root, size=8)
 
 
@@ -99,7 +108,9 @@ def test_two_captions_for_one_photo(tmp_path):
 def test_captions_in_other_encodings_are_refused(tmp_path, content):
     root = folder(tmp_path / "a", 1)
     (root / "00.caption").write_bytes(content)
-    with pytest.raises(UserError, match=r"00\.caption: cannot read this caption .*; save it as UTF-8 text"):
+    with pytest.raises(
+        UserError, match=r"00\.caption: cannot read this caption .*; save it as UTF-8 text"
+    ):
         PersonalizedBase(root, size=8)
 
 

@@ -115,7 +115,9 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"locked: cannot look into this folder \(Permission denied\)"):
+    with pytest.raises(
+        UserError, match=r"locked: cannot look into this folder \(Permission denied\)"
+    ):
         find_images(tmp_path / "photos")
 
 
@@ -128,7 +130,9 @@ def test_photos_that_are_not_read_are_said(tmp_path, caplog):
     (tmp_path / "notes.txt").write_text("no photo")
     assert names(tmp_path) == ["a.png"]
     heic, renamed = [record.getMessage() for record in caplog.records]
-    assert heic == f"{tmp_path}: 3 files ending in .dng .heic are skipped; save them as .png or .jpg"
+    assert (
+        heic == f"{tmp_path}: 3 files ending in .dng .heic are skipped; save them as .png or .jpg"
+    )
     assert renamed.startswith(f"{tmp_path / 'e'} and 1 more: JPEG by content")
     find_images(tmp_path)  # of another dataset on the same folder
     assert len(caplog.records) == 2
@@ -141,7 +145,9 @@ def test_subfolders_of_the_subject_are_said(tmp_path, caplog):
     PersonalizedBase(tmp_path / "photos" / "more", size=8)
     assert not caplog.records
     PersonalizedBase(tmp_path / "photos", size=8)
-    assert "3 of its 5 images are in subfolders (more): all are taken for the subject" in caplog.text
+    assert (
+        "3 of its 5 images are in subfolders (more): all are taken for the subject" in caplog.text
+    )
 
 
 def test_is_searched(tmp_path):

@@ -9,7 +9,9 @@ from tests.support import runs
 from tests.support.runs import checkpoint, metrics, same
 
 STEPS = 50
-SLOW = "model.base_learning_rate=1e-4"  # else fifty steps make much of the last digits of an encoding
+SLOW = (
+    "model.base_learning_rate=1e-4"  # else fifty steps make much of the last digits of an encoding
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,10 @@ def uncached(workspace):
 
 def losses(run):
     found = metrics(run)
-    return [[float(row[name]) for name in ("train/loss", "train/loss_prior", "train/loss_total")] for row in found]
+    return [
+        [float(row[name]) for name in ("train/loss", "train/loss_prior", "train/loss_total")]
+        for row in found
+    ]
 
 
 @pytest.fixture
@@ -41,13 +46,19 @@ def encoded(monkeypatch):
 
 
 def test_losses_are_those_of_the_uncached_run(workspace, uncached, encoded):
-    run = workspace.train("cached", SLOW, "data.params.latent_cache=true", "--max_steps", str(STEPS))
+    run = workspace.train(
+        "cached", SLOW, "data.params.latent_cache=true", "--max_steps", str(STEPS)
+    )
     assert encoded == [2 * (3 + 4)]  # each photo and class image, and their mirrors
     with_cache, without = losses(run), losses(uncached)
     assert len(with_cache) == STEPS
-    torch.testing.assert_close(torch.tensor(with_cache), torch.tensor(without), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(with_cache), torch.tensor(without), rtol=1e-4, atol=1e-6
+    )
     # Flipped pictures and posterior noise are in these numbers: other ones would not agree.
-    other = workspace.train("other", "data.params.latent_cache=true", "--max_steps", "2", "-s", "24")
+    other = workspace.train(
+        "other", "data.params.latent_cache=true", "--max_steps", "2", "-s", "24"
+    )
     assert abs(losses(other)[0][0] - without[0][0]) > 1e-3
 
 
@@ -70,7 +81,9 @@ def test_a_folder_keeps_them_for_later_runs(workspace, encoded, caplog):
     broken.write_bytes(broken.read_bytes()[:100])
     workspace.train("folder-broken", *cached)
     assert encoded == [15] and f"{broken}: not a cached latent" in caplog.text
-    workspace.train("folder-size", *cached, "data.params.train.params.size=64", "data.params.reg.params.size=64")
+    workspace.train(
+        "folder-size", *cached, "data.params.train.params.size=64", "data.params.reg.params.size=64"
+    )
     assert encoded == [15 + 14]
 
 
@@ -96,5 +109,7 @@ def test_what_shows_another_picture_each_time_is_refused(workspace, caplog):
 def test_variants_are_what_examples_are_made_of(workspace):
     dataset = ImageFolderDataset(workspace.photos, size=8, flip_p=0.5)
     variants = {entries["image"].tobytes() for _, entries in dataset.variants()}
-    seen = {dataset.example(n, torch.Generator().manual_seed(n))["image"].tobytes() for n in range(40)}
+    seen = {
+        dataset.example(n, torch.Generator().manual_seed(n))["image"].tobytes() for n in range(40)
+    }
     assert len(variants) == 6 and seen == variants

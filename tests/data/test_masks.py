@@ -18,7 +18,9 @@ from tests.support.runs import Workspace, assert_resumes_exactly, metrics
 
 
 def masked(root, shape=(20, 30), count=2, masks=(0,), suffix=".png"):
-    """Photos of noise, of which some have a mask; photo and mask have the same values, which are large to the right."""
+    """Photos of noise, of which some have a mask; photo and mask have the same values, which are
+    large to the right.
+    """
     random = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -30,7 +32,9 @@ def masked(root, shape=(20, 30), count=2, masks=(0,), suffix=".png"):
 
 
 def photos(root, **params):
-    return PersonalizedBase(root, **{"size": 16, "interpolation": "bilinear", "masks": True, **params})
+    return PersonalizedBase(
+        root, **{"size": 16, "interpolation": "bilinear", "masks": True, **params}
+    )
 
 
 def test_a_mask_is_never_a_photo(tmp_path):
@@ -46,7 +50,9 @@ def test_a_mask_is_never_a_photo(tmp_path):
     assert "mask" not in photos(root, masks=False)[0]
 
 
-@pytest.mark.parametrize("params", [{}, {"resize": "center_crop"}, {"resize": "random_crop"}, {"size": None}])
+@pytest.mark.parametrize(
+    "params", [{}, {"resize": "center_crop"}, {"resize": "random_crop"}, {"size": None}]
+)
 def test_a_mask_goes_through_what_its_photo_does(tmp_path, params):
     dataset = photos(masked(tmp_path), **params)
     plain = photos(tmp_path, masks=False, **params)
@@ -55,7 +61,9 @@ def test_a_mask_goes_through_what_its_photo_does(tmp_path, params):
         item = dataset.example(0, torch.Generator().manual_seed(seed))
         # The photo has the mask's values: all that happens to one has to happen to the other.
         np.testing.assert_allclose(item["mask"], (item["image"][..., 0] + 1) / 2, atol=2 / 255)
-        assert item["mask"].dtype == np.float32 and 0 <= item["mask"].min() < item["mask"].max() <= 1
+        assert (
+            item["mask"].dtype == np.float32 and 0 <= item["mask"].min() < item["mask"].max() <= 1
+        )
         same_draws = plain.example(0, torch.Generator().manual_seed(seed))
         np.testing.assert_array_equal(item["image"], same_draws["image"])
         sides.add(bool(item["mask"][:, 0].mean() < item["mask"][:, -1].mean()))
@@ -82,9 +90,13 @@ def test_a_mask_stays_with_its_latent(tmp_path):
         "3",
         "model.base_learning_rate=1e-4",
     )
-    without, cached = (run.train(name, *masks, f"data.params.latent_cache={name}") for name in ("false", "true"))
+    without, cached = (
+        run.train(name, *masks, f"data.params.latent_cache={name}") for name in ("false", "true")
+    )
     plain = run.train("plain", *masks[1:])
-    found = [[float(row["train/loss"]) for row in metrics(folder)] for folder in (without, cached, plain)]
+    found = [
+        [float(row["train/loss"]) for row in metrics(folder)] for folder in (without, cached, plain)
+    ]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2] != pytest.approx(found[0], rel=1e-3)
 
@@ -102,7 +114,9 @@ def test_a_cut_out_as_a_mask(tmp_path):
     Image.fromarray(pixels).save(root / "00.mask.png")
     assert photos(root, size=None, flip_p=0)[0]["mask"].tolist() == [[0, 1, 1]] * 2
     Image.fromarray(np.array([[0, 0x8080, 0xFFFF]] * 2, np.uint16)).save(root / "00.mask.png")
-    np.testing.assert_allclose(photos(root, size=None, flip_p=0)[0]["mask"], [[0, 128 / 255, 1]] * 2)
+    np.testing.assert_allclose(
+        photos(root, size=None, flip_p=0)[0]["mask"], [[0, 128 / 255, 1]] * 2
+    )
 
 
 def test_masks_that_cannot_be_used(tmp_path):
@@ -118,7 +132,9 @@ def test_masks_that_cannot_be_used(tmp_path):
         photos(root).check()
     Image.fromarray(wide).save(root / "00.mask.png")
     for how in ("squash", "random_crop"):
-        with pytest.raises(UserError, match=r"00\.mask\.png: this mask is all black; paint white what counts"):
+        with pytest.raises(
+            UserError, match=r"00\.mask\.png: this mask is all black; paint white what counts"
+        ):
             photos(root, resize=how).check()
     wide[:, :3] = 255  # which the central square does not have
     Image.fromarray(wide).save(root / "00.mask.png")
@@ -126,7 +142,9 @@ def test_masks_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match=r"00\.mask\.png: this mask is all black after cropping"):
         photos(root, resize="center_crop").check()
     Image.fromarray(wide).save(root / "00.mask.webp")
-    with pytest.raises(UserError, match=r"00\.mask\.webp: 00\.png has another mask, 00\.mask\.png: remove one"):
+    with pytest.raises(
+        UserError, match=r"00\.mask\.webp: 00\.png has another mask, 00\.mask\.png: remove one"
+    ):
         photos(root)
     (root / "00.mask.webp").rename(root / "7.mask.webp")
     with pytest.raises(UserError, match=r"7\.mask\.webp: a mask without its image"):
@@ -162,8 +180,11 @@ def test_a_weighted_mean_of_the_error():
         0.0,
     ]
     random = torch.randn(2, 3, 4, 8, 8)
-    assert torch.equal(per_sample_loss(*random, weights=torch.ones(3, 8, 8)), per_sample_loss(*random))
-    # Normalised: what is outside the mask changes nothing, and half as much area does not halve the loss.
+    assert torch.equal(
+        per_sample_loss(*random, weights=torch.ones(3, 8, 8)), per_sample_loss(*random)
+    )
+    # Normalised: what is outside the mask changes nothing, and half as much area does not halve the
+    # loss.
     half = torch.cat([torch.ones(3, 8, 4), torch.zeros(3, 8, 4)], dim=2)
     inside = per_sample_loss(*random[..., :4])
     torch.testing.assert_close(per_sample_loss(*random, weights=half), inside)
@@ -177,7 +198,10 @@ def test_weights_of_places():
     assert place_weights([None, None], latents) is None
     weights = place_weights([mask, None], latents)
     assert weights.shape == (3, 8, 8) and (weights[1:] == 1).all()
-    assert weights[0, 0].tolist() == [1, 1, 1, 0.25, 0, 0, 0, 0] and weights[0, 1].tolist() == [1] * 3 + [0] * 5
+    assert (
+        weights[0, 0].tolist() == [1, 1, 1, 0.25, 0, 0, 0, 0]
+        and weights[0, 1].tolist() == [1] * 3 + [0] * 5
+    )
     floored = place_weights([mask, None], latents, 0.2)
     assert (floored[1:] == 1).all() and floored[0].min().item() == pytest.approx(0.2)
     assert floored[0, 0, 3].item() == pytest.approx(0.2 + 0.8 * 0.25)
@@ -195,7 +219,9 @@ def test_only_the_masked_part_of_the_subject_counts(golden_model):
     half = mask.clone()
     half[:, :, SIZE // 2 :] = 0
     changed, changed_logged = step(golden_model, subject | {"mask": half}, prior)
-    assert changed != loss and torch.equal(changed_logged["train/loss_prior"], logged["train/loss_prior"])
+    assert changed != loss and torch.equal(
+        changed_logged["train/loss_prior"], logged["train/loss_prior"]
+    )
     _, other_logged = step(golden_model, subject, prior | {"mask": half})
     assert other_logged["train/loss_prior"] != logged["train/loss_prior"]
     assert torch.equal(other_logged["train/loss"], logged["train/loss"])
@@ -209,7 +235,9 @@ def test_the_floor_of_the_mask(golden_model, monkeypatch):
     half[:, :, SIZE // 2 :] = 0
     losses = []
     for floor in (0.0, 0.5, 1.0):
-        monkeypatch.setattr(golden_model, "objective", replace(golden_model.objective, unmasked_weight=floor))
+        monkeypatch.setattr(
+            golden_model, "objective", replace(golden_model.objective, unmasked_weight=floor)
+        )
         losses.append(step(golden_model, batch(1) | {"mask": half})[0].item())
     black = step(build(), batch(1) | {"mask": 1 - half})[0].item()
     assert losses[2] == pytest.approx(step(golden_model, batch(1))[0].item(), rel=1e-6)

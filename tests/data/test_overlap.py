@@ -17,7 +17,10 @@ PERSONALIZED = "ldm.data.personalized.PersonalizedBase"
 
 def module(subject: Path, prior: Path, **params) -> DataModuleFromConfig:
     train, reg = (
-        {"target": PERSONALIZED, "params": {"data_root": str(root), "size": 8, "reg": root is prior}}
+        {
+            "target": PERSONALIZED,
+            "params": {"data_root": str(root), "size": 8, "reg": root is prior},
+        }
         for root in (subject, prior)
     )
     return DataModuleFromConfig(1, train=train, reg=reg, num_workers=0, **params)
@@ -36,13 +39,17 @@ def test_class_images_in_the_subjects_folder(photos, count, exists):
         folder(prior, 2, first=5)
     elif not count:
         return
-    with pytest.raises(UserError, match=r"class/dog: the class images lie in the subject's folder .*photos"):
+    with pytest.raises(
+        UserError, match=r"class/dog: the class images lie in the subject's folder .*photos"
+    ):
         module(photos, prior, num_class_images=count)
     assert exists or not prior.exists()
 
 
 def test_subject_in_the_folder_of_class_images(tmp_path, photos):
-    with pytest.raises(UserError, match="photos: the subject's photos lie in the folder of the class images"):
+    with pytest.raises(
+        UserError, match="photos: the subject's photos lie in the folder of the class images"
+    ):
         module(photos, tmp_path)
 
 

@@ -45,7 +45,9 @@ def test_images_equal_the_reference(one, golden, name, params):
 def test_grey_image_equals_the_reference(one, golden):
     with Image.open(one / "image.png") as image:
         image.convert("L").save(one / "image.png")
-    np.testing.assert_array_equal(PersonalizedBase(one, size=64, flip_p=0)[0]["image"], golden["data/gray_flip0"])
+    np.testing.assert_array_equal(
+        PersonalizedBase(one, size=64, flip_p=0)[0]["image"], golden["data/gray_flip0"]
+    )
 
 
 def test_flips_follow_the_global_generator_as_in_the_reference(one, golden):
@@ -54,13 +56,19 @@ def test_flips_follow_the_global_generator_as_in_the_reference(one, golden):
     flipped = [np.array_equal(dataset[0]["image"], golden["data/flip1"]) for _ in range(16)]
     assert flipped == golden["data/flip_seed0_p0.5_seq"].tolist()
     draws = torch.Generator().manual_seed(0)
-    again = [np.array_equal(dataset.example(0, draws)["image"], golden["data/flip1"]) for _ in range(16)]
+    again = [
+        np.array_equal(dataset.example(0, draws)["image"], golden["data/flip1"]) for _ in range(16)
+    ]
     assert again == flipped
 
 
 def test_decoded_pixels(golden):
-    np.testing.assert_array_equal(np.asarray(load_image(DATA / "data_100x80.png")), golden["data/png_rgb_u8"])
-    np.testing.assert_allclose(to_array(np.array([[[0, 51, 255]]], np.uint8)), [[[-1.0, -0.6, 1.0]]], rtol=1e-6)
+    np.testing.assert_array_equal(
+        np.asarray(load_image(DATA / "data_100x80.png")), golden["data/png_rgb_u8"]
+    )
+    np.testing.assert_allclose(
+        to_array(np.array([[[0, 51, 255]]], np.uint8)), [[[-1.0, -0.6, 1.0]]], rtol=1e-6
+    )
 
 
 def test_exif_rotation(tmp_path):
@@ -80,7 +88,9 @@ def test_transparency_is_white(tmp_path):
     expected[0, 0] = (255, 0, 0)
     expected[0, 1] = 127
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    np.testing.assert_allclose(np.asarray(load_image(tmp_path / "rgba.png")).astype(int), expected, atol=1)
+    np.testing.assert_allclose(
+        np.asarray(load_image(tmp_path / "rgba.png")).astype(int), expected, atol=1
+    )
 
     palette = Image.new("P", (2, 1), 0)
     palette.putpalette([0, 0, 0, 10, 20, 30])
@@ -92,7 +102,11 @@ def test_transparency_is_white(tmp_path):
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bit_grey_is_scaled(tmp_path, ending):
     Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], np.uint16)).save(tmp_path / f"a.{ending}")
-    assert np.asarray(load_image(tmp_path / f"a.{ending}"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+    assert np.asarray(load_image(tmp_path / f"a.{ending}"))[0].tolist() == [
+        [0] * 3,
+        [128] * 3,
+        [255] * 3,
+    ]
 
 
 def test_cmyk(tmp_path):
@@ -104,7 +118,10 @@ def test_cmyk(tmp_path):
 def test_random_crop_draws_only_when_there_is_a_choice():
     wide = Image.fromarray(np.arange(200, dtype=np.uint8).reshape(2, 100).repeat(2, 0))
     draws = torch.Generator().manual_seed(0)
-    corners = {np.asarray(resize(wide, None, "random_crop", generator=draws))[0, 0].item() for _ in range(20)}
+    corners = {
+        np.asarray(resize(wide, None, "random_crop", generator=draws))[0, 0].item()
+        for _ in range(20)
+    }
     assert len(corners) > 5
     state = draws.get_state()
     assert resize(wide.crop((0, 0, 4, 4)), 2, "random_crop", generator=draws).size == (2, 2)
@@ -248,7 +265,9 @@ FOREIGN = {
 def test_what_is_no_image_is_named(tmp_path, what):
     content, words = FOREIGN[what]
     (path := tmp_path / "photo.jpg").write_bytes(content)
-    with pytest.raises(UserError, match=rf"photo\.jpg: cannot read this image \(.*{words}") as error:
+    with pytest.raises(
+        UserError, match=rf"photo\.jpg: cannot read this image \(.*{words}"
+    ) as error:
         load_image(path)
     assert "\n" not in str(error.value)
 
@@ -260,7 +279,9 @@ def test_a_link_to_nothing_is_named(tmp_path):
         dataset.check()
 
 
-@pytest.mark.parametrize("kind, ending", [("GIF", "gif"), ("WEBP", "webp"), ("PNG", "png"), ("TIFF", "tif")])
+@pytest.mark.parametrize(
+    "kind, ending", [("GIF", "gif"), ("WEBP", "webp"), ("PNG", "png"), ("TIFF", "tif")]
+)
 def test_the_first_of_several_frames_is_read_and_said(tmp_path, caplog, kind, ending):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(path := tmp_path / f"a.{ending}", kind, save_all=True, append_images=frames[1:])
@@ -269,7 +290,9 @@ def test_the_first_of_several_frames_is_read_and_said(tmp_path, caplog, kind, en
 
 
 def test_the_second_picture_of_a_camera_is_not_worth_a_word(tmp_path, caplog):
-    picture().save(path := tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture(turn=90)])
+    picture().save(
+        path := tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture(turn=90)]
+    )
     assert load_image(path).size == picture().size
     assert not caplog.records
 
@@ -303,7 +326,9 @@ def test_a_very_large_jpeg_is_read_at_a_part_of_its_size(tmp_path, limit, caplog
 
 def test_a_very_large_png_is_refused_in_a_line(tmp_path, limit):
     picture(140, 100).save(path := tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"a\.png: 0 megapixels, and 0 megapixels are the most: save it"):
+    with pytest.raises(
+        UserError, match=r"a\.png: 0 megapixels, and 0 megapixels are the most: save it"
+    ):
         load_image(path)
 
 
@@ -316,7 +341,9 @@ def test_every_image_of_a_large_set_is_checked_and_decoded_once(tmp_path, monkey
         picture(turn=number).save(tmp_path / f"{number:03}.png")
     decoded = []
     load = reading.load_image
-    monkeypatch.setattr("ldm.data.image_folder.load_image", lambda path: decoded.append(path) or load(path))
+    monkeypatch.setattr(
+        "ldm.data.image_folder.load_image", lambda path: decoded.append(path) or load(path)
+    )
     dataset = ImageFolderDataset(tmp_path, size=8)
     assert len(dataset.check()) == 70
     dataset.check()

@@ -37,9 +37,13 @@ def test_similarity_is_the_mean_cosine_over_pairs():
 def test_centred_similarity_is_zero_without_change_and_one_at_the_subject():
     base = torch.cat([EAST, NORTH])
     subject = torch.tensor([[2.0, 1.0]])
-    assert centred_similarity(base + torch.tensor([0.0, 1e-12]), subject, base) == pytest.approx(0, abs=1e-3)
+    assert centred_similarity(base + torch.tensor([0.0, 1e-12]), subject, base) == pytest.approx(
+        0, abs=1e-3
+    )
     assert centred_similarity(subject, subject, base) == pytest.approx(1)
-    assert centred_similarity(torch.cat([subject, base]), subject, base) == pytest.approx(1 / 3, abs=1e-3)
+    assert centred_similarity(torch.cat([subject, base]), subject, base) == pytest.approx(
+        1 / 3, abs=1e-3
+    )
     assert centred_similarity(2 * base.mean(0) - subject, subject, base) == pytest.approx(-1)
 
 
@@ -86,7 +90,10 @@ def test_the_middle_of_a_picture_is_its_own_size_and_without_the_border():
 
 def test_efficientnet_tells_the_subjects_apart():
     encoder = EfficientNetLite0()
-    sets = [[load_image(path) for path in find_images(photos_of(name))][:3] for name in ("dog", "teapot", "backpack")]
+    sets = [
+        [load_image(path) for path in find_images(photos_of(name))][:3]
+        for name in ("dog", "teapot", "backpack")
+    ]
     features = [features_of(encoder, to_tensor(images, 64)) for images in sets]
     torch.testing.assert_close(features[0].norm(dim=1), torch.ones(3))
     within = np.mean([similarity_within(f) for f in features])
@@ -114,13 +121,19 @@ def pictures_of(value):
 
 
 def test_measurements_of_a_subject():
-    """With pixels for features, a base that draws dark and a tuned model that draws as bright as the photos."""
+    """With pixels for features, a base that draws dark and a tuned model that draws as bright as
+    the photos.
+    """
 
     def pixels(images):
         ones = torch.ones(len(images), 1)
-        return torch.nn.functional.normalize(torch.cat([images.mean((1, 2, 3))[:, None], ones], 1), dim=-1)
+        return torch.nn.functional.normalize(
+            torch.cat([images.mean((1, 2, 3))[:, None], ones], 1), dim=-1
+        )
 
-    recognizer = Recognizer([pixels], {"class_word": ["dog", "cat"], "scene": ["in the jungle", "in the snow"]})
+    recognizer = Recognizer(
+        [pixels], {"class_word": ["dog", "cat"], "scene": ["in the jungle", "in the snow"]}
+    )
     brightness = torch.linspace(-1, 1, 40)
     images = brightness[:, None, None, None].expand(40, 3, 4, 4)
     targets = {"class_word": (brightness > 0).long(), "scene": (brightness > 0).long()}
@@ -129,7 +142,9 @@ def test_measurements_of_a_subject():
     judges = Judges({"pixels": pixels}, recognizer)
     found = measure_subject(pictures_of(20), pictures_of(200), photos, "dog", judges)
     assert found["pixels, gap closed"] == pytest.approx(1, abs=0.05)
-    assert found["pixels, class drift"] == pytest.approx(1, abs=0.05)  # "a dog" is as bright as the subject, too
+    assert found["pixels, class drift"] == pytest.approx(
+        1, abs=0.05
+    )  # "a dog" is as bright as the subject, too
     assert found["class, base"] == 1 and found["class kept"] == 0
     assert found["nearest training image, dB"] > 60
     # One in 19 places is the jungle, which dark pictures are taken for; bright ones are the snow.

@@ -42,7 +42,9 @@ def test_a_suite_parses_and_is_filled(path):
     templates = read_suite(path)
     prompts = filled(templates, "dog")
     assert len(set(prompts)) == len(templates) >= 5
-    assert all("dog" in prompt and "{" not in prompt and prompt == prompt.strip() for prompt in prompts)
+    assert all(
+        "dog" in prompt and "{" not in prompt and prompt == prompt.strip() for prompt in prompts
+    )
     if path.stem != "class":
         assert all("sks dog" in prompt for prompt in prompts)
 

@@ -9,9 +9,23 @@ from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator
-from ldm.modules.losses.contperceptual import LPIPS, VGG16_CONVS, adaptive_weight, hinge_loss, vanilla_loss
+from ldm.modules.losses.contperceptual import (
+    LPIPS,
+    VGG16_CONVS,
+    adaptive_weight,
+    hinge_loss,
+    vanilla_loss,
+)
 from tests.support import golden
-from tests.support.autoencoder import LOSS, SMALLEST, TINY, images, recorded_shapes, shapes, trainable
+from tests.support.autoencoder import (
+    LOSS,
+    SMALLEST,
+    TINY,
+    images,
+    recorded_shapes,
+    shapes,
+    trainable,
+)
 from tests.support.golden import FORWARD, rel, tensor
 
 # The networks
@@ -33,7 +47,10 @@ def test_encoder_computes_what_the_reference_does(first_stage):
 
 def test_decoder_computes_what_the_reference_does(first_stage):
     assert rel(first_stage.decode(tensor("vae/z")), tensor("vae/decode")) < FORWARD
-    assert rel(first_stage.decode(tensor("vae/z") / 0.18215), tensor("vae/decode_first_stage")) < FORWARD
+    assert (
+        rel(first_stage.decode(tensor("vae/z") / 0.18215), tensor("vae/decode_first_stage"))
+        < FORWARD
+    )
 
 
 def test_forward_decodes_the_mode_or_a_sample(first_stage):
@@ -43,14 +60,22 @@ def test_forward_decodes_the_mode_or_a_sample(first_stage):
     torch.manual_seed(3)
     sample, _ = first_stage(x)
     torch.manual_seed(3)
-    torch.testing.assert_close(sample, first_stage.decode(posterior.mean + posterior.std * torch.randn(2, 4, 16, 16)))
+    torch.testing.assert_close(
+        sample, first_stage.decode(posterior.mean + posterior.std * torch.randn(2, 4, 16, 16))
+    )
 
 
 @pytest.mark.parametrize("config, keys", [("v1", "sd_v1_keys.json"), ("tiny", "tiny_keys.json")])
 def test_state_dict_keys_and_shapes(config, keys):
     ddconfig = TINY["ddconfig"]
     if config == "v1":
-        ddconfig = {**ddconfig, "resolution": 256, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+        ddconfig = {
+            **ddconfig,
+            "resolution": 256,
+            "ch": 128,
+            "ch_mult": [1, 2, 4, 4],
+            "num_res_blocks": 2,
+        }
     with torch.device("meta"):
         model = AutoencoderKL(ddconfig, {"target": "torch.nn.Identity"}, embed_dim=4)
     assert shapes(model) == recorded_shapes(keys)
@@ -59,7 +84,9 @@ def test_state_dict_keys_and_shapes(config, keys):
 
 def test_attention_at_the_named_resolutions():
     with torch.device("meta"):
-        model = trainable({**SMALLEST, "ch_mult": [1, 2, 2], "resolution": 64, "attn_resolutions": [32]})
+        model = trainable(
+            {**SMALLEST, "ch_mult": [1, 2, 2], "resolution": 64, "attn_resolutions": [32]}
+        )
     attending = {key.split(".attn.")[0] for key in model.state_dict() if ".attn." in key}
     assert attending == {"encoder.down.1", "decoder.up.1"}  # 64, then 32, then 16 pixels
 
@@ -92,7 +119,9 @@ def test_checkpointing_gives_the_same_gradients(precision):
             reconstruction, posterior = model(x, sample_posterior=False)
             loss = nn.functional.mse_loss(reconstruction.float(), x) + posterior.kl().mean()
         recomputed = []
-        hook = model.encoder.mid.block_1.conv1.register_forward_hook(lambda *_, seen=recomputed: seen.append(1))
+        hook = model.encoder.mid.block_1.conv1.register_forward_hook(
+            lambda *_, seen=recomputed: seen.append(1)
+        )
         loss.backward()
         hook.remove()
         assert len(recomputed) == use_checkpoint
@@ -163,7 +192,9 @@ def test_adversarial_losses():
 
 def test_adaptive_weight_is_the_ratio_of_gradients():
     layer = torch.ones(4, requires_grad=True)
-    assert adaptive_weight(6 * layer.sum(), 2 * layer.sum(), layer).item() == pytest.approx(3, rel=1e-3)
+    assert adaptive_weight(6 * layer.sum(), 2 * layer.sum(), layer).item() == pytest.approx(
+        3, rel=1e-3
+    )
     assert adaptive_weight(6 * layer.sum(), 0 * layer.sum(), layer).item() == pytest.approx(1e4)
 
 
@@ -171,7 +202,13 @@ def test_generator_loss_is_the_sum_of_its_weighted_terms():
     x, (posterior, _) = images(3), gaussians()
     layer = torch.tensor(0.9, requires_grad=True)
     y = layer * x
-    options = {"kl_weight": 0.1, "pixelloss_weight": 2.0, "logvar_init": 0.3, "disc_weight": 0.5, "disc_factor": 0.7}
+    options = {
+        "kl_weight": 0.1,
+        "pixelloss_weight": 2.0,
+        "logvar_init": 0.3,
+        "disc_weight": 0.5,
+        "disc_factor": 0.7,
+    }
     loss = LPIPSWithDiscriminator(**{**LOSS, **options, "disc_start": 5, "pixel_loss": "l2"})
     before, logged = loss.generator_loss(x, y, posterior, 4, layer)
     nll = (2 * (x - y) ** 2 / torch.tensor(0.3).exp() + 0.3).flatten(1).sum(1).mean()
@@ -180,9 +217,13 @@ def test_generator_loss_is_the_sum_of_its_weighted_terms():
     assert "train/g_loss" not in logged
 
     after, logged = loss.generator_loss(x, y, posterior, 5, layer)
-    torch.testing.assert_close(after - before, 0.7 * logged["train/d_weight"] * logged["train/g_loss"])
+    torch.testing.assert_close(
+        after - before, 0.7 * logged["train/d_weight"] * logged["train/g_loss"]
+    )
     g_loss = -loss.discriminator(y).mean()
-    torch.testing.assert_close(logged["train/d_weight"], 0.5 * adaptive_weight(nll, g_loss, layer), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        logged["train/d_weight"], 0.5 * adaptive_weight(nll, g_loss, layer), rtol=1e-3, atol=0
+    )
 
 
 def test_discriminator_loss_gives_the_autoencoder_no_gradient():
@@ -207,12 +248,18 @@ def test_loss_config_errors(params, words):
 
 def test_missing_perceptual_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloads"))
-    with pytest.raises(UserError, match=rf"{tmp_path}.*vgg16-397923af\.pth.*lpips_path.*perceptual_weight: 0"):
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloads")
+    )
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}.*vgg16-397923af\.pth.*lpips_path.*perceptual_weight: 0"
+    ):
         LPIPSWithDiscriminator(**{**LOSS, "perceptual_weight": 1.0})
     torch.save({"lin0.model.1.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
     with pytest.raises(UserError, match=r"vgg\.pth: no VGG16 weights"):
-        LPIPSWithDiscriminator(**{**LOSS, "perceptual_weight": 1.0, "lpips_path": str(tmp_path / "vgg.pth")})
+        LPIPSWithDiscriminator(
+            **{**LOSS, "perceptual_weight": 1.0, "lpips_path": str(tmp_path / "vgg.pth")}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +269,10 @@ def vgg_file(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
     torch.manual_seed(0)
-    torch.save({f"features.{key}": value for key, value in make_layers(cfgs["D"]).state_dict().items()}, path)
+    torch.save(
+        {f"features.{key}": value for key, value in make_layers(cfgs["D"]).state_dict().items()},
+        path,
+    )
     return path
 
 

@@ -10,7 +10,15 @@ from ldm.config import check_config, load_config, to_plain
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, image_metrics
 from tests.support import golden
-from tests.support.autoencoder import LOSS, SMALLEST, TINY, images, recorded_shapes, shapes, trainable
+from tests.support.autoencoder import (
+    LOSS,
+    SMALLEST,
+    TINY,
+    images,
+    recorded_shapes,
+    shapes,
+    trainable,
+)
 from tests.support.golden import tensor
 from tests.support.runs import ROOT
 
@@ -23,7 +31,9 @@ def first_stage():
 
 
 class Watch(pl.Callback):
-    """Records, after every batch, Lightning's count of steps, the weights' changes and the logged losses."""
+    """Records, after every batch, Lightning's count of steps, the weights' changes and the logged
+    losses.
+    """
 
     def __init__(self):
         self.steps, self.disc_moved, self.generator_moved, self.logged = [], [], [], []
@@ -32,7 +42,11 @@ class Watch(pl.Callback):
         self.before = {key: value.clone() for key, value in model.state_dict().items()}
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
-        moved = {key for key, value in model.state_dict().items() if not torch.equal(value, self.before[key])}
+        moved = {
+            key
+            for key, value in model.state_dict().items()
+            if not torch.equal(value, self.before[key])
+        }
         self.steps.append(trainer.global_step)
         self.disc_moved.append(any(key.startswith("loss.") for key in moved))
         self.generator_moved.append(any(key.startswith("encoder.") for key in moved))
@@ -67,7 +81,9 @@ def test_training(tmp_path):
     assert all(watch.generator_moved)
     after = model(images(8), sample_posterior=False)[0].sub(images(8)).abs().mean()
     assert after < 0.75 * before
-    assert {"train/rec_loss", "train/kl_loss", "train/disc_loss", "train/d_weight"} <= set(watch.logged[-1])
+    assert {"train/rec_loss", "train/kl_loss", "train/disc_loss", "train/d_weight"} <= set(
+        watch.logged[-1]
+    )
     assert trainer.callback_metrics["val/rec_loss"].item() == pytest.approx(after.item(), rel=1e-4)
     assert {"val/psnr", "val/ssim"} <= set(trainer.callback_metrics)
     assert model.loss.discriminator.main[0].weight.requires_grad
@@ -97,7 +113,9 @@ def test_a_frozen_first_stage_cannot_be_trained(tmp_path):
 
 def test_batches_that_do_not_fit():
     model = trainable()
-    with pytest.raises(UserError, match="image_key: no 'image' in the batch, which has jpg, caption"):
+    with pytest.raises(
+        UserError, match="image_key: no 'image' in the batch, which has jpg, caption"
+    ):
         model.get_input({"jpg": 0, "caption": 0})
     with pytest.raises(UserError, match=r"33x32 pixels.*multiples of 2"):
         model.get_input({"image": torch.zeros(1, 32, 33, 3)})
@@ -106,11 +124,15 @@ def test_batches_that_do_not_fit():
 def test_image_metrics():
     x = images(2) * 0.5
     metrics = image_metrics(x + 0.02, x, "val")
-    assert metrics["val/psnr"].item() == pytest.approx(40, abs=0.01)  # an error of 0.01 on a scale of 1
+    assert metrics["val/psnr"].item() == pytest.approx(
+        40, abs=0.01
+    )  # an error of 0.01 on a scale of 1
     assert 0.9 < metrics["val/ssim"] < 1
     assert image_metrics(x, x, "val")["val/ssim"].item() == pytest.approx(1, abs=1e-5)
     both = image_metrics(torch.cat([x[:1] + 0.02, x[1:] + 0.2]), x, "val")["val/psnr"]
-    assert both.item() == pytest.approx((40 + 20) / 2, abs=0.02)  # the mean of images, not of their errors
+    assert both.item() == pytest.approx(
+        (40 + 20) / 2, abs=0.02
+    )  # the mean of images, not of their errors
 
 
 def test_pictures(first_stage):
@@ -127,7 +149,9 @@ def test_pictures(first_stage):
 def test_initial_weights_from_a_checkpoint(tmp_path):
     source = trainable(seed=1)
     torch.save({"state_dict": source.state_dict()}, tmp_path / "whole.ckpt")
-    weights = {key: value for key, value in source.state_dict().items() if not key.startswith("loss.")}
+    weights = {
+        key: value for key, value in source.state_dict().items() if not key.startswith("loss.")
+    }
     torch.save({"state_dict": weights}, tmp_path / "frozen.ckpt")
     lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": LOSS}
     params = {"ddconfig": SMALLEST, "lossconfig": lossconfig, "embed_dim": 4}
@@ -140,13 +164,17 @@ def test_initial_weights_from_a_checkpoint(tmp_path):
 def test_the_config_for_stable_diffusion_v1():
     path = ROOT / "configs/autoencoder/kl-f8.yaml"
     config = to_plain(
-        load_config([path], [f"data.params.{s}.params.data_root=photos" for s in ("train", "validation")])
+        load_config(
+            [path], [f"data.params.{s}.params.data_root=photos" for s in ("train", "validation")]
+        )
     )
     check_config(config)
     params = config["model"]["params"]
     params["lossconfig"]["params"]["perceptual_weight"] = 0.0
     with torch.device("meta"):
         model = AutoencoderKL(**params)
-    first_stage = {key: shape for key, shape in shapes(model).items() if not key.startswith("loss.")}
+    first_stage = {
+        key: shape for key, shape in shapes(model).items() if not key.startswith("loss.")
+    }
     assert first_stage == recorded_shapes("sd_v1_keys.json")
     assert model.monitor == "val/rec_loss" and config["lightning"]["trainer"]["max_steps"] > 50001

@@ -70,7 +70,9 @@ def test_latents_are_scaled_samples_of_the_posterior(golden_model):
     torch.testing.assert_close(given, scale * (posterior.mean + posterior.std * z))
     first, second = (golden_model.get_first_stage_encoding(posterior) for _ in range(2))
     assert not torch.equal(first, second)
-    torch.testing.assert_close(golden_model.decode_first_stage(z), golden_model.first_stage_model.decode(z / scale))
+    torch.testing.assert_close(
+        golden_model.decode_first_stage(z), golden_model.first_stage_model.decode(z / scale)
+    )
     assert (golden_model.latent_channels, golden_model.downsampling) == (4, 2)
 
 
@@ -78,7 +80,8 @@ def test_the_schedule_is_that_of_the_buffers(fresh_golden_model):
     assert fresh_golden_model.schedule.betas is fresh_golden_model.betas
     other = NoiseSchedule.create(1000, "cosine")
     fresh_golden_model.load_state_dict(
-        fresh_golden_model.state_dict() | {name: getattr(other, name) for name in NoiseSchedule.names()}
+        fresh_golden_model.state_dict()
+        | {name: getattr(other, name) for name in NoiseSchedule.names()}
     )
     sampler = DDIMSampler(fresh_golden_model)
     sampler.make_schedule(10)
@@ -93,7 +96,9 @@ def test_crossattn_takes_tensors_lists_and_mappings(golden_model):
     x, t, c = unet_inputs()
     expected = golden_model.apply_model(x, t, c)
     for cond in ([c], {"c_crossattn": [c]}, {"c_crossattn": (c[:, :40], c[:, 40:])}):
-        torch.testing.assert_close(golden_model.apply_model(x, t, cond), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            golden_model.apply_model(x, t, cond), expected, rtol=0, atol=1e-6
+        )
     assert rel(golden_model.apply_model(x, t, 2 * c), expected) > 1e-3
 
 
@@ -102,14 +107,18 @@ def test_crossattn_takes_tensors_lists_and_mappings(golden_model):
 def test_a_crossattn_model_ignores_what_it_does_not_read(golden_model, extra):
     """As LDM's: web UIs give every model the channels that only inpainting models read."""
     x, t, c = unet_inputs()
-    extra = {"image": [torch.zeros(2, 5, 1, 1)], "tensor": torch.ones(2, 5, 8, 8)}.get(str(extra), extra)
+    extra = {"image": [torch.zeros(2, 5, 1, 1)], "tensor": torch.ones(2, 5, 8, 8)}.get(
+        str(extra), extra
+    )
     cond = {"c_concat": extra, "c_crossattn": [c]}
     expected = golden_model.apply_model(x, t, c)
     assert torch.equal(golden_model.apply_model(x, t, cond), expected)
     assert torch.equal(golden_model.apply_model(x, t, {"c_crossattn": c}), expected)
     guided = {"unconditional_guidance_scale": 2.0, "x_T": x, "verbose": False}
     plain, same = (
-        DDIMSampler(golden_model).sample(2, 2, (4, 8, 8), one, unconditional_conditioning=one, **guided)[0]
+        DDIMSampler(golden_model).sample(
+            2, 2, (4, 8, 8), one, unconditional_conditioning=one, **guided
+        )[0]
         for one in (c, cond)
     )
     assert torch.equal(plain, same)
@@ -146,7 +155,9 @@ def inpainting_model():
 def test_hybrid_joins_channels_and_text(inpainting_model):
     x, t, c = unet_inputs()
     extra = torch.randn(2, 5, 8, 8)
-    out = inpainting_model.apply_model(x, t, {"c_concat": [extra[:, :1], extra[:, 1:]], "c_crossattn": [c]})
+    out = inpainting_model.apply_model(
+        x, t, {"c_concat": [extra[:, :1], extra[:, 1:]], "c_crossattn": [c]}
+    )
     expected = inpainting_model.model.diffusion_model(torch.cat([x, extra], dim=1), t, context=c)
     assert out.shape == x.shape
     assert torch.equal(out, expected)
@@ -182,5 +193,7 @@ def test_concat_reads_a_bare_tensor_as_channels():
 
 
 def test_unknown_conditioning_key():
-    with pytest.raises(UserError, match="conditioning_key: unknown 'adm'; accepted: crossattn, concat, hybrid"):
+    with pytest.raises(
+        UserError, match="conditioning_key: unknown 'adm'; accepted: crossattn, concat, hybrid"
+    ):
         DiffusionWrapper(golden.CONFIG["unet_config"], "adm")

@@ -1,4 +1,6 @@
-"""LDM's habits that scripts rely on: what samplers, web UIs and ControlNet-like scripts read and call."""
+"""LDM's habits that scripts rely on: what samplers, web UIs and ControlNet-like scripts read and
+call.
+"""
 
 import itertools
 
@@ -72,7 +74,10 @@ def test_another_parameterization_can_be_set():
     assert torch.equal(model.lvlb_weights, v.lvlb_weights)
     assert torch.equal(step(model, batch(1))[0], step(v, batch(1))[0])
     x, _, c = unet_inputs()
-    sampled = [DDIMSampler(m).sample(3, 2, (4, 8, 8), c, x_T=x, verbose=False)[0] for m in (model, v, build())]
+    sampled = [
+        DDIMSampler(m).sample(3, 2, (4, 8, 8), c, x_T=x, verbose=False)[0]
+        for m in (model, v, build())
+    ]
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
     with pytest.raises(UserError, match="parameterization: unknown 'flow'; accepted: eps, x0, v"):
         model.parameterization = "flow"
@@ -104,10 +109,15 @@ def test_the_posterior_has_ldms_three_parts(golden_model):
     betas, acp = golden_model.betas[t].double(), golden_model.alphas_cumprod[t].double()
     acp_prev = golden_model.alphas_cumprod_prev[t].double()
     # DDPM, eq. 7
-    of_start, of_x = betas * acp_prev.sqrt() / (1 - acp), (1 - betas).sqrt() * (1 - acp_prev) / (1 - acp)
+    of_start, of_x = (
+        betas * acp_prev.sqrt() / (1 - acp),
+        (1 - betas).sqrt() * (1 - acp_prev) / (1 - acp),
+    )
     expected = of_start[:, None, None, None] * x_start + of_x[:, None, None, None] * x_t
     torch.testing.assert_close(mean, expected.float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(variance.flatten().double(), betas * (1 - acp_prev) / (1 - acp), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        variance.flatten().double(), betas * (1 - acp_prev) / (1 - acp), rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(log_variance, variance.log())
 
 
@@ -142,11 +152,22 @@ TEXTS = [PROMPT, "", "A café, 2 DOGS & 1 cat's   <hat>!", "dog " * 100]
 
 def test_the_tokenizer_is_transformers_with_our_ids(golden_model):
     encoder = golden_model.cond_stage_model
-    options = {"truncation": True, "max_length": 77, "padding": "max_length", "return_tensors": "pt"}
+    options = {
+        "truncation": True,
+        "max_length": 77,
+        "padding": "max_length",
+        "return_tensors": "pt",
+    }
     for text in TEXTS:
-        assert torch.equal(encoder.tokenizer(text, **options)["input_ids"], encoder.tokenize([text])), text
+        assert torch.equal(
+            encoder.tokenizer(text, **options)["input_ids"], encoder.tokenize([text])
+        ), text
     words = encoder.tokenizer
-    assert (words.bos_token_id, words.eos_token_id, words.model_max_length) == (tokenizer.START, tokenizer.END, 77)
+    assert (words.bos_token_id, words.eos_token_id, words.model_max_length) == (
+        tokenizer.START,
+        tokenizer.END,
+        77,
+    )
     assert words.decode(tokenizer.encode(PROMPT)) == PROMPT
     assert words.get_vocab()["<|endoftext|>"] == tokenizer.END
     assert words([PROMPT], add_special_tokens=False)["input_ids"] == [tokenizer.encode(PROMPT)]
@@ -182,7 +203,9 @@ def test_a_text_encoder_can_be_frozen():
 
 
 class SigmaDenoiser:
-    """A model as k-diffusion's wrapper for CompVis models sees it, in noise levels instead of time steps."""
+    """A model as k-diffusion's wrapper for CompVis models sees it, in noise levels instead of time
+    steps.
+    """
 
     def __init__(self, model):
         self.model = model
@@ -214,12 +237,17 @@ def test_a_wrapper_in_noise_levels_samples_what_ddim_does(golden_model):
 
 
 def test_schedule_functions():
-    betas = util.make_beta_schedule(schedule="linear", n_timestep=1000, linear_start=0.00085, linear_end=0.012)
+    betas = util.make_beta_schedule(
+        schedule="linear", n_timestep=1000, linear_start=0.00085, linear_end=0.012
+    )
     expected = NoiseSchedule.create(1000, "linear", 0.00085, 0.012)
     assert betas.dtype == np.float64
     torch.testing.assert_close(torch.from_numpy(betas).float(), expected.betas)
     picked = util.extract_into_tensor(expected.betas, torch.tensor([3, 7]), (2, 4, 8, 8))
-    assert picked.shape == (2, 1, 1, 1) and picked.flatten().tolist() == expected.betas[[3, 7]].tolist()
+    assert (
+        picked.shape == (2, 1, 1, 1)
+        and picked.flatten().tolist() == expected.betas[[3, 7]].tolist()
+    )
     assert util.make_ddim_timesteps("uniform", 10, 1000).tolist() == list(range(1, 1000, 100))
     assert len(util.make_ddim_timesteps("uniform", 300, 1000, verbose=False)) == 300
 
@@ -228,7 +256,10 @@ def test_ddims_sampling_parameters():
     acp = NoiseSchedule.create(1000, "linear", 0.00085, 0.012).alphas_cumprod.double().numpy()
     visited = util.make_ddim_timesteps("uniform", 4, 1000)
     sigmas, alphas, before = util.make_ddim_sampling_parameters(acp, visited, eta=0.5)
-    assert alphas.tolist() == acp[visited].tolist() and before.tolist() == [acp[0], *acp[visited][:-1]]
+    assert alphas.tolist() == acp[visited].tolist() and before.tolist() == [
+        acp[0],
+        *acp[visited][:-1],
+    ]
     expected = 0.5 * np.sqrt((1 - before) / (1 - alphas)) * np.sqrt(1 - alphas / before)
     np.testing.assert_allclose(sigmas, expected, rtol=1e-12)
     noise = util.noise_like((3, 4, 8, 8), "cpu", repeat=True)

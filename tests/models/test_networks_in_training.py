@@ -21,13 +21,17 @@ def test_gradient_checkpointing_changes_no_gradient(autocast, monkeypatch):
     calls = []
     original = torch.utils.checkpoint.checkpoint
     for module in ("ldm.modules.attention", "ldm.modules.diffusionmodules.openaimodel"):
-        monkeypatch.setattr(f"{module}.checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k))
+        monkeypatch.setattr(
+            f"{module}.checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k)
+        )
     models = [build({"use_checkpoint": on}, {"use_checkpoint": on}) for on in (False, True)]
     plain, expected = gradients(models[0], autocast)
     assert not calls
     loss, checkpointed = gradients(models[1], autocast)
     assert len(calls) == sum(hasattr(m, "use_checkpoint") for m in models[1].model.modules()) > 0
-    assert any(getattr(m, "gradient_checkpointing", False) for m in models[1].cond_stage_model.modules())
+    assert any(
+        getattr(m, "gradient_checkpointing", False) for m in models[1].cond_stage_model.modules()
+    )
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
     assert checkpointed.keys() == expected.keys()
     scale = max(grad.abs().max() for grad in expected.values())
@@ -39,14 +43,20 @@ def test_attention_alone_is_checkpointed(monkeypatch):
     calls = []
     original = torch.utils.checkpoint.checkpoint
     for module in ("ldm.modules.attention", "ldm.modules.diffusionmodules.openaimodel"):
-        monkeypatch.setattr(f"{module}.checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k))
+        monkeypatch.setattr(
+            f"{module}.checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k)
+        )
     plain, expected = gradients(build({"use_checkpoint": False}), False)
     assert not calls
     loss, found = gradients(build({"use_checkpoint": "attention"}), False)
     assert calls and all(isinstance(call.__self__, BasicTransformerBlock) for call in calls)
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
-    assert all(torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7) for name, grad in expected.items())
-    with pytest.raises(UserError, match="use_checkpoint: expected true, false or attention, got 'attn'"):
+    assert all(
+        torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7) for name, grad in expected.items()
+    )
+    with pytest.raises(
+        UserError, match="use_checkpoint: expected true, false or attention, got 'attn'"
+    ):
         UNetModel(**{**UNET, "use_checkpoint": "attn"})
 
 

@@ -59,7 +59,9 @@ def test_an_objective_checks_itself(wrong, message):
 @pytest.mark.parametrize("reg_weight", [1.0, 0.3, 0.0])
 @torch.no_grad()
 def test_one_pass_over_both_halves_equals_two(golden_model, monkeypatch, reg_weight):
-    monkeypatch.setattr(golden_model, "objective", replace(golden_model.objective, reg_weight=reg_weight))
+    monkeypatch.setattr(
+        golden_model, "objective", replace(golden_model.objective, reg_weight=reg_weight)
+    )
     subject, prior = batch(1, 2), batch(11, 12, 13, caption="photo of a dog")
     loss, logged = step(golden_model, subject, prior)
     alone, logged_alone = step(golden_model, subject)
@@ -68,14 +70,18 @@ def test_one_pass_over_both_halves_equals_two(golden_model, monkeypatch, reg_wei
     torch.testing.assert_close(logged["train/loss_total"], loss)
     torch.testing.assert_close(logged["train/loss_prior"], alone_prior, rtol=1e-5, atol=0)
     for name in ("loss", "loss_simple", "loss_vlb"):  # of the subject, as the reference logs them
-        torch.testing.assert_close(logged[f"train/{name}"], logged_alone[f"train/{name}"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            logged[f"train/{name}"], logged_alone[f"train/{name}"], rtol=1e-5, atol=0
+        )
     assert set(logged_alone) == set(logged) - {"train/loss_prior"}
     assert not alone.isclose(alone_prior, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_a_sample_has_its_noise_whatever_its_neighbours(golden_model):
-    first, second, both, swapped = (step(golden_model, batch(*seeds))[0] for seeds in ([1], [2], [1, 2], [2, 1]))
+    first, second, both, swapped = (
+        step(golden_model, batch(*seeds))[0] for seeds in ([1], [2], [1, 2], [2, 1])
+    )
     torch.testing.assert_close(both, (first + second) / 2, rtol=1e-5, atol=0)
     torch.testing.assert_close(swapped, both, rtol=1e-5, atol=0)
     assert not first.isclose(second, rtol=1e-3)
@@ -98,7 +104,9 @@ def test_without_seeds_the_noise_is_the_global_generators(golden_model):
     assert step(golden_model, image)[0] == first != second
 
 
-@pytest.mark.parametrize("parameterization, loss_type", [("eps", "l2"), ("eps", "l1"), ("x0", "l2"), ("v", "l2")])
+@pytest.mark.parametrize(
+    "parameterization, loss_type", [("eps", "l2"), ("eps", "l1"), ("x0", "l2"), ("v", "l2")]
+)
 def test_a_fixed_batch_is_learned(parameterization, loss_type):
     model = build(parameterization=parameterization, loss_type=loss_type)
     model.learning_rate = 2e-3
@@ -118,7 +126,9 @@ def test_a_fixed_batch_is_learned(parameterization, loss_type):
 def test_the_bound_joins_the_loss_with_its_weight(golden_model, monkeypatch):
     x, cond = torch.randn(2, 2, 4, 8, 8), torch.randn(2, 77, 32)
     t = torch.tensor([5, 800])
-    monkeypatch.setattr(golden_model, "objective", replace(golden_model.objective, original_elbo_weight=0.25))
+    monkeypatch.setattr(
+        golden_model, "objective", replace(golden_model.objective, original_elbo_weight=0.25)
+    )
     loss, logged = golden_model.p_losses(x[0], cond, t, x[1])
     simple, vlb = logged["train/loss_simple"], logged["train/loss_vlb"]
     torch.testing.assert_close(loss, simple + 0.25 * vlb)

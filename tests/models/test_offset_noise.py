@@ -35,7 +35,9 @@ def test_offset_noise_is_a_constant_for_each_sample_and_channel():
     torch.testing.assert_close(offset, constants.expand_as(offset), rtol=0, atol=1e-5)
     assert len({round(value, 4) for value in constants.flatten().tolist()}) == 8
     many = with_offset(torch.zeros(500, 4, 1, 1), 1.0, list(range(500)))
-    assert many.mean().item() == pytest.approx(0, abs=0.1) and many.std().item() == pytest.approx(1, abs=0.1)
+    assert many.mean().item() == pytest.approx(0, abs=0.1) and many.std().item() == pytest.approx(
+        1, abs=0.1
+    )
 
 
 def test_offset_noise_is_a_function_of_the_samples_seed():
@@ -55,7 +57,9 @@ def drawn(objective, examples):
 
 
 def test_offset_noise_leaves_the_other_draws_alone():
-    plain, offset = (drawn(Objective(offset_noise=strength), batch(1, 2)) for strength in (0.0, 0.1))
+    plain, offset = (
+        drawn(Objective(offset_noise=strength), batch(1, 2)) for strength in (0.0, 0.1)
+    )
     assert torch.equal(plain.eps, offset.eps) and torch.equal(plain.t, offset.t)
     assert torch.equal(offset.noise, with_offset(plain.noise, 0.1, [1, 2]))
     unseeded = {key: value for key, value in batch(1, 2).items() if key != "noise_seed"}

@@ -32,11 +32,15 @@ def test_sizes(golden_model):
 @pytest.mark.parametrize("name", NoiseSchedule.names())
 def test_schedule(golden_model, name):
     # float64, then cast: the last bit may differ between libraries' roots and logarithms.
-    torch.testing.assert_close(getattr(golden_model, name), tensor(f"schedule/{name}"), rtol=3e-7, atol=1e-10)
+    torch.testing.assert_close(
+        getattr(golden_model, name), tensor(f"schedule/{name}"), rtol=3e-7, atol=1e-10
+    )
 
 
 def test_lvlb_weights_are_used_but_not_saved(golden_model):
-    torch.testing.assert_close(golden_model.lvlb_weights, tensor("schedule/lvlb_weights"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        golden_model.lvlb_weights, tensor("schedule/lvlb_weights"), rtol=1e-6, atol=0
+    )
     assert not {"lvlb_weights", "logvar"} & set(golden_model.state_dict())
 
 
@@ -45,7 +49,11 @@ def test_lvlb_weights_are_used_but_not_saved(golden_model):
 
 @pytest.mark.parametrize(
     "prompts, name",
-    [("text_prompts", "tokens"), ("text_long_prompt", "long_tokens"), ("text_hard_prompts", "hard_tokens")],
+    [
+        ("text_prompts", "tokens"),
+        ("text_long_prompt", "long_tokens"),
+        ("text_hard_prompts", "hard_tokens"),
+    ],
 )
 def test_tokens(golden_model, prompts, name):
     texts = META[prompts] if isinstance(META[prompts], list) else [META[prompts]]
@@ -53,11 +61,17 @@ def test_tokens(golden_model, prompts, name):
 
 
 def test_text_embedding(golden_model):
-    assert rel(golden_model.get_learned_conditioning(META["text_prompts"]), tensor("text/embedding")) < FORWARD
+    assert (
+        rel(golden_model.get_learned_conditioning(META["text_prompts"]), tensor("text/embedding"))
+        < FORWARD
+    )
 
 
 def test_sampler_conditionings(golden_model):
-    assert rel(golden_model.get_learned_conditioning(META["sampler_prompts"]), tensor("sampler/c")) < FORWARD
+    assert (
+        rel(golden_model.get_learned_conditioning(META["sampler_prompts"]), tensor("sampler/c"))
+        < FORWARD
+    )
     assert rel(golden_model.get_learned_conditioning(["", ""]), tensor("sampler/uc")) < FORWARD
 
 
@@ -65,7 +79,9 @@ def test_sampler_conditionings(golden_model):
 
 
 def test_timestep_embedding():
-    """An exponential is off by its last bit, here and in the recording, and the time step multiplies that."""
+    """An exponential is off by its last bit, here and in the recording, and the time step
+    multiplies that.
+    """
     t, expected = tensor("unet/t"), tensor("unet/timestep_embedding_320")
     angles = t[:, None].double() * torch.exp(-math.log(10000) * torch.arange(160).double() / 160)
     off = (timestep_embedding(t, 320) - expected).abs()
@@ -78,7 +94,9 @@ def test_unet(golden_model):
 
 
 def test_unet_on_a_rectangle(golden_model):
-    out = golden_model.apply_model(tensor("unet/x_rect"), torch.tensor([123]), tensor("unet/context")[:1])
+    out = golden_model.apply_model(
+        tensor("unet/x_rect"), torch.tensor([123]), tensor("unet/context")[:1]
+    )
     assert rel(out, tensor("unet/out_rect")) < FORWARD
 
 
@@ -148,7 +166,9 @@ def test_q_sample_and_its_inverse(golden_model):
 
 
 def test_p_losses(golden_model):
-    loss, logged = golden_model.p_losses(tensor("q/x0"), tensor("text/embedding"), tensor("q/t"), tensor("q/noise"))
+    loss, logged = golden_model.p_losses(
+        tensor("q/x0"), tensor("text/embedding"), tensor("q/t"), tensor("q/noise")
+    )
     assert rel(loss, tensor("p_losses/loss")) < FORWARD
     assert rel(logged["train/loss_simple"], tensor("p_losses/loss_simple")) < FORWARD
     assert rel(logged["train/loss_vlb"], tensor("p_losses/loss_vlb")) < FORWARD

@@ -18,7 +18,9 @@ def recorded_batch(name):
 
 
 def step_loss(model, names, reg_weight, monkeypatch):
-    """Return the training loss of (subject, prior) with the recorded posterior noise, time steps and noise."""
+    """Return the training loss of (subject, prior) with the recorded posterior noise, time steps
+    and noise.
+    """
     dtype = next(model.parameters()).dtype
     batches, recorded = [], []
     for name in names:
@@ -58,11 +60,15 @@ def test_every_gradient_of_the_training_step(fresh_golden_model, monkeypatch):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(norms)
     for name, norm in norms.items():
         if name not in META["params_noise_grad"]:
-            assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=5e-5), name
+            assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=5e-5), (
+                name
+            )
     recorded = [key for key in io() if key.startswith("step/grad/")]
     assert recorded
     for key in recorded:
-        assert rel(model.get_parameter(key.removeprefix("step/grad/")).grad, tensor(key)) < GRADIENT, key
+        assert (
+            rel(model.get_parameter(key.removeprefix("step/grad/")).grad, tensor(key)) < GRADIENT
+        ), key
 
 
 def test_training_step_of_two_pairs(golden_model, monkeypatch):
@@ -80,7 +86,9 @@ def test_unseeded_batches_draw_in_the_reference_order(golden_model):
 def test_training_modes(golden_model):
     golden_model.train()
     modes = {"unet": "model", "text": "cond_stage_model", "vae": "first_stage_model"}
-    assert {name: getattr(golden_model, part).training for name, part in modes.items()} == META["train_mode"]
+    assert {name: getattr(golden_model, part).training for name, part in modes.items()} == META[
+        "train_mode"
+    ]
 
 
 def test_optimizer_settings(fresh_golden_model):
@@ -91,8 +99,12 @@ def test_optimizer_settings(fresh_golden_model):
     assert type(optimizer).__name__ == expected["cls"]
     assert len(group["params"]) == expected["n_tensors"]
     assert sum(p.numel() for p in group["params"]) == expected["n_params"]
-    ours = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")}
-    assert ours == {key: tuple(v) if isinstance(v := expected["hyper"][key], list) else v for key in ours}
+    ours = {
+        key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+    }
+    assert ours == {
+        key: tuple(v) if isinstance(v := expected["hyper"][key], list) else v for key in ours
+    }
 
 
 def adamw_steps(model, learning_rate, steps, monkeypatch):
@@ -110,7 +122,8 @@ def adamw_steps(model, learning_rate, steps, monkeypatch):
 
 @pytest.fixture
 def float64_model(fresh_golden_model, monkeypatch):
-    """The golden model without rounding: each processor computes the same, and what is left is the recording's own.
+    """The golden model without rounding: each processor computes the same, and what is left is the
+    recording's own.
 
     AdamW divides each gradient by its own size: where that is rounding noise, so is the step.
     """
@@ -138,7 +151,9 @@ def test_three_adamw_steps(float64_model, monkeypatch):
 
 
 def test_losses_of_three_adamw_steps_in_float32(fresh_golden_model, monkeypatch):
-    """Weights whose gradient is noise have wrong steps, but matter little to the loss: the gradient says so."""
+    """Weights whose gradient is noise have wrong steps, but matter little to the loss: the gradient
+    says so.
+    """
     losses, after = adamw_steps(fresh_golden_model, 1e-3, 3, monkeypatch)
     assert rel(losses, tensor("adamw_lr1e-3/losses")) < FORWARD
     assert rel(after, tensor("adamw_lr1e-3/loss_after")) < FORWARD
@@ -153,11 +168,18 @@ def test_one_adamw_step_at_the_default_rate(float64_model, monkeypatch):
         name = key.removeprefix(prefix)
         if name not in META["params_noise_grad"]:
             delta = model.get_parameter(name).detach().double() - before[name].double()
-            # The recorded weights are float32, whose numbers near 1 are 6e-8 or 1.2e-7 apart: 6 % of a step, or 12 %.
+            # The recorded weights are float32, whose numbers near 1 are 6e-8 or 1.2e-7 apart: 6 %
+            # of a step, or 12 %.
             assert rel(delta, tensor(key)) < 0.1, name
     check_token_rows(model, "adamw_lr1e-6", 1e-6)
 
 
 def check_token_rows(model, prefix, tolerance):
     rows = model.cond_stage_model.transformer.text_model.embeddings.token_embedding.weight
-    assert rel(rows[tensor(f"{prefix}/token_embedding_rows")], tensor(f"{prefix}/token_embedding_after")) < tolerance
+    assert (
+        rel(
+            rows[tensor(f"{prefix}/token_embedding_rows")],
+            tensor(f"{prefix}/token_embedding_after"),
+        )
+        < tolerance
+    )

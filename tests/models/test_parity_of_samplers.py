@@ -55,7 +55,13 @@ def test_ddim_options(golden_model, name, kwargs):
 def test_ddim_with_a_mask(golden_model):
     # The known region's noise was recorded by the index of the time step, which counts down.
     noise = Recorded(backwards=True)
-    out, _ = draw(DDIMSampler, golden_model, mask=tensor("ddim_mask/mask"), x0=tensor("ddim_mask/x0"), random=noise)
+    out, _ = draw(
+        DDIMSampler,
+        golden_model,
+        mask=tensor("ddim_mask/mask"),
+        x0=tensor("ddim_mask/x0"),
+        random=noise,
+    )
     assert rel(out, tensor("ddim_mask/out")) < SAMPLE
 
 
@@ -78,7 +84,9 @@ def test_img2img(golden_model):
     sampler, t_enc = DDIMSampler(golden_model), int(io()["img2img/t_enc"])
     sampler.make_schedule(10)
     steps = torch.full((2,), t_enc)
-    encoded = sampler.stochastic_encode(tensor("img2img/init"), steps, noise=tensor("img2img/noise"))
+    encoded = sampler.stochastic_encode(
+        tensor("img2img/init"), steps, noise=tensor("img2img/noise")
+    )
     assert rel(encoded, tensor("img2img/z_enc")) < FORWARD
     out = sampler.decode(
         encoded, tensor("sampler/c"), t_enc, unconditional_guidance_scale=7.5,

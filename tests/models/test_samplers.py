@@ -34,7 +34,9 @@ def test_the_noise_left_at_the_end_is_that_of_the_first_time_step(name):
     model, cond, x_T = fake(name), means(1.5, -0.5), noise_of()
     first = torch.full((2,), 901)
     left = model.schedule.noise_from_start(x_T, first, model.mean(cond).expand_as(x_T))
-    expected = model.schedule.q_sample(model.mean(cond).expand_as(x_T), torch.zeros(2, dtype=torch.long), left)
+    expected = model.schedule.q_sample(
+        model.mean(cond).expand_as(x_T), torch.zeros(2, dtype=torch.long), left
+    )
     torch.testing.assert_close(draw(name, model, cond, x_T=x_T)[0], expected, rtol=0, atol=1e-4)
 
 
@@ -43,8 +45,8 @@ def test_samples_have_the_mean_and_spread_of_the_data(name, eta):
     torch.manual_seed(0)
     model, cond = fake(name, std=0.5), torch.full((400, 1, 1), 2.0)
     steps = count(name, 200)
-    # From noise as the data would have it at the first visited step: in Stable Diffusion's schedule even
-    # the last time step has 7 % of signal.
+    # From noise as the data would have it at the first visited step: in Stable Diffusion's schedule
+    # even the last time step has 7 % of signal.
     t = uniform_timesteps(steps, len(model.schedule))[-1:].expand(400)
     x_T = model.schedule.q_sample(2 + 0.5 * torch.randn(400, *SHAPE), t, torch.randn(400, *SHAPE))
     out, _ = draw(name, model, cond, steps, eta=eta, x_T=x_T)
@@ -74,7 +76,10 @@ def test_plms_is_closer_to_the_exact_solution_than_ddim():
     spread = [(a * 0.25 + 1 - a).sqrt() for a in (first, last)]
     mean = model.mean(cond)
     exact = first.sqrt() * mean + spread[0] / spread[1] * (x_T - last.sqrt() * mean)
-    errors = {name: (draw(name, model, cond, 20, x_T=x_T)[0] - exact).abs().max() for name in ("ddim", "plms")}
+    errors = {
+        name: (draw(name, model, cond, 20, x_T=x_T)[0] - exact).abs().max()
+        for name in ("ddim", "plms")
+    }
     assert errors["plms"] < errors["ddim"] / 3
 
 
@@ -84,7 +89,9 @@ def test_plms_is_closer_to_the_exact_solution_than_ddim():
 @every_sampler
 def test_same_seeds_same_samples_and_other_seeds_others(name):
     first, again, other = (
-        draw(name, fake(name, std=1.0), means(0.0, 0.0), random=SampleRandom(seeds), **noisy(name))[0]
+        draw(name, fake(name, std=1.0), means(0.0, 0.0), random=SampleRandom(seeds), **noisy(name))[
+            0
+        ]
         for seeds in ([3, 4], [3, 4], [4, 3])
     )
     assert torch.equal(first, again)
@@ -107,7 +114,9 @@ def test_a_sample_does_not_depend_on_its_batch(name, batches):
 @deterministic
 def test_without_eta_the_start_decides_everything(name):
     outs = [
-        draw(name, fake(name, std=1.0), means(0.0, 0.0), x_T=noise_of(), random=SampleRandom(seeds))[0]
+        draw(
+            name, fake(name, std=1.0), means(0.0, 0.0), x_T=noise_of(), random=SampleRandom(seeds)
+        )[0]
         for seeds in ([1, 2], [3, 4])
     ]
     assert torch.equal(*outs)
@@ -123,7 +132,9 @@ def test_eta_adds_noise_and_temperature_scales_it():
 
     assert max(spread(0.0, 1.0), spread(1.0, 0.0)) < 1e-6
     assert 0 < spread(0.2, 1.0) < spread(1.0, 1.0)
-    assert spread(1.0, 0.5) == pytest.approx(0.5 * spread(1.0, 1.0), rel=1e-4)  # noise enters linearly here
+    assert spread(1.0, 0.5) == pytest.approx(
+        0.5 * spread(1.0, 1.0), rel=1e-4
+    )  # noise enters linearly here
 
 
 def test_without_seeds_the_global_generator_decides():
@@ -169,7 +180,9 @@ def test_a_mask_leaves_the_rest_alone(name):
     mask[..., :2] = 1
     given = {"x_T": noise_of()}
     plain, _ = draw(name, fake(name, std=1.0), means(1.0, 2.0), **given)
-    masked, _ = draw(name, fake(name, std=1.0), means(1.0, 2.0), **given, mask=mask, x0=torch.zeros(2, *SHAPE))
+    masked, _ = draw(
+        name, fake(name, std=1.0), means(1.0, 2.0), **given, mask=mask, x0=torch.zeros(2, *SHAPE)
+    )
     assert torch.equal(masked[..., 2:], plain[..., 2:])
     assert not torch.allclose(masked[..., :2], plain[..., :2], atol=0.1)
 
@@ -192,7 +205,9 @@ def test_stochastic_encode_gives_the_noise_of_a_visited_step(name):
     expected = model.schedule.q_sample(x0, sampler.ddim_timesteps[t], noise)
     assert torch.equal(sampler.stochastic_encode(x0, t, noise=noise), expected)
     expected = model.schedule.q_sample(x0, t, noise)
-    assert torch.equal(sampler.stochastic_encode(x0, t, use_original_steps=True, noise=noise), expected)
+    assert torch.equal(
+        sampler.stochastic_encode(x0, t, use_original_steps=True, noise=noise), expected
+    )
 
 
 def test_stochastic_encode_draws_its_own_noise():
@@ -223,7 +238,9 @@ def test_decode_undoes_stochastic_encode(name):
 def test_decode_of_no_step_returns_its_input_and_guides_like_sample(name):
     sampler = SAMPLERS[name](model := fake(name))
     sampler.make_schedule(count(name, 10))
-    x = sampler.stochastic_encode(means(3.0, 6.0)[..., None].expand(2, *SHAPE), torch.full((2,), 2), noise=noise_of())
+    x = sampler.stochastic_encode(
+        means(3.0, 6.0)[..., None].expand(2, *SHAPE), torch.full((2,), 2), noise=noise_of()
+    )
     assert torch.equal(sampler.decode(x, means(1.0, 2.0), 0, verbose=False), x)
     out = sampler.decode(
         x, means(1.0, 2.0), 3, verbose=False,

@@ -1,4 +1,6 @@
-"""The sampling loop: which time steps are visited, conditioning and guidance, what is seen on the way."""
+"""The sampling loop: which time steps are visited, conditioning and guidance, what is seen on the
+way.
+"""
 
 import numpy as np
 import pytest
@@ -87,7 +89,9 @@ def test_the_last_ancestral_step_adds_no_noise():
     def never():
         raise AssertionError("noise in the last step")
 
-    out, _ = sampler.step(noise_of(), 0, lambda x, t: model.apply_model(x, t, means(1.0, 2.0)), never)
+    out, _ = sampler.step(
+        noise_of(), 0, lambda x, t: model.apply_model(x, t, means(1.0, 2.0)), never
+    )
     torch.testing.assert_close(out, model.mean(means(1.0, 2.0)).expand_as(out), rtol=0, atol=1e-5)
 
 
@@ -115,7 +119,11 @@ FORMS = {
 def tensors(cond):
     if isinstance(cond, torch.Tensor):
         return [cond]
-    return [tensor for part in (cond.values() if isinstance(cond, dict) else cond) for tensor in tensors(part)]
+    return [
+        tensor
+        for part in (cond.values() if isinstance(cond, dict) else cond)
+        for tensor in tensors(part)
+    ]
 
 
 @every_sampler
@@ -172,7 +180,9 @@ def test_callbacks_count_the_steps_and_see_the_predictions(name):
     steps = list(range(count(name, 10)))
     assert numbers == steps
     assert [number for number, _ in pictures] == steps
-    assert all(torch.equal(a, b) for (_, a), b in zip(pictures, intermediates["pred_x0"][1:], strict=True))
+    assert all(
+        torch.equal(a, b) for (_, a), b in zip(pictures, intermediates["pred_x0"][1:], strict=True)
+    )
 
 
 @every_sampler
@@ -202,7 +212,9 @@ def test_the_progress_bar_is_shown_only_when_asked_for(name, capsys):
 def test_a_sampler_can_be_used_again(name):
     sampler = SAMPLERS[name](fake(name, std=1.0))
     first, again = (
-        sampler.sample(count(name, 10), 2, SHAPE, means(1.0, 2.0), random=SampleRandom([0, 1]), verbose=False)[0]
+        sampler.sample(
+            count(name, 10), 2, SHAPE, means(1.0, 2.0), random=SampleRandom([0, 1]), verbose=False
+        )[0]
         for _ in range(2)
     )
     assert torch.equal(first, again)

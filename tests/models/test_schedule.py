@@ -1,4 +1,6 @@
-"""The noise schedule and what an output stands for, against identities that hold whatever the weights."""
+"""The noise schedule and what an output stands for, against identities that hold whatever the
+weights.
+"""
 
 import math
 
@@ -28,7 +30,9 @@ def test_the_posterior_is_bayes_rule():
     precision = 1 / (1 - acp_prev) + (1 - beta) / beta
     expected = (acp_prev.sqrt() * x0 / (1 - acp_prev) + (1 - beta).sqrt() * x_t / beta) / precision
     torch.testing.assert_close(mean.flatten().double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(log_variance.flatten().double(), -precision.log(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        log_variance.flatten().double(), -precision.log(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_posterior_of_the_first_step_is_the_clean_latent():
@@ -45,20 +49,28 @@ def test_every_schedule_goes_from_signal_to_noise(beta_schedule):
     acp = schedule.alphas_cumprod.double()
     assert len(schedule) == 1000 and set(NoiseSchedule.names()) == set(vars(schedule))
     assert (acp.diff() < 0).all() and acp[0] > 0.99 and acp[-1] < 0.01
-    torch.testing.assert_close(acp, torch.cumprod(1 - schedule.betas.double(), 0), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        acp, torch.cumprod(1 - schedule.betas.double(), 0), rtol=1e-4, atol=1e-9
+    )
     for name, value in vars(schedule).items():
-        assert value.dtype == torch.float32 and value.shape == (1000,) and value.isfinite().all(), name
+        assert value.dtype == torch.float32 and value.shape == (1000,) and value.isfinite().all(), (
+            name
+        )
 
 
 def test_the_shapes_of_the_schedules():
-    assert make_beta_schedule("sqrt_linear", 5, 0.1, 0.5, 0.0).tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert make_beta_schedule("sqrt_linear", 5, 0.1, 0.5, 0.0).tolist() == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.5]
+    )
     assert (make_beta_schedule("linear", 5, 0.04, 0.36, 0.0) ** 0.5).tolist() == pytest.approx(
         [0.2, 0.3, 0.4, 0.5, 0.6]
     )
     betas = make_beta_schedule("cosine", 100, 1e-4, 2e-2, 0.008)
     assert betas.max() == 0.999  # clipped at the end, where the formula gives 1
     wanted = [math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(100)]
-    np.testing.assert_allclose(np.cumprod(1 - betas)[:99], np.array(wanted[1:]) / wanted[0], rtol=1e-9)
+    np.testing.assert_allclose(
+        np.cumprod(1 - betas)[:99], np.array(wanted[1:]) / wanted[0], rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("wrong", [
@@ -71,7 +83,9 @@ def test_betas_out_of_range(wrong):
 
 
 def test_unknown_schedule():
-    with pytest.raises(UserError, match="beta_schedule: unknown 'cosinus'; accepted: linear, sqrt_linear, cosine"):
+    with pytest.raises(
+        UserError, match="beta_schedule: unknown 'cosinus'; accepted: linear, sqrt_linear, cosine"
+    ):
         NoiseSchedule.create(beta_schedule="cosinus")
 
 
@@ -114,5 +128,7 @@ def test_vlb_weights_of_v_are_one():
 
 
 def test_unknown_parameterization():
-    with pytest.raises(UserError, match="parameterization: unknown 'epsilon'; accepted: eps, x0, v"):
+    with pytest.raises(
+        UserError, match="parameterization: unknown 'epsilon'; accepted: eps, x0, v"
+    ):
         build(parameterization="epsilon")

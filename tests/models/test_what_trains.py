@@ -39,7 +39,9 @@ def test_which_networks_train(trainable):
     model = build(cond_stage_trainable=trainable)
     step(model, batch(1), batch(2))[0].backward()
     parts = {"model": True, "cond_stage_model": trainable, "first_stage_model": False}
-    optimised = {id(p) for group in model.configure_optimizers().param_groups for p in group["params"]}
+    optimised = {
+        id(p) for group in model.configure_optimizers().param_groups for p in group["params"]
+    }
     for name, trains in parts.items():
         part = getattr(model, name)
         assert part.training == trains
@@ -47,7 +49,11 @@ def test_which_networks_train(trainable):
             assert parameter.requires_grad == trains, key
             assert (id(parameter) in optimised) == trains, key
             assert (parameter.grad is not None) == trains, key
-    grads = {name: sum(p.grad.abs().sum() for p in getattr(model, name).parameters()) for name in parts if parts[name]}
+    grads = {
+        name: sum(p.grad.abs().sum() for p in getattr(model, name).parameters())
+        for name in parts
+        if parts[name]
+    }
     assert all(grad > 0 for grad in grads.values())
     model.eval()
     assert not any(getattr(model, name).training for name in parts)
@@ -88,8 +94,12 @@ def stopped(workspace):
 
 
 def test_the_text_encoder_stops_exactly(stopped):
-    second, last = (checkpoint(stopped, name) for name in ("epoch=000000-step=000000002.ckpt", "last.ckpt"))
-    assert parts_that_moved(second["state_dict"], last["state_dict"]) == {"model"}  # AdamW would decay its weights
+    second, last = (
+        checkpoint(stopped, name) for name in ("epoch=000000-step=000000002.ckpt", "last.ckpt")
+    )
+    assert parts_that_moved(second["state_dict"], last["state_dict"]) == {
+        "model"
+    }  # AdamW would decay its weights
     unet, text = last["optimizer_states"][0]["param_groups"]
     assert (unet["name"], unet["lr"], text["name"], text["lr"]) == (
         "unet",
@@ -101,12 +111,16 @@ def test_the_text_encoder_stops_exactly(stopped):
     assert {int(states[index]["step"]) for index in text["params"]} == {2}
     assert {int(states[index]["step"]) for index in unet["params"]} == {4}
     rates = [row for row in csv_rows(stopped) if row.get("lr-AdamW/unet")]
-    assert {(float(row["lr-AdamW/unet"]), float(row["lr-AdamW/text_encoder"])) for row in rates} == {(1e-3, 1e-4)}
+    assert {
+        (float(row["lr-AdamW/unet"]), float(row["lr-AdamW/text_encoder"])) for row in rates
+    } == {(1e-3, 1e-4)}
 
 
 def test_until_its_stop_the_text_encoder_is_trained(stopped, workspace):
     run = workspace.train("not-stopped", SPLIT[0], "--max_steps", "2")
-    first, second = (checkpoint(r, "epoch=000000-step=000000002.ckpt")["state_dict"] for r in (run, stopped))
+    first, second = (
+        checkpoint(r, "epoch=000000-step=000000002.ckpt")["state_dict"] for r in (run, stopped)
+    )
     assert same(first, second)
     assert "cond_stage_model" in parts_that_moved(golden.latent_diffusion().state_dict(), second)
 
@@ -126,7 +140,10 @@ def test_after_the_stop_no_gradient_is_computed_for_the_text_encoder(monkeypatch
     with_gradient = []
 
     def note(self, optimizer):
-        of_parts = [[p.grad is not None for p in part.parameters()] for part in (self.model, self.cond_stage_model)]
+        of_parts = [
+            [p.grad is not None for p in part.parameters()]
+            for part in (self.model, self.cond_stage_model)
+        ]
         with_gradient.append([sum(found) / len(found) for found in of_parts])
 
     monkeypatch.setattr(LatentDiffusion, "on_before_optimizer_step", note)
@@ -157,8 +174,10 @@ def test_the_text_encoders_rate_is_scaled_as_well(workspace, caplog):
     ({"text_encoder_lr": 0.0}, "text_encoder_lr: expected a positive number, got 0.0"),
     ({"text_encoder_stop": -1}, "text_encoder_stop: expected a positive number, got -1"),
     ({"text_encoder_lr": math.nan}, "text_encoder_lr: expected a positive number, got nan"),
-    ({"text_encoder_lr": 1e-6, "cond_stage_trainable": False}, "text_encoder_lr: needs cond_stage_trainable: true"),
-    ({"text_encoder_stop": 5, "cond_stage_trainable": False}, "text_encoder_stop: needs cond_stage_trainable: true"),
+    ({"text_encoder_lr": 1e-6, "cond_stage_trainable": False}, "text_encoder_lr: needs "
+                                                               "cond_stage_trainable: true"),
+    ({"text_encoder_stop": 5, "cond_stage_trainable": False}, "text_encoder_stop: needs "
+                                                              "cond_stage_trainable: true"),
 ])  # fmt: skip
 def test_rates_and_stops_that_make_no_sense(wrong, message):
     with pytest.raises(UserError, match=message):
@@ -178,27 +197,49 @@ INPUT = "model.diffusion_model.input_blocks.*"
 
 
 def test_frozen_patterns_are_left_out_of_the_training():
-    plain, model = (build(use_ema=True, freeze=patterns) for patterns in (None, [INPUT, "*.token_embedding.weight"]))
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad and "first_stage" not in name}
-    fits = [n for n, _ in plain.named_parameters() if n.startswith(INPUT[:-1]) or n.endswith(".token_embedding.weight")]
+    plain, model = (
+        build(use_ema=True, freeze=patterns)
+        for patterns in (None, [INPUT, "*.token_embedding.weight"])
+    )
+    frozen = {
+        name
+        for name, p in model.named_parameters()
+        if not p.requires_grad and "first_stage" not in name
+    }
+    fits = [
+        n
+        for n, _ in plain.named_parameters()
+        if n.startswith(INPUT[:-1]) or n.endswith(".token_embedding.weight")
+    ]
     assert frozen == set(fits) and len(fits) > 10
     step(model, batch(1))[0].backward()
-    optimised = {id(p) for group in model.configure_optimizers().param_groups for p in group["params"]}
+    optimised = {
+        id(p) for group in model.configure_optimizers().param_groups for p in group["params"]
+    }
     for name, parameter in model.named_parameters():
         trained = name not in frozen and not name.startswith("first_stage_model")
         assert (id(parameter) in optimised) == (parameter.grad is not None) == trained, name
-    averages = {key for key in plain.state_dict() if key.startswith("model_ema.")} - set(model.state_dict())
+    averages = {key for key in plain.state_dict() if key.startswith("model_ema.")} - set(
+        model.state_dict()
+    )
     assert averages == {
-        f"model_ema.{name.removeprefix('model.').replace('.', '')}" for name in fits if name.startswith("model.")
+        f"model_ema.{name.removeprefix('model.').replace('.', '')}"
+        for name in fits
+        if name.startswith("model.")
     }
 
 
 def test_a_run_with_frozen_parameters(workspace, caplog):
     more = (f"model.params.freeze=['{INPUT}']", "model.params.use_ema=true")
     straight, _ = assert_resumes_exactly(workspace, "frozen", *more)
-    first, last = (checkpoint(straight, n)["state_dict"] for n in ("epoch=000000-step=000000002.ckpt", "last.ckpt"))
+    first, last = (
+        checkpoint(straight, n)["state_dict"]
+        for n in ("epoch=000000-step=000000002.ckpt", "last.ckpt")
+    )
     moved = {key for key in first if not torch.equal(first[key], last[key])}
-    assert any(key.startswith("model.") for key in moved) and not any(key.startswith(INPUT[:-1]) for key in moved)
+    assert any(key.startswith("model.") for key in moved) and not any(
+        key.startswith(INPUT[:-1]) for key in moved
+    )
     assert "frozen: UNet 0." in caplog.text
     model = load_model(straight / "checkpoints/last.ckpt")
     for name, parameter in model.model.named_parameters():
@@ -207,7 +248,8 @@ def test_a_run_with_frozen_parameters(workspace, caplog):
 
 
 @pytest.mark.parametrize("patterns, message", [
-    (["model.difusion_model.out.2.wieght"], r"fits no trained parameter \(did you mean 'model\.diffusion_model\.out"),
+    (["model.difusion_model.out.2.wieght"], r"fits no trained parameter \(did you mean "
+                                            r"'model\.diffusion_model\.out"),
     ([INPUT, "nothing.*"], r"'nothing\.\*' fits no trained parameter$"),
     (["first_stage_model.*"], "fits only parameters that are not trained anyway"),
     (["*"], "nothing is left to train"),
@@ -235,7 +277,9 @@ def test_adapters_are_frozen_by_the_names_of_their_weights(lora):
     plain, model = lora(), lora(INPUT, "*.to_q.weight")
     trained = {name for name, p in plain.named_parameters() if p.requires_grad}
     kept = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert kept == {name for name in trained if not name.startswith(INPUT[:-1]) and ".to_q." not in name}
+    assert kept == {
+        name for name in trained if not name.startswith(INPUT[:-1]) and ".to_q." not in name
+    }
     assert {name.partition(".")[0] for name in kept} == {"model", "cond_stage_model"}
     with pytest.raises(UserError, match="fits only parameters that are not trained anyway"):
         lora("model.diffusion_model.out.2.weight")  # which gets no adapter
@@ -253,7 +297,10 @@ def test_a_run_cannot_go_on_with_other_parameters(workspace, caplog):
 def test_a_stop_can_be_added_to_a_run(workspace):
     run = workspace.train("stop-added", "--max_steps", "2")
     workspace.resume(run, "--max_steps", "4", "model.params.text_encoder_stop=2")
-    second, last = (checkpoint(run, name)["state_dict"] for name in ("epoch=000000-step=000000002.ckpt", "last.ckpt"))
+    second, last = (
+        checkpoint(run, name)["state_dict"]
+        for name in ("epoch=000000-step=000000002.ckpt", "last.ckpt")
+    )
     assert parts_that_moved(second, last) == {"model"}
 
 

@@ -42,16 +42,22 @@ def test_zero_terminal_snr_keeps_the_first_step_and_scales_the_others(terminal):
     torch.testing.assert_close(terminal.alphas_cumprod[0], plain.alphas_cumprod[0])
     # sqrt(acp) is moved and scaled, the same at every step.
     scaled, root = (s.sqrt_alphas_cumprod.double() for s in (terminal, plain))
-    torch.testing.assert_close(scaled, (root - root[-1]) * root[0] / (root[0] - root[-1]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        scaled, (root - root[-1]) * root[0] / (root[0] - root[-1]), rtol=1e-4, atol=1e-6
+    )
     for name, value in vars(terminal).items():
         assert value.isfinite().all(), name
-    assert ((terminal.betas > 0) & (terminal.betas <= 1)).all() and (terminal.alphas_cumprod.diff() < 0).all()
+    assert ((terminal.betas > 0) & (terminal.betas <= 1)).all() and (
+        terminal.alphas_cumprod.diff() < 0
+    ).all()
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "sqrt_linear", "cosine"])
 def test_rescaling_twice_changes_nothing(beta_schedule):
     once = with_zero_terminal_snr(NoiseSchedule.create(100, beta_schedule).betas.double().numpy())
-    torch.testing.assert_close(torch.tensor(with_zero_terminal_snr(once)), torch.tensor(once), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        torch.tensor(with_zero_terminal_snr(once)), torch.tensor(once), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_every_conversion_is_finite_where_no_signal_is_left(terminal):
@@ -71,7 +77,9 @@ def test_every_conversion_is_finite_where_no_signal_is_left(terminal):
     assert mean.isfinite().all() and log_variance.isfinite().all()
     # From noise alone the step before is that of the clean latent, whatever the noise is.
     torch.testing.assert_close(mean[2], terminal.alphas_cumprod[998].sqrt() * x_start[2])
-    torch.testing.assert_close(log_variance[2].exp().flatten(), 1 - terminal.alphas_cumprod[998:999])
+    torch.testing.assert_close(
+        log_variance[2].exp().flatten(), 1 - terminal.alphas_cumprod[998:999]
+    )
 
 
 def test_weights_are_finite_where_no_signal_is_left(terminal):
@@ -79,9 +87,15 @@ def test_weights_are_finite_where_no_signal_is_left(terminal):
     weights = v.min_snr_weight(terminal, t, 5.0)
     assert weights.isfinite().all() and weights[999] == 0 and (weights[:999] > 0).all()
     assert v.vlb_weights(terminal).tolist() == [1.0] * 1000
-    model = build(parameterization="v", zero_terminal_snr=True, min_snr_gamma=5.0, original_elbo_weight=0.5)
-    losses = model._losses(torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32), torch.tensor([999, 3]), noise_of_latents())
-    assert all(value.isfinite().all() for value in losses.values()) and losses["loss_simple"].min() > 0
+    model = build(
+        parameterization="v", zero_terminal_snr=True, min_snr_gamma=5.0, original_elbo_weight=0.5
+    )
+    losses = model._losses(
+        torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32), torch.tensor([999, 3]), noise_of_latents()
+    )
+    assert (
+        all(value.isfinite().all() for value in losses.values()) and losses["loss_simple"].min() > 0
+    )
 
 
 def noise_of_latents():
@@ -90,7 +104,9 @@ def noise_of_latents():
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0"])
 def test_zero_terminal_snr_needs_v(parameterization):
-    with pytest.raises(UserError, match=f"zero_terminal_snr: needs parameterization: v, got {parameterization}: "):
+    with pytest.raises(
+        UserError, match=f"zero_terminal_snr: needs parameterization: v, got {parameterization}: "
+    ):
         build(parameterization=parameterization, zero_terminal_snr=True)
 
 
@@ -130,7 +146,9 @@ def test_ten_trailing_time_steps_are_those_of_the_paper():
 def rescaled(name, std=0.0):
     """A sampler's `fake` model of v with zero terminal SNR."""
     model = fake(name, "v", std)
-    model.schedule = NoiseSchedule.of_betas(with_zero_terminal_snr(model.schedule.betas.double().numpy()))
+    model.schedule = NoiseSchedule.of_betas(
+        with_zero_terminal_snr(model.schedule.betas.double().numpy())
+    )
     return model
 
 
@@ -138,7 +156,9 @@ def rescaled(name, std=0.0):
 def test_sampling_starts_at_the_last_step_and_finds_the_point_that_all_data_are(name, eta):
     model, cond = rescaled(name), means(1.5, -0.5)
     steps = count(name, 10)
-    out, intermediates = SAMPLERS[name](model).sample(steps, 2, SHAPE, cond, x_T=noise_of(), eta=eta, verbose=False)
+    out, intermediates = SAMPLERS[name](model).sample(
+        steps, 2, SHAPE, cond, x_T=noise_of(), eta=eta, verbose=False
+    )
     assert model.steps[0] == len(model.schedule) - 1 and len(set(model.steps)) == steps
     expected = model.mean(cond).expand(2, *SHAPE)
     assert all(x.isfinite().all() for x in intermediates["x_inter"])
@@ -151,16 +171,22 @@ def test_from_noise_alone_samples_have_the_mean_and_spread_of_the_data(name, eta
     torch.manual_seed(0)
     model, cond = rescaled(name, std=0.5), torch.full((400, 1, 1), 2.0)
     steps = count(name, 200)
-    out, _ = SAMPLERS[name](model).sample(steps, 400, SHAPE, cond, eta=eta, x_T=torch.randn(400, *SHAPE), verbose=False)
+    out, _ = SAMPLERS[name](model).sample(
+        steps, 400, SHAPE, cond, eta=eta, x_T=torch.randn(400, *SHAPE), verbose=False
+    )
     # No signal of the data is in x_T: their mean comes from the model alone.
     assert out.mean().item() == pytest.approx(2.0, abs=0.02)
-    assert out.std().item() == pytest.approx(0.5, rel=0.1 if name == "ddpm" else 0.05)  # which visits 40 steps here
+    assert out.std().item() == pytest.approx(
+        0.5, rel=0.1 if name == "ddpm" else 0.05
+    )  # which visits 40 steps here
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 1000])
 def test_plms_from_noise_alone_with_any_count(steps):
     model = rescaled("plms", std=0.5)
-    out, _ = SAMPLERS["plms"](model).sample(steps, 2, SHAPE, means(1.0, 2.0), x_T=noise_of(), verbose=False)
+    out, _ = SAMPLERS["plms"](model).sample(
+        steps, 2, SHAPE, means(1.0, 2.0), x_T=noise_of(), verbose=False
+    )
     assert out.isfinite().all() and model.steps[0] == 999
 
 
@@ -174,11 +200,15 @@ def test_other_schedules_are_sampled_as_before():
 
 
 def test_a_base_models_schedule_is_rescaled_and_a_rescaled_one_kept():
-    base, model = (build(parameterization="v", zero_terminal_snr=on, **SCHEDULE) for on in (False, True))
+    base, model = (
+        build(parameterization="v", zero_terminal_snr=on, **SCHEDULE) for on in (False, True)
+    )
     model.load_state_dict(base.state_dict())
     expected = NoiseSchedule.create(1000, "linear", 0.00085, 0.012, zero_terminal_snr=True)
     for name in NoiseSchedule.names():
-        torch.testing.assert_close(getattr(model, name), getattr(expected, name), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            getattr(model, name), getattr(expected, name), rtol=1e-3, atol=1e-5
+        )
     assert model.schedule.ends_in_noise and not base.schedule.ends_in_noise
     again = build(parameterization="v", zero_terminal_snr=True, **SCHEDULE)
     again.load_state_dict(model.state_dict())
@@ -189,7 +219,9 @@ def test_a_base_models_schedule_is_rescaled_and_a_rescaled_one_kept():
 
 
 def test_a_run_with_zero_terminal_snr_from_a_base_model(workspace, tmp_path):
-    torch.save({"state_dict": golden.latent_diffusion().state_dict()}, base := tmp_path / "base.ckpt")
+    torch.save(
+        {"state_dict": golden.latent_diffusion().state_dict()}, base := tmp_path / "base.ckpt"
+    )
     more = [
         "--actual_resume",
         str(base),
@@ -215,7 +247,9 @@ def test_diffusers_is_told_of_zero_terminal_snr():
     theirs = DDIMScheduler.from_config(told)
     theirs.set_timesteps(30)
     assert theirs.timesteps.tolist() == trailing_timesteps(30, 1000).flip(0).tolist()
-    ours = NoiseSchedule.create(1000, "linear", 0.00085, 0.012, zero_terminal_snr=True).alphas_cumprod
+    ours = NoiseSchedule.create(
+        1000, "linear", 0.00085, 0.012, zero_terminal_snr=True
+    ).alphas_cumprod
     torch.testing.assert_close(theirs.alphas_cumprod, ours, rtol=1e-3, atol=1e-6)
     assert "rescale_betas_zero_snr" not in plain
 

@@ -34,7 +34,9 @@ def test_ema_scope_swaps_and_restores(averaged_model, error):
             inside()
     else:
         inside()
-    assert all(torch.equal(parameter, own[name]) for name, parameter in unet_of(averaged_model).items())
+    assert all(
+        torch.equal(parameter, own[name]) for name, parameter in unet_of(averaged_model).items()
+    )
 
 
 def test_ema_lives_in_the_state_dict(averaged_model):
@@ -53,7 +55,9 @@ def test_without_an_ema_the_scope_changes_nothing(golden_model):
     before = golden_model.model.diffusion_model.out[2].weight
     value = before.detach().clone()
     with golden_model.ema_scope():
-        assert golden_model.model.diffusion_model.out[2].weight is before and torch.equal(before, value)
+        assert golden_model.model.diffusion_model.out[2].weight is before and torch.equal(
+            before, value
+        )
 
 
 def test_ema_converges_to_constant_weights_and_starts_with_a_short_memory():
@@ -63,7 +67,9 @@ def test_ema_converges_to_constant_weights_and_starts_with_a_short_memory():
     with torch.no_grad():
         layer.weight += 1
     ema(layer)
-    torch.testing.assert_close(ema.weight - start, torch.full((2, 2), 1 - 2 / 11))  # (1 + n) / (10 + n)
+    torch.testing.assert_close(
+        ema.weight - start, torch.full((2, 2), 1 - 2 / 11)
+    )  # (1 + n) / (10 + n)
     for _ in range(200):
         ema(layer)
     torch.testing.assert_close(ema.weight, layer.weight.detach(), rtol=0, atol=1e-5)
@@ -94,7 +100,11 @@ def test_the_average_moves_once_for_each_step_and_is_evaluated():
     trainer.fit(model, loader(*[batch(i) for i in range(4)]), loader(batch(9)))
     assert trainer.global_step == 2 and model.model_ema.num_updates == 2
     assert any(not torch.equal(before[name], after) for name, after in unet_of(model).items())
-    names = {f"val/{name}{ema}" for name in ("loss", "loss_simple", "loss_vlb", "loss_total") for ema in ("", "_ema")}
+    names = {
+        f"val/{name}{ema}"
+        for name in ("loss", "loss_simple", "loss_vlb", "loss_total")
+        for ema in ("", "_ema")
+    }
     assert names <= set(trainer.callback_metrics)
     assert golden.CONFIG["monitor"] in names
     plain, average = (trainer.callback_metrics[f"val/loss_simple{ema}"] for ema in ("", "_ema"))

@@ -14,7 +14,8 @@ from tests.support.models import UNET, unet_inputs
 @pytest.mark.parametrize("wrong, message", [
     ({"model_channels": 48}, "48 channels is not a multiple of the 32"),
     ({"num_heads": 5}, "32 channels cannot be split into attention heads"),
-    ({"num_heads": -1, "num_head_channels": 24}, "32 channels cannot be split into attention heads"),
+    ({"num_heads": -1, "num_head_channels": 24}, "32 channels cannot be split into "
+                                                 "attention heads"),
     ({"num_heads": -1}, "num_heads: give it or num_head_channels"),
     ({"num_res_blocks": [1, 1, 1]}, "num_res_blocks: has 3 entries for 2 in channel_mult"),
     ({"use_spatial_transformer": False}, "use_spatial_transformer: must be true"),
@@ -25,9 +26,12 @@ def test_unet_with_impossible_widths(wrong, message):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("other", [{"num_heads": -1, "num_head_channels": 8}, {"num_res_blocks": [1, 1]}])
+@pytest.mark.parametrize(
+    "other", [{"num_heads": -1, "num_head_channels": 8}, {"num_res_blocks": [1, 1]}]
+)
 def test_two_ways_to_say_the_same_unet(other):
-    # 8 channels a head are 4 heads at the first level and 8 at the second: only the keys are the same there.
+    # 8 channels a head are 4 heads at the first level and 8 at the second: only the keys are the
+    # same there.
     first, second = UNetModel(**UNET), UNetModel(**{**UNET, **other})
     second.load_state_dict(first.state_dict())
     heads = [m.heads for m in second.modules() if hasattr(m, "heads")]
@@ -58,10 +62,14 @@ def test_a_sample_does_not_depend_on_its_batch(golden_model):
 
 
 @pytest.mark.parametrize("params, message", [
-    ({"text_config": golden.TEXT_CONFIG, "max_length": 78}, "max_length: 78 exceeds max_position_embeddings 77"),
-    ({"text_config": {**golden.TEXT_CONFIG, "vocab_size": 1000}}, "vocab_size: 1000 is below CLIP's 49408"),
-    ({"text_config": {"hiden_size": 32}}, "text_config.hiden_size: unknown field .did you mean 'hidden_size'"),
-    ({"version": "no/such/folder/at/all"}, "cannot load the hub model or local folder 'no/such/folder/at/all'"),
+    ({"text_config": golden.TEXT_CONFIG, "max_length": 78}, "max_length: 78 exceeds "
+                                                            "max_position_embeddings 77"),
+    ({"text_config": {**golden.TEXT_CONFIG, "vocab_size": 1000}}, "vocab_size: 1000 is below "
+                                                                  "CLIP's 49408"),
+    ({"text_config": {"hiden_size": 32}}, "text_config.hiden_size: unknown field .did you mean "
+                                          "'hidden_size'"),
+    ({"version": "no/such/folder/at/all"}, "cannot load the hub model or local folder "
+                                           "'no/such/folder/at/all'"),
 ])  # fmt: skip
 def test_text_encoders_that_cannot_be_built(params, message):
     with pytest.raises(UserError, match=message):

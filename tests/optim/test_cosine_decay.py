@@ -43,8 +43,15 @@ def test_an_unknown_shape():
 
 def test_a_run_with_a_cosine_decay_resumes_exactly(workspace):
     schedule = (
-        "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDecay, params: {steps: 4, shape: cosine}}",
+        "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDecay, params: {steps: "
+        "4, shape: cosine}}",
     )
     assert_resumes_exactly(workspace, "cosine", *schedule)
-    rates = [float(row["lr-AdamW"]) for row in csv_rows(workspace.run("cosine-parts")) if row.get("lr-AdamW")]
-    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
+    rates = [
+        float(row["lr-AdamW"])
+        for row in csv_rows(workspace.run("cosine-parts"))
+        if row.get("lr-AdamW")
+    ]
+    assert rates == pytest.approx(
+        [1e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    )

@@ -16,7 +16,12 @@ def test_orthogonalized_has_singular_values_near_one(shape):
     found = torch.linalg.svdvals(orthogonalized(matrix))
     assert found.min() > 0.6 and found.max() < 1.3
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(orthogonalized(matrix).flatten(), (u @ v).flatten(), dim=0) > 0.96
+    assert (
+        torch.nn.functional.cosine_similarity(
+            orthogonalized(matrix).flatten(), (u @ v).flatten(), dim=0
+        )
+        > 0.96
+    )
 
 
 def test_muon_steps_matrices_by_their_polar_factor_and_the_rest_like_adamw():
@@ -40,10 +45,16 @@ def test_muon_steps_matrices_by_their_polar_factor_and_the_rest_like_adamw():
 
 def test_muon_takes_hidden_matrices_and_convolutions_alone():
     module = nn.Sequential(
-        nn.Embedding(50, 32), nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.GroupNorm(32, 64), nn.Linear(64, 3)
+        nn.Embedding(50, 32),
+        nn.Conv2d(3, 32, 3),
+        nn.Conv2d(32, 64, 3),
+        nn.GroupNorm(32, 64),
+        nn.Linear(64, 3),
     )
     module[3].requires_grad_(False)
-    groups = {group["muon"]: [tuple(p.shape) for p in group["params"]] for group in muon_groups(module)}
+    groups = {
+        group["muon"]: [tuple(p.shape) for p in group["params"]] for group in muon_groups(module)
+    }
     assert groups[True] == [(64, 32, 3, 3)]
     assert groups[False] == [(50, 32), (32, 3, 3, 3), (32,), (64,), (3, 64), (3,)]
 
@@ -65,7 +76,13 @@ def test_warmup_linear_decay():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"steps": 5, "warmup_steps": 5}, {"steps": 5, "decay": -0.1}, {"steps": 5, "decay": 1.1}]
+    "wrong",
+    [
+        {"steps": 0},
+        {"steps": 5, "warmup_steps": 5},
+        {"steps": 5, "decay": -0.1},
+        {"steps": 5, "decay": 1.1},
+    ],
 )
 def test_schedules_that_make_no_sense(wrong):
     with pytest.raises(UserError, match="steps: expected steps > warmup_steps >= 0 and"):

@@ -27,7 +27,9 @@ def with_adamw(workspace):
 
 
 def test_in_backward_is_adamw(workspace, with_adamw):
-    run = workspace.train("in-backward", "--max_steps", "3", "model.params.optimizer=adamw_in_backward")
+    run = workspace.train(
+        "in-backward", "--max_steps", "3", "model.params.optimizer=adamw_in_backward"
+    )
     ours, theirs = checkpoint(run), checkpoint(with_adamw)
     assert same(ours["state_dict"], theirs["state_dict"])
     assert same(ours["optimizer_states"], theirs["optimizer_states"])
@@ -45,9 +47,13 @@ def test_eight_bits_in_backward_are_eight_bits(workspace):
 def test_each_resumes_the_others_run(workspace, with_adamw):
     straight = workspace.train("straight", "--max_steps", "5")
     for optimizer in ("adamw_in_backward", "adamw8bit", "adamw8bit_in_backward"):
-        parts = workspace.train(f"parts-{optimizer}", "--max_steps", "3", f"model.params.optimizer={optimizer}")
+        parts = workspace.train(
+            f"parts-{optimizer}", "--max_steps", "3", f"model.params.optimizer={optimizer}"
+        )
         workspace.resume(parts, "--max_steps", "5")
-        whole = workspace.train(f"whole-{optimizer}", "--max_steps", "5", f"model.params.optimizer={optimizer}")
+        whole = workspace.train(
+            f"whole-{optimizer}", "--max_steps", "5", f"model.params.optimizer={optimizer}"
+        )
         assert same(checkpoint(parts)["state_dict"], checkpoint(whole)["state_dict"])
         assert same(checkpoint(parts)["optimizer_states"], checkpoint(whole)["optimizer_states"])
         as_adamw = same(checkpoint(whole)["state_dict"], checkpoint(straight)["state_dict"])
@@ -77,17 +83,24 @@ def test_no_gradient_is_left_and_few_are_there_at_once():
     assert all(p.grad is not None for p in network.parameters())
 
 
-@pytest.mark.parametrize("more", [["--accumulate_grad_batches", "2"], ["--gradient_clip_val", "1.0"]])
+@pytest.mark.parametrize(
+    "more", [["--accumulate_grad_batches", "2"], ["--gradient_clip_val", "1.0"]]
+)
 def test_what_needs_all_gradients_is_refused(workspace, caplog, more):
     arguments = workspace.arguments("refused", "model.params.optimizer=adamw_in_backward", *more)
     assert runs.main.main(arguments) == 1
-    assert f"adamw_in_backward keeps no gradients, so not with lightning.trainer.{more[0][2:]}" in caplog.text
+    assert (
+        f"adamw_in_backward keeps no gradients, so not with lightning.trainer.{more[0][2:]}"
+        in caplog.text
+    )
     assert not list(workspace.logs.glob("*_refused"))
 
 
 def test_eight_bits_are_close_to_adamw_and_a_quarter_of_its_state(workspace, with_adamw):
     run = workspace.train("8bit", "--max_steps", "3", "model.params.optimizer=adamw8bit")
-    ours, theirs = ([float(row["train/loss_total"]) for row in metrics(r)] for r in (run, with_adamw))
+    ours, theirs = (
+        [float(row["train/loss_total"]) for row in metrics(r)] for r in (run, with_adamw)
+    )
     assert ours == pytest.approx(theirs, rel=0.05)
     sizes = []
     for folder in (run, with_adamw):
@@ -111,7 +124,9 @@ def test_without_bitsandbytes_one_line_says_what_to_install(workspace, caplog, m
     assert "pip install -e '.[low-memory]'" in caplog.text
 
 
-@pytest.mark.parametrize("precision, clip", [("16-mixed", 1.0), ("16-mixed", None), ("bf16-mixed", 1.0)])
+@pytest.mark.parametrize(
+    "precision, clip", [("16-mixed", 1.0), ("16-mixed", None), ("bf16-mixed", 1.0)]
+)
 def test_clipping_fp16_needs_an_optimizer_that_leaves_unscaling_to_lightning(precision, clip):
     model = build()
     model._trainer = SimpleNamespace(precision=precision, gradient_clip_val=clip, max_steps=3)
@@ -120,7 +135,11 @@ def test_clipping_fp16_needs_an_optimizer_that_leaves_unscaling_to_lightning(pre
 
 
 def test_fp16_in_backward_is_refused():
-    trainer = SimpleNamespace(precision="16-mixed", gradient_clip_val=None, accumulate_grad_batches=1, world_size=2)
+    trainer = SimpleNamespace(
+        precision="16-mixed", gradient_clip_val=None, accumulate_grad_batches=1, world_size=2
+    )
     with pytest.raises(UserError, match="precision: 16-mixed, several processes"):
-        check_optimizer(RunConfig({"model": {"params": {"optimizer": "adamw_in_backward"}}}), trainer)
+        check_optimizer(
+            RunConfig({"model": {"params": {"optimizer": "adamw_in_backward"}}}), trainer
+        )
     check_optimizer(RunConfig({"model": {"params": {"optimizer": "adamw"}}}), trainer)

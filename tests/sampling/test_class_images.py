@@ -39,7 +39,8 @@ def make(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["00012.png", "00012.jpg", "00012.txt", "00012.caption", "00012.mask.png", "12.webp", "00012"]
+    "name",
+    ["00012.png", "00012.jpg", "00012.txt", "00012.caption", "00012.mask.png", "12.webp", "00012"],
 )
 def test_numbers_go_on_behind_the_users_files(make, tmp_path, name):
     (tmp_path / name).write_text("the user's")
@@ -89,7 +90,9 @@ def test_class_images_of_another_class_are_refused(tmp_path):
         check_class([made_as(tmp_path, "one cat", 9)], "dog", ["a {class_word}", "one {}"])
 
 
-@pytest.mark.parametrize("prompt", ["photo of a dog", "photo of a Dog in the park", "two dogs", "", "dog"])
+@pytest.mark.parametrize(
+    "prompt", ["photo of a dog", "photo of a Dog in the park", "two dogs", "", "dog"]
+)
 def test_class_images_of_the_class_are_not_worth_a_word(tmp_path, caplog, prompt):
     check_class([made_as(tmp_path, prompt)], "dog")
     assert not caplog.records
@@ -102,10 +105,14 @@ def test_other_prompts_are_said(tmp_path, caplog):
 
 def test_older_pictures_and_those_of_others(tmp_path, caplog):
     old = tmp_path / "old.png"
-    save_png(Image.new("RGB", (8, 8)), old, {"parameters": json.dumps({"prompt": "photo of a cat"})})
+    save_png(
+        Image.new("RGB", (8, 8)), old, {"parameters": json.dumps({"prompt": "photo of a cat"})}
+    )
     with pytest.raises(UserError, match="photo of a cat"):
         check_class([old], "dog")
-    save_png(Image.new("RGB", (8, 8)), tmp_path / "web.png", {"parameters": "photo of a cat\nSteps: 20"})
+    save_png(
+        Image.new("RGB", (8, 8)), tmp_path / "web.png", {"parameters": "photo of a cat\nSteps: 20"}
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
     (tmp_path / "broken.png").write_text("nothing")
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,6 @@
-"""The sheet of labelled pictures, the subject photos that ship with the project, and the script behind them."""
+"""The sheet of labelled pictures, the subject photos that ship with the project, and the script
+behind them.
+"""
 
 from pathlib import Path
 
@@ -33,7 +35,10 @@ def test_sheet_grows_with_rows_columns_title_and_captions():
 
 
 def test_every_picture_is_on_the_sheet_with_its_proportions():
-    rows = [("one", [plain(RED)]), ("three", [plain(BLUE, 16, 8), ("note", plain(BLUE, 16, 16)), plain(RED)])]
+    rows = [
+        ("one", [plain(RED)]),
+        ("three", [plain(BLUE, 16, 8), ("note", plain(BLUE, 16, 16)), plain(RED)]),
+    ]
     sheet = contact_sheet(rows, cell=32, title="title")
     assert count(sheet, RED) == 2 * 32 * 32
     assert count(sheet, BLUE) == 32 * 16 + 32 * 32
@@ -54,7 +59,9 @@ def test_transparent_pictures_show_the_paper():
 @pytest.mark.parametrize("texts", [{"label": "robot"}, {"title": "robot"}, {"caption": "robot"}])
 def test_texts_are_drawn(texts):
     def sheet(label="", title="", caption=""):
-        return contact_sheet([(label, [(caption, plain(RED))]), ("wide enough", [])], cell=64, title=title)
+        return contact_sheet(
+            [(label, [(caption, plain(RED))]), ("wide enough", [])], cell=64, title=title
+        )
 
     bare, written = (int((np.asarray(s).max(-1) < 160).sum()) for s in (sheet(), sheet(**texts)))
     assert written > bare
@@ -82,7 +89,9 @@ def test_the_script_that_renders_them_is_deterministic(tmp_path, monkeypatch):
 
     for folder in ("first", "second"):
         main(["--size", "32", "--subjects", "robot", "--outdir", str(tmp_path / folder)])
-    first, second = (sorted((tmp_path / folder / "robot").iterdir()) for folder in ("first", "second"))
+    first, second = (
+        sorted((tmp_path / folder / "robot").iterdir()) for folder in ("first", "second")
+    )
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     assert len({p.read_bytes() for p in first}) == 5
 

@@ -22,7 +22,9 @@ def saved(tmp_path):
 
     def call(prompt=PROMPT, *arguments, recipe=RECIPE, **more):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
-        save_png(Image.new("RGB", (64, 32)), path, picture_texts(prompt, recipe, *arguments, **more))
+        save_png(
+            Image.new("RGB", (64, 32)), path, picture_texts(prompt, recipe, *arguments, **more)
+        )
         return path
 
     return call
@@ -34,7 +36,9 @@ def text(path):
 
 def test_the_text_is_that_of_the_web_ui(saved):
     path = saved(PROMPT, "blurry, dark", model="my-dog", model_sha256=SHA256)
-    fields = "Steps: 20, Sampler: DDIM, Schedule type: Automatic, CFG scale: 7, Seed: 7, Size: 64x32"
+    fields = (
+        "Steps: 20, Sampler: DDIM, Schedule type: Automatic, CFG scale: 7, Seed: 7, Size: 64x32"
+    )
     fields += f", Model hash: {SHA256[:10]}, Model: my-dog"
     assert text(path) == f"{PROMPT}\nNegative prompt: blurry, dark\n{fields}"
 
@@ -45,7 +49,9 @@ def test_what_is_not_known_is_left_out(saved):
     assert text(saved(recipe=Recipe(eta=0.5))).endswith(", Eta DDIM: 0.5")
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, "two\nlines", "un chien, été", "犬の写真", "", 'a "quoted" word: yes'])
+@pytest.mark.parametrize(
+    "prompt", [PROMPT, "two\nlines", "un chien, été", "犬の写真", "", 'a "quoted" word: yes']
+)
 @pytest.mark.parametrize("negative", ["", "blurry: very, dark"])
 def test_a_parser_of_others_reads_it(saved, prompt, negative):
     sd_parsers = pytest.importorskip("sd_parsers")
@@ -63,7 +69,12 @@ def test_a_parser_of_others_reads_it(saved, prompt, negative):
 
 def test_our_own_entry_holds_everything(saved):
     found = read_recipe(saved("犬", "dark", index=3, ckpt="a/b.ckpt"))
-    assert (found["prompt"], found["negative_prompt"], found["index"], found["ckpt"]) == ("犬", "dark", 3, "a/b.ckpt")
+    assert (found["prompt"], found["negative_prompt"], found["index"], found["ckpt"]) == (
+        "犬",
+        "dark",
+        3,
+        "a/b.ckpt",
+    )
     assert (found["seed"], found["width"], found["height"], found["sampler"]) == (7, 64, 32, "ddim")
 
 
@@ -75,7 +86,9 @@ def test_older_pictures_of_ours_are_read(tmp_path):
     assert read_recipe(tmp_path / "a.png") == {"prompt": "photo of a dog", "seed": 1, "index": 4}
 
 
-@pytest.mark.parametrize("texts", [{}, {"parameters": "a dog\nSteps: 20"}, {"dreambooth": "[1]"}, {"parameters": "3"}])
+@pytest.mark.parametrize(
+    "texts", [{}, {"parameters": "a dog\nSteps: 20"}, {"dreambooth": "[1]"}, {"parameters": "3"}]
+)
 def test_pictures_of_others_have_no_recipe(tmp_path, texts):
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", texts)
     assert read_recipe(tmp_path / "a.png") is None

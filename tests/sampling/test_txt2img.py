@@ -46,7 +46,9 @@ def sample(ckpt, tmp_path):
 
 def test_pictures_and_grid(sample, tmp_path):
     pictures = sample("--n_samples", "2", "--n_iter", "2")
-    assert [picture.filename.rsplit("/")[-1] for picture in pictures] == [f"{n:05}.png" for n in range(4)]
+    assert [picture.filename.rsplit("/")[-1] for picture in pictures] == [
+        f"{n:05}.png" for n in range(4)
+    ]
     assert {picture.size for picture in pictures} == {(SIZE, SIZE)}
     grid = Image.open(tmp_path / "out" / "grid-0000.png")
     assert grid.width > 2 * SIZE and grid.height > 2 * SIZE
@@ -64,8 +66,13 @@ def test_nothing_is_overwritten(sample, tmp_path):
     (first,) = sample("--n_samples", "1")
     before = np.asarray(first)
     first, second = sample("--n_samples", "1", "--seed", "8")
-    assert np.array_equal(np.asarray(first), before) and not np.array_equal(np.asarray(second), before)
-    assert sorted(path.name for path in (tmp_path / "out").glob("grid*")) == ["grid-0000.png", "grid-0001.png"]
+    assert np.array_equal(np.asarray(first), before) and not np.array_equal(
+        np.asarray(second), before
+    )
+    assert sorted(path.name for path in (tmp_path / "out").glob("grid*")) == [
+        "grid-0000.png",
+        "grid-0001.png",
+    ]
 
 
 def as_numbers(pictures):
@@ -75,7 +82,9 @@ def as_numbers(pictures):
 def test_a_picture_does_not_depend_on_the_batch_size(sample):
     together = as_numbers(sample("--n_samples", "3", outdir="together"))
     alone = as_numbers(sample("--n_samples", "1", "--n_iter", "3", outdir="alone"))
-    assert np.abs(together - alone).max() <= 1  # matrix products of other sizes may round differently
+    assert (
+        np.abs(together - alone).max() <= 1
+    )  # matrix products of other sizes may round differently
     assert np.abs(together[0] - together[1]).max() > 10
 
 
@@ -101,7 +110,9 @@ def test_plms_sizes_and_skipping(sample, tmp_path):
 
 def test_the_prompt_and_the_negative_prompt_count(sample):
     (plain,) = as_numbers(sample("--n_samples", "1", outdir="plain"))
-    (negative,) = as_numbers(sample("--n_samples", "1", "--negative_prompt", "a cat", outdir="negative"))
+    (negative,) = as_numbers(
+        sample("--n_samples", "1", "--negative_prompt", "a cat", outdir="negative")
+    )
     (other,) = as_numbers(sample("--n_samples", "1", "--prompt", "a cat", outdir="other"))
     assert np.abs(plain - negative).max() > 0 and np.abs(plain - other).max() > 0
 
@@ -115,14 +126,25 @@ def test_comments_and_empty_lines_are_no_prompts(sample, tmp_path, caplog):
         "\ufeff# dogs\r\na red dog\r\n\r\n  # more\na blue dog\nan old dög".encode()
     )
     pictures = sample("--from-file", str(path), "--n_samples", "2")
-    assert [read_recipe(picture)["prompt"] for picture in pictures] == ["a red dog", "a blue dog", "an old dög"]
+    assert [read_recipe(picture)["prompt"] for picture in pictures] == [
+        "a red dog",
+        "a blue dog",
+        "an old dög",
+    ]
     assert f"{path}: 3 prompts (2 comments left out) in batches of 2, the last of 1" in caplog.text
     assert "each prompt is drawn 1 times, as --n_iter says" in caplog.text
 
 
 def test_a_long_prompt_is_warned_of_with_what_is_lost(sample, caplog):
-    sample("--n_samples", "1", "--prompt", "a very long description " * 30 + "of a sks dog on the beach")
-    (warning,) = [record.getMessage() for record in caplog.records if "is cut" in record.getMessage()]
+    sample(
+        "--n_samples",
+        "1",
+        "--prompt",
+        "a very long description " * 30 + "of a sks dog on the beach",
+    )
+    (warning,) = [
+        record.getMessage() for record in caplog.records if "is cut" in record.getMessage()
+    ]
     assert warning.endswith("a very long description of a sks dog on the beach'")
 
 
@@ -181,7 +203,16 @@ def test_what_is_refused_leaves_no_folder(ckpt, tmp_path, caplog, arguments, wor
     (tmp_path / "latin.txt").write_bytes("ein Hündchen".encode("latin-1"))
     (tmp_path / "zeros.txt").write_bytes("a dog".encode("utf-16-le"))
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    always = ["--ckpt", str(ckpt), "--outdir", str(tmp_path / "out"), "--n_iter", "1", "--n_samples", "1"]
+    always = [
+        "--ckpt",
+        str(ckpt),
+        "--outdir",
+        str(tmp_path / "out"),
+        "--n_iter",
+        "1",
+        "--n_samples",
+        "1",
+    ]
     assert stable_txt2img.main([*always, *arguments]) == 1
     error = caplog.records[-1].getMessage()
     assert error.startswith("error: ") and words in error and "\n" not in error
@@ -189,7 +220,9 @@ def test_what_is_refused_leaves_no_folder(ckpt, tmp_path, caplog, arguments, wor
 
 
 @pytest.mark.parametrize("inside", ["", "/out", "/deep/er"])
-def test_a_file_in_place_of_the_folder_is_refused_before_the_model_is_read(tmp_path, caplog, inside):
+def test_a_file_in_place_of_the_folder_is_refused_before_the_model_is_read(
+    tmp_path, caplog, inside
+):
     (tmp_path / "file").touch()
     arguments = ["--ckpt", str(tmp_path / "none.ckpt"), "--outdir", f"{tmp_path / 'file'}{inside}"]
     assert stable_txt2img.main(arguments) == 1
@@ -201,7 +234,9 @@ def test_values_that_are_no_numbers_are_no_picture(ckpt):
     torch.nn.init.constant_(model.first_stage_model.post_quant_conv.bias, float("nan"))
     with pytest.raises(ValueError, match="values that are no numbers"):
         text_to_image(model, ["a dog"], [0], Recipe(2, height=SIZE, width=SIZE))
-    (black,) = text_to_image(model, ["a dog"], [0], Recipe(2, height=SIZE, width=SIZE), may_fail=True)
+    (black,) = text_to_image(
+        model, ["a dog"], [0], Recipe(2, height=SIZE, width=SIZE), may_fail=True
+    )
     assert black.getbbox() is None
 
 

@@ -1,4 +1,6 @@
-"""A small autoencoder with an objective, pictures for it, and the shapes that were recorded of real ones."""
+"""A small autoencoder with an objective, pictures for it, and the shapes that were recorded of real
+ones.
+"""
 
 import json
 
@@ -10,14 +12,22 @@ from tests.support import golden
 
 TINY = golden.CONFIG["first_stage_config"]["params"]
 SMALLEST = {**TINY["ddconfig"], "ch_mult": [1, 1], "resolution": 32}
-LOSS = {"disc_start": 0, "perceptual_weight": 0.0, "kl_weight": 1e-6, "disc_ch": 8, "disc_num_layers": 2}
+LOSS = {
+    "disc_start": 0,
+    "perceptual_weight": 0.0,
+    "kl_weight": 1e-6,
+    "disc_ch": 8,
+    "disc_num_layers": 2,
+}
 
 
 def trainable(ddconfig=SMALLEST, seed=0, use_checkpoint=False, **loss) -> AutoencoderKL:
     """A small autoencoder with an objective."""
     torch.manual_seed(seed)
     lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {**LOSS, **loss}}
-    model = AutoencoderKL(ddconfig, lossconfig, embed_dim=4, monitor="val/rec_loss", use_checkpoint=use_checkpoint)
+    model = AutoencoderKL(
+        ddconfig, lossconfig, embed_dim=4, monitor="val/rec_loss", use_checkpoint=use_checkpoint
+    )
     model.learning_rate = 2e-3
     return model
 
@@ -34,5 +44,7 @@ def shapes(module):
 
 def recorded_shapes(name):
     prefix, entries = "first_stage_model.", json.loads((golden.DATA / name).read_text())
-    found = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+    found = {
+        key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)
+    }
     return {key: value[0] if isinstance(value[0], list) else value for key, value in found.items()}

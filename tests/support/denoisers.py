@@ -15,7 +15,8 @@ FEW = 40  # time steps, for a sampler that visits all of them
 
 
 class Gaussian:
-    """The best denoiser of data ~ N(mean, std), elementwise; the conditioning holds each sample's mean.
+    """The best denoiser of data ~ N(mean, std), elementwise; the conditioning holds each sample's
+    mean.
 
     With std 0 all data are one point, which every prediction is.
     """

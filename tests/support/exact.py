@@ -1,4 +1,6 @@
-"""Whether two runs are the same run: their checkpoints bit for bit, and the numbers that they logged."""
+"""Whether two runs are the same run: their checkpoints bit for bit, and the numbers that they
+logged.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,25 @@ from omegaconf import OmegaConf
 from tests.support.runs import Workspace, checkpoint, config, csv_rows, same
 
 EMA = "model.params.use_ema=true"
-SCHEDULE = (
-    "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDecay, params: {steps: 200, shape: cosine}}"
-)
+SCHEDULE = "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDecay, params: {steps: 200, shape: cosine}}"
 
 
 def smallest(workspace: Workspace, steps: int) -> Path:
-    """Return a config of the golden model, smaller still: what is tested are the steps. An epoch has six batches."""
+    """Return a config of the golden model, smaller still: what is tested are the steps. An epoch
+    has six batches.
+    """
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    unet = {"use_checkpoint": False, "channel_mult": [1], "attention_resolutions": [1], "context_dim": 16}
+    unet = {
+        "use_checkpoint": False,
+        "channel_mult": [1],
+        "attention_resolutions": [1],
+        "context_dim": 16,
+    }
     size = {"params": {"size": 8}}
-    params = {"cond_stage_config": {"params": {"text_config": text}}, "unet_config": {"params": unet}}
+    params = {
+        "cond_stage_config": {"params": {"text_config": text}},
+        "unet_config": {"params": unet},
+    }
     smaller = {
         "model": {"params": params},
         "data": {"params": {"train": size, "reg": size}},
@@ -39,8 +49,18 @@ def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
     """Return all tensors in nested containers, by their path."""
     if isinstance(value, torch.Tensor):
         return {path: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return {name: tensor for key, inner in items for name, tensor in tensors(inner, f"{path}/{key}").items()}
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
+    return {
+        name: tensor
+        for key, inner in items
+        for name, tensor in tensors(inner, f"{path}/{key}").items()
+    }
 
 
 def logged(run: Path) -> dict[tuple[str, str], str]:

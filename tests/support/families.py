@@ -16,10 +16,17 @@ PROMPTS = ["photo of a sks dog", ""]
 
 
 def params(family: str) -> dict[str, Any]:
-    """Return the parameters of a small model of a family, with every feature that it has; or of the full one."""
+    """Return the parameters of a small model of a family, with every feature that it has; or of the
+    full one.
+    """
     if family == "full-v1":
         return to_plain(load_config([CONFIGS / "v1-inference.yaml"]))["model"]["params"]
-    unet = {**golden.CONFIG["unet_config"]["params"], "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 2}
+    unet = {
+        **golden.CONFIG["unet_config"]["params"],
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 2,
+    }
     unet["attention_resolutions"] = [2, 1]
     found = {**golden.CONFIG, "image_size": 8, "use_ema": False, "cond_stage_trainable": False}
     found["cond_stage_config"] = {

@@ -15,11 +15,16 @@ from ldm.util import LEGACY
 
 
 def _without_legacy(params: dict[str, Any], target: str) -> dict[str, Any]:
-    """The params of a target without those that have no effect here, also inside: what a constructor takes."""
+    """The params of a target without those that have no effect here, also inside: what a
+    constructor takes.
+    """
     kept = {key: value for key, value in params.items() if key not in LEGACY.get(target, {})}
     for key, value in kept.items():
         if isinstance(value, dict) and "target" in value:
-            kept[key] = {**value, "params": _without_legacy(value.get("params", {}), value["target"])}
+            kept[key] = {
+                **value,
+                "params": _without_legacy(value.get("params", {}), value["target"]),
+            }
     return kept
 
 
@@ -31,8 +36,9 @@ RECORDED: dict[str, Any] = _SETUP["config"]  # the reference's params
 CONFIG: dict[str, Any] = _without_legacy(RECORDED, TARGET)
 TEXT_CONFIG: dict[str, Any] = _SETUP["clip_text"]
 
-# What float32 rounds, here and in the recording: the noise floors between library versions are 2e-6, 3e-6, 5e-6 and
-# 9e-6, and parity is a few times that. With twice the rounding of real kernels (OTHER_ROUNDING) they hold as well.
+# What float32 rounds, here and in the recording: the noise floors between library versions are
+# 2e-6, 3e-6, 5e-6 and 9e-6, and parity is a few times that. With twice the rounding of real kernels
+# (OTHER_ROUNDING) they hold as well.
 FORWARD, GRADIENT, SAMPLE, PRED_X0 = 6e-6, 1e-5, 1.5e-5, 3e-5
 
 

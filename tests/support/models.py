@@ -16,7 +16,9 @@ SCHEDULE = {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.
 
 
 def build(unet: dict | None = None, text: dict | None = None, **overrides: Any) -> Any:
-    """Build the golden files' model with other parameters: of the UNet, the text encoder, or itself."""
+    """Build the golden files' model with other parameters: of the UNet, the text encoder, or
+    itself.
+    """
     unet_config, text_config = golden.CONFIG["unet_config"], golden.CONFIG["cond_stage_config"]
     params = {
         **golden.CONFIG,

@@ -43,4 +43,6 @@ def with_chunk(png: bytes, kind: bytes, content: bytes, damaged: bool = False) -
 
 def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
     """Return a JPEG with one more segment at its beginning."""
-    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
+    return (
+        jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
+    )

@@ -34,7 +34,9 @@ def pictures(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def config(tmp_path: Path, **overrides: Any) -> Path:
-    """A complete YAML in the reference's shape; `overrides` are `section__key=value`, levels split by `__`."""
+    """A complete YAML in the reference's shape; `overrides` are `section__key=value`, levels split
+    by `__`.
+    """
     model = dict(golden.RECORDED)
     model["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
@@ -53,7 +55,10 @@ def config(tmp_path: Path, **overrides: Any) -> Path:
                 "batch_size": 1,
                 "num_workers": 0,
                 "train": {**dataset, "params": {"size": SIZE, "set": "train", "repeats": 2}},
-                "reg": {**dataset, "params": {"size": SIZE, "set": "train", "reg": True, "repeats": 10}},
+                "reg": {
+                    **dataset,
+                    "params": {"size": SIZE, "set": "train", "reg": True, "repeats": 10},
+                },
             },
         },
         "lightning": {
@@ -70,7 +75,9 @@ def config(tmp_path: Path, **overrides: Any) -> Path:
 
 
 class Workspace:
-    """A folder with subject photos, class images and a config, in which the training command can be called."""
+    """A folder with subject photos, class images and a config, in which the training command can be
+    called.
+    """
 
     def __init__(self, path: Path, subject: int = 3, prior: int = 4):
         self.path = path
@@ -82,7 +89,15 @@ class Workspace:
         """The command line of a new run."""
         return [
             *["--base", str(base or config(self.path)), "-t", "-n", name, "-l", str(self.logs)],
-            *["--data_root", str(self.photos), "--reg_data_root", str(self.class_images), "--class_word", "dog", *more],
+            *[
+                "--data_root",
+                str(self.photos),
+                "--reg_data_root",
+                str(self.class_images),
+                "--class_word",
+                "dog",
+                *more,
+            ],
         ]
 
     def train(self, name: str, *more: str, base: Path | None = None) -> Path:
@@ -143,7 +158,9 @@ def same(first: Any, second: Any) -> bool:
 
 
 def assert_resumes_exactly(workspace, name, *more, at=2, steps=4):
-    """Check that a run that is stopped and resumed ends where the uninterrupted one does; return both folders."""
+    """Check that a run that is stopped and resumed ends where the uninterrupted one does; return
+    both folders.
+    """
     straight = workspace.train(f"{name}-straight", "--max_steps", str(steps), *more)
     parts = workspace.train(f"{name}-parts", "--max_steps", str(at), *more)
     workspace.resume(parts, "--max_steps", str(steps))

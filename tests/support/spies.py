@@ -16,16 +16,21 @@ def spy(callback: type, /, **params: Any) -> str:
 
 
 def fixed(**params: Any) -> str:
-    """Return the override that evaluates two examples of each half at three time steps, every two steps."""
+    """Return the override that evaluates two examples of each half at three time steps, every two
+    steps.
+    """
     params = {"every_n_steps": 2, "examples": 2, "time_steps": 3, **params}
-    return (
-        f"lightning.callbacks.fixed_loss={{target: ldm.callbacks.fixed_loss.FixedLoss, params: {json.dumps(params)}}}"
-    )
+    return f"lightning.callbacks.fixed_loss={{target: ldm.callbacks.fixed_loss.FixedLoss, params: {json.dumps(params)}}}"
 
 
 def with_panel(panel: Any, **params: Any) -> str:
     """Return the override that makes grids, with a panel or the `default` one, every two steps."""
-    params = {"batch_frequency": 2, "increase_log_steps": False, "log_images_kwargs": {"ddim_steps": 2}, **params}
+    params = {
+        "batch_frequency": 2,
+        "increase_log_steps": False,
+        "log_images_kwargs": {"ddim_steps": 2},
+        **params,
+    }
     params |= {} if panel == "default" else {"panel": panel}
     return f"lightning.callbacks.image_logger={{target: main.ImageLogger, params: {json.dumps(params)}}}"
 

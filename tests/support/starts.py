@@ -1,4 +1,6 @@
-"""The training command in processes of their own, which may be killed: forked where all is imported, or anew."""
+"""The training command in processes of their own, which may be killed: forked where all is
+imported, or anew.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ SPY = "lightning.callbacks.spy.target=tests.support.starts.Spy"
 DEADLINE = 300  # seconds
 
 
-def forked(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> ForkServerProcess:
-    """A start as a copy of a process that has imported everything and computed nothing; it writes to `log`."""
+def forked(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """A start as a copy of a process that has imported everything and computed nothing; it writes
+    to `log`.
+    """
     process = CONTEXT.Process(target=_start, args=(list(arguments), log, dict(environment or {})))
     process.start()
     return process
@@ -56,9 +62,16 @@ def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> None
 class Anew:
     """A start as `python main.py`, with the interface of a forked one."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ):
         command = [sys.executable, str(Path(main.__file__)), *arguments]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": THREADS, **(environment or {})}
+        environment = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": THREADS,
+            **(environment or {}),
+        }
         with open(log, "a") as output:
             self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         self.kill, self.join = self._process.kill, self._process.wait
@@ -79,13 +92,18 @@ def begin(
 
 
 def run_to_end(
-    arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None, status: int = 0
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    status: int = 0,
 ) -> None:
     """Wait for a start to end with `status`, which is minus the number of a signal that killed it."""
     process = begin(arguments, log, environment)
     try:
         process.join(DEADLINE)
-        assert process.exitcode == status, f"{process.exitcode} instead of {status}: {log.read_text()[-3000:]}"
+        assert process.exitcode == status, (
+            f"{process.exitcode} instead of {status}: {log.read_text()[-3000:]}"
+        )
     finally:
         process.kill()
 
@@ -96,10 +114,11 @@ def kill_now() -> None:
 
 
 class Killer(pl.Callback):
-    """Kills its process where TEST_KILL_AT says: `start:10`, with 10 steps done, or in another place of that step.
+    """Kills its process where TEST_KILL_AT says: `start:10`, with 10 steps done, or in another
+    place of that step.
 
-    `backward` is after the gradients of a batch, `checkpoint` when the file of this step is there and `last.ckpt` is
-    not, `last` when that is there, too.
+    `backward` is after the gradients of a batch, `checkpoint` when the file of this step is there
+    and `last.ckpt` is not, `last` when that is there, too.
     """
 
     def __init__(self) -> None:
@@ -109,7 +128,10 @@ class Killer(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.place not in ("checkpoint", "last"):
             return
-        replace, name = os.replace, "last.ckpt" if self.place == "last" else f"step={self.step:09}.ckpt"
+        replace, name = (
+            os.replace,
+            "last.ckpt" if self.place == "last" else f"step={self.step:09}.ckpt",
+        )
 
         def replace_and_die(source: Any, target: Any) -> None:
             replace(source, target)
@@ -130,7 +152,9 @@ class Killer(pl.Callback):
 
 
 class Spy(pl.Callback):
-    """Writes each rank's weights at the end, with how often the gradients and decisions were shared before."""
+    """Writes each rank's weights at the end, with how often the gradients and decisions were shared
+    before.
+    """
 
     def __init__(self) -> None:
         self.counts = {"gradients": 0, "decisions": 0}

@@ -1,4 +1,6 @@
-"""Signals, errors and full disks at a chosen place of a training, which forked starts do to themselves."""
+"""Signals, errors and full disks at a chosen place of a training, which forked starts do to
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def _patches(place: str, act: Callable[[], None]) -> Iterator[Any]:
     elif place == "latents":
         yield _after(latents, "_encode", act)
     elif place == "training":
-        yield _before(LatentDiffusion, "training_step", act, when=lambda model: model.global_step == BATCHES)
+        yield _before(
+            LatentDiffusion, "training_step", act, when=lambda model: model.global_step == BATCHES
+        )
     elif place == "checkpoint":
         yield _in_the_middle_of_a_checkpoint(act)
     elif place == "sampling":
@@ -75,7 +79,9 @@ def _patches(place: str, act: Callable[[], None]) -> Iterator[Any]:
         yield _in_the_middle_of_an_export(headers, act)
 
 
-def _before(where: Any, name: str, act: Callable[[], None], when: Callable[[Any], bool] = lambda _: True) -> Any:
+def _before(
+    where: Any, name: str, act: Callable[[], None], when: Callable[[Any], bool] = lambda _: True
+) -> Any:
     original = getattr(where, name)
 
     def changed(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,6 @@
-"""What a user gets wrong: one line that names it, exit status 1, nothing overwritten, no run folder."""
+"""What a user gets wrong: one line that names it, exit status 1, nothing overwritten, no run
+folder.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ def refused(workspace, caplog):
         caplog.clear()
         assert main.main(arguments) == 1
         assert not list(workspace.logs.glob("*_refused")), "a run folder was made"
-        (message,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("error: ")]
+        (message,) = [
+            r.getMessage() for r in caplog.records if r.getMessage().startswith("error: ")
+        ]
         assert "\n" not in message
         return message
 
@@ -38,7 +42,9 @@ def refused_later(caplog):
 
     def call(workspace, *more):
         assert main.main(workspace.arguments("refused", *more)) == 1
-        (message,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("error: ")]
+        (message,) = [
+            r.getMessage() for r in caplog.records if r.getMessage().startswith("error: ")
+        ]
         assert "\n" not in message
         return message
 
@@ -53,7 +59,8 @@ def test_missing_and_empty_folders(refused, tmp_path, flag):
 
 
 @pytest.mark.parametrize(
-    "batch, cache, what", [(3, "false", "images"), (3, "true", "cached latents"), (1, "false", "images")]
+    "batch, cache, what",
+    [(3, "false", "images"), (3, "true", "cached latents"), (1, "false", "images")],
 )
 def test_images_of_different_sizes(tmp_path, refused_later, batch, cache, what):
     """Of the subject, or in batches of one of the subject and its class, whose images are 50 x 40."""
@@ -61,7 +68,13 @@ def test_images_of_different_sizes(tmp_path, refused_later, batch, cache, what):
     for number, side in enumerate((32, 32, 48)):
         Image.new("RGB", (side, side)).save(workspace.photos / f"{number}.png")
     sizes = [f"data.params.{name}.params.size=null" for name in ("train", "reg")]
-    more = [f"data.params.batch_size={batch}", f"data.params.latent_cache={cache}", "--max_steps", "3", *sizes]
+    more = [
+        f"data.params.batch_size={batch}",
+        f"data.params.latent_cache={cache}",
+        "--max_steps",
+        "3",
+        *sizes,
+    ]
     assert refused_later(workspace, *more).startswith(f"error: {what} of different sizes [(")
 
 
@@ -100,11 +113,14 @@ def test_mistyped_flag(refused):
 @pytest.mark.parametrize(
     "override, named",
     [
-        ("model.params.reg_wieght=1", "reg_wieght: unknown key for LatentDiffusion (did you mean 'reg_weight'?)"),
-        ("model.params.unet_config.params.num_head=1", "model.params.unet_config.params.num_head: unknown key"),
+        ("model.params.reg_wieght=1", "reg_wieght: unknown key for LatentDiffusion (did you mean "
+                                      "'reg_weight'?)"),
+        ("model.params.unet_config.params.num_head=1", "model.params.unet_config.params.num_head: "
+                                                       "unknown key"),
         ("data.params.batchsize=1", "data.params.batchsize: unknown key"),
         ("data.params.train.params.sizes=1", "data.params.train.params.sizes: unknown key"),
-        ("lightning.trainer.max_step=1", "lightning.trainer.max_step: unknown key (did you mean 'max_steps'?)"),
+        ("lightning.trainer.max_step=1", "lightning.trainer.max_step: unknown key (did you mean "
+                                         "'max_steps'?)"),
         ("lighting.trainer.max_steps=1", "lighting: unknown key (did you mean 'lightning'?)"),
         ("model.target=ldm.models.diffusion.ddpm.LatentDifusion", "model.target: unknown target"),
         ("model.target=ldm.models.nowhere.LatentDiffusion", "there is no module 'ldm.models.nowhere'"),
@@ -175,20 +191,28 @@ def test_sampling_what_cannot_be_sampled(workspace, arguments, message, caplog, 
     (["--profiler", "xla"], "lightning.trainer: Requirement 'torch_xla"),
     (["--accelerator", "tpu"], "lightning.trainer: Requirement 'torch_xla"),
     (["lightning.modelcheckpoint.params.every_n_train_steps=-1"], "lightning.modelcheckpoint.params: "),
-    (["lightning.callbacks.first_step=3"], "lightning.callbacks.first_step: expected a mapping, got 3"),
+    (["lightning.callbacks.first_step=3"], "lightning.callbacks.first_step: expected a "
+                                           "mapping, got 3"),
     (["lightning.callbacks.t={target: pytorch_lightning.callbacks.Timer, params: {duration: abc}}"],
      "lightning.callbacks.t.params: Timer: "),
     (["lightning.modelcheckpoint.params.monitor=val/loss_simple_ema"],
      "'val/loss_simple_ema' is of the validation, but the config has no data.params.validation"),
-    (["lightning.modelcheckpoint.params.monitor=train/los"], "nothing logs 'train/los' (did you mean 'train/loss'?)"),
-    (["model.params.monitor=val/los_simple"], "model.params.monitor: nothing logs 'val/los_simple' (did you mean"),
-    (["lightning.callbacks.s={target: pytorch_lightning.callbacks.EarlyStopping, params: {monitor: val/none}}"],
+    (["lightning.modelcheckpoint.params.monitor=train/los"], "nothing logs 'train/los' (did you "
+                                                             "mean 'train/loss'?)"),
+    (["model.params.monitor=val/los_simple"], "model.params.monitor: nothing logs 'val/los_simple' "
+                                              "(did you mean"),
+    (["lightning.callbacks.s={target: pytorch_lightning.callbacks.EarlyStopping, params: "
+      "{monitor: val/none}}"],
      "monitor of EarlyStopping: nothing logs 'val/none'"),
-    (["model.base_learning_rate=.nan"], "model.base_learning_rate: expected a positive number, got nan"),
+    (["model.base_learning_rate=.nan"], "model.base_learning_rate: expected a positive number, "
+                                        "got nan"),
     (["data.params.train=null"], "data.params.train: needed to train"),
-    (["model.params.optimizer=adamv"], "model.params.optimizer: unknown 'adamv' (did you mean 'adam'?)"),
-    (["data.params.train.params.repeats=0"], "data.params.train.params.repeats: expected at least 1, got 0"),
-    (["model.params.unet_config.params.num_heads=5"], "model.params.unet_config.params.num_heads: 32 channels cannot"),
+    (["model.params.optimizer=adamv"], "model.params.optimizer: unknown 'adamv' (did you "
+                                       "mean 'adam'?)"),
+    (["data.params.train.params.repeats=0"], "data.params.train.params.repeats: expected at "
+                                             "least 1, got 0"),
+    (["model.params.unet_config.params.num_heads=5"], "model.params.unet_config.params.num_heads: "
+                                                      "32 channels cannot"),
 ])  # fmt: skip
 def test_what_would_be_silently_something_else(refused, arguments, message):
     assert message in refused(*arguments)
@@ -201,5 +225,7 @@ def test_a_validation_that_never_comes_cannot_be_monitored(refused):
 
 
 def test_an_identifier_of_several_tokens_is_said(workspace, caplog):
-    workspace.train("identifier", "--max_steps", "1", "data.params.train.params.identifier=mydogxyz")
+    workspace.train(
+        "identifier", "--max_steps", "1", "data.params.train.params.identifier=mydogxyz"
+    )
     assert "identifier: 'mydogxyz' is 4 tokens" in caplog.text

@@ -14,7 +14,17 @@ from ldm.training.run import STAMP_VARIABLE, new_run, resumed_run
 
 V1 = "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
 REFERENCE_COMMAND = [
-    *["--base", V1, "-t", "--actual_resume", "sd-v1-4-full-ema.ckpt", "-n", "my-dog", "--gpus", "0,"],
+    *[
+        "--base",
+        V1,
+        "-t",
+        "--actual_resume",
+        "sd-v1-4-full-ema.ckpt",
+        "-n",
+        "my-dog",
+        "--gpus",
+        "0,",
+    ],
     *["--data_root", "photos/", "--reg_data_root", "class_images/", "--class_word", "dog"],
 ]
 NEW = ["--base", V1, "-t"]
@@ -28,8 +38,17 @@ def fresh_stamp(monkeypatch):
 def test_the_reference_command():
     args = cli.parse_args(REFERENCE_COMMAND)
     assert args.train is True and args.no_test is False
-    assert (args.base, args.actual_resume, args.name, args.gpus) == ([V1], "sd-v1-4-full-ema.ckpt", "my-dog", "0,")
-    assert (args.data_root, args.reg_data_root, args.class_word) == ("photos/", "class_images/", "dog")
+    assert (args.base, args.actual_resume, args.name, args.gpus) == (
+        [V1],
+        "sd-v1-4-full-ema.ckpt",
+        "my-dog",
+        "0,",
+    )
+    assert (args.data_root, args.reg_data_root, args.class_word) == (
+        "photos/",
+        "class_images/",
+        "dog",
+    )
 
 
 def test_flags_reach_the_config():
@@ -40,7 +59,9 @@ def test_flags_reach_the_config():
         "class_images/",
         "photos/",
     ]
-    assert {data[name]["params"]["placeholder_token"] for name in ("train", "reg", "validation")} == {"dog"}
+    assert {
+        data[name]["params"]["placeholder_token"] for name in ("train", "reg", "validation")
+    } == {"dog"}
     assert config.seed == 23
     assert str(run.folder) == "logs/photos2026-01-02T03-04-05_my-dog"
 
@@ -49,7 +70,10 @@ def test_flags_reach_the_config():
     "flags, folder",
     [
         (["--data_root", "a/dog"], "logs/dog2026-01-02T03-04-05_v1-finetune_unfrozen"),
-        (["--data_root", "a/dog", "--datadir_in_name", "false"], "logs/2026-01-02T03-04-05_v1-finetune_unfrozen"),
+        (
+            ["--data_root", "a/dog", "--datadir_in_name", "false"],
+            "logs/2026-01-02T03-04-05_v1-finetune_unfrozen",
+        ),
         (["-n", "x", "-f", "_lr1", "-l", "out"], "out/2026-01-02T03-04-05_x_lr1"),
         (["-n", "x", "-p", "project"], "project/2026-01-02T03-04-05_x"),
     ],
@@ -69,7 +93,9 @@ def test_run_folder_names(flags, folder):
     ],
 )
 def test_bfloat16_where_the_device_has_it(accelerator, flags, expected, tmp_path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t: {flags}\n\nprocessor : 1\nflags : {flags}\n")
+    (tmp_path / "cpuinfo").write_text(
+        f"processor : 0\nflags\t: {flags}\n\nprocessor : 1\nflags : {flags}\n"
+    )
     monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(devices, "accelerators", lambda: ("cpu", 0))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -80,30 +106,50 @@ def test_bfloat16_where_the_device_has_it(accelerator, flags, expected, tmp_path
     assert config.trainer["precision"] == "32-true"
 
 
-@pytest.mark.parametrize("flags, value", [([], None), (["--scale_lr"], True), (["--scale_lr", "False"], False)])
+@pytest.mark.parametrize(
+    "flags, value", [([], None), (["--scale_lr"], True), (["--scale_lr", "False"], False)]
+)
 def test_scale_lr_is_an_optional_boolean(flags, value):
     assert cli.parse_args(["-t", *flags]).scale_lr is value
 
 
 def test_overrides_are_not_taken_for_the_value_of_a_flag():
-    args = cli.parse_args(["--base", V1, "-t", "model.params.reg_weight=0.5", "data.params.batch_size=2"])
+    args = cli.parse_args(
+        ["--base", V1, "-t", "model.params.reg_weight=0.5", "data.params.batch_size=2"]
+    )
     config, _ = cli.prepare(args)
-    assert config.get("model.params.reg_weight") == 0.5 and config.content["data"]["params"]["batch_size"] == 2
+    assert (
+        config.get("model.params.reg_weight") == 0.5
+        and config.content["data"]["params"]["batch_size"] == 2
+    )
 
 
 def test_several_bases_merge_in_their_order(tmp_path):
     """Behind one flag or behind several."""
     for name, value in (("a", 3), ("b", 4)):
-        (tmp_path / f"{name}.yaml").write_text(f"model: {{params: {{reg_weight: {value}, {name}: 1}}}}")
+        (tmp_path / f"{name}.yaml").write_text(
+            f"model: {{params: {{reg_weight: {value}, {name}: 1}}}}"
+        )
     a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
-    for flags in (["--base", V1, a, b], ["--base", V1, "-b", a, "--base", b], ["-b", V1, "-b", a, "-t", "-b", b]):
+    for flags in (
+        ["--base", V1, a, b],
+        ["--base", V1, "-b", a, "--base", b],
+        ["-b", V1, "-b", a, "-t", "-b", b],
+    ):
         config, _ = cli.prepare(cli.parse_args(["-t", *flags]))
         params = config.section("model.params")
-        assert (params["reg_weight"], params["a"], params["b"], "unet_config" in params) == (4, 1, 1, True)
+        assert (params["reg_weight"], params["a"], params["b"], "unet_config" in params) == (
+            4,
+            1,
+            1,
+            True,
+        )
 
 
 def test_a_flag_that_is_given_twice_is_said(caplog):
-    assert cli.parse_args(["--data_root", "a", "--data_root=b", "--max_steps", "3"]).data_root == "b"
+    assert (
+        cli.parse_args(["--data_root", "a", "--data_root=b", "--max_steps", "3"]).data_root == "b"
+    )
     assert caplog.messages == ["--data_root is given 2 times: the last one counts"]
 
 
@@ -192,12 +238,24 @@ def test_what_does_not_parse(argv, message):
         (["-t"], "no config: give one with --base"),
         (["-t", "--base", "no.yaml"], "no.yaml: no such config file"),
         (["-r", "no/run"], "--resume no/run: there is no such run folder"),
-        ([*NEW, "--seed", "-1"], "run.seed .--seed.: expected a whole number from 0 to 4294967295, got -1"),
-        ([*NEW, "run.seed=4294967296"], "expected a whole number from 0 to 4294967295, got 4294967296"),
+        (
+            [*NEW, "--seed", "-1"],
+            "run.seed .--seed.: expected a whole number from 0 to 4294967295, got -1",
+        ),
+        (
+            [*NEW, "run.seed=4294967296"],
+            "expected a whole number from 0 to 4294967295, got 4294967296",
+        ),
         ([*NEW, "run.seed=1.5"], "expected a whole number from 0 to 4294967295, got 1.5"),
-        ([*NEW, "run.scale_lr=maybe"], "run.scale_lr .--scale_lr.: expected true or false, got 'maybe'"),
+        (
+            [*NEW, "run.scale_lr=maybe"],
+            "run.scale_lr .--scale_lr.: expected true or false, got 'maybe'",
+        ),
         ([*NEW, "run.export=fp8"], "run.export: unknown 'fp8'; accepted: fp32, fp16, bf16"),
-        ([*NEW, "--max_steps", "0"], "lightning.trainer.max_steps: expected a whole number, 1 or more, or -1 .* got 0"),
+        (
+            [*NEW, "--max_steps", "0"],
+            "lightning.trainer.max_steps: expected a whole number, 1 or more, or -1 .* got 0",
+        ),
         ([*NEW, "--max_steps", "-5"], "lightning.trainer.max_steps: .* got -5"),
         ([*NEW, "--max_steps", "1.5"], "lightning.trainer.max_steps: .* got 1.5"),
         ([*NEW, "--max_steps", "many"], "lightning.trainer.max_steps: .* got 'many'"),
@@ -208,8 +266,14 @@ def test_what_does_not_parse(argv, message):
             "accumulate_grad_batches: .* 1 or more, got 0",
         ),
         ([*NEW, "--log_every_n_steps", "-1"], "lightning.trainer.log_every_n_steps: .* got -1"),
-        ([*NEW, "--gradient_clip_val", "-1"], "lightning.trainer.gradient_clip_val: expected a number, 0 or more"),
-        ([*NEW, "--deterministic", "perhaps"], "lightning.trainer.deterministic: expected true, false or warn"),
+        (
+            [*NEW, "--gradient_clip_val", "-1"],
+            "lightning.trainer.gradient_clip_val: expected a number, 0 or more",
+        ),
+        (
+            [*NEW, "--deterministic", "perhaps"],
+            "lightning.trainer.deterministic: expected true, false or warn",
+        ),
         ([*NEW, "--benchmark", "perhaps"], "lightning.trainer.benchmark: expected true or false"),
         ([*NEW, "-n", "x" * 200], "whose name has 223 bytes, of 215 that it may have"),
         ([*NEW, "-n", "ä" * 120], "whose name has 263 bytes"),
@@ -244,7 +308,8 @@ def test_resume_needs_a_checkpoint_and_a_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, indices", [("0,", [0]), ("1", [0]), ("0,1", [0, 1]), ("0,1,", [0, 1]), ("1,", [1]), ("2", [0, 1])]
+    "text, indices",
+    [("0,", [0]), ("1", [0]), ("0,1", [0, 1]), ("0,1,", [0, 1]), ("1,", [1]), ("2", [0, 1])],
 )
 def test_gpus_on_a_machine_with_two(monkeypatch, caplog, text, indices):
     monkeypatch.setattr(devices, "accelerators", lambda: ("gpu", 2))

@@ -1,7 +1,8 @@
 """A run that is killed and resumed, or shared by two processes, is the same run.
 
-A start here is forked from a process that has imported everything. `WHOLE=1` makes the runs longer and more of them,
-`ANEW=1` starts each as `python main.py`, and `KILLS=20` kills one of them as often, at random moments.
+A start here is forked from a process that has imported everything. `WHOLE=1` makes the runs longer
+and more of them, `ANEW=1` starts each as `python main.py`, and `KILLS=20` kills one of them as
+often, at random moments.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ def deterministic_as_before(monkeypatch):
 
 def train(workspace, base, name, *more, kill=None, status=0):
     """A new run in a process of its own, which `kill` may end; the run's folder."""
-    run_to_end(workspace.arguments(name, KILLER, *more, base=base), workspace.path / "log", at(kill), status)
+    run_to_end(
+        workspace.arguments(name, KILLER, *more, base=base),
+        workspace.path / "log",
+        at(kill),
+        status,
+    )
     return workspace.run(name)
 
 
@@ -121,7 +127,8 @@ def test_a_kill_beside_a_checkpoint_loses_no_row_of_the_log(workspace, base, str
 
 
 def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(workspace, base):
-    """Each start is killed after some changes of the checkpoint folder (also between two of them), or while it starts.
+    """Each start is killed after some changes of the checkpoint folder (also between two of them),
+    or while it starts.
 
     A run has a checkpoint before it is killed: without one there is nothing to go on from.
     """
@@ -129,7 +136,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(wo
     arguments = workspace.arguments("random", KILLER, *more, base=base)
     kills = 0
     while (process := begin(arguments, workspace.path / "log")) and kills < KILLS:
-        wait_for_changes(workspace, "random", chance.randrange(9), process, starting=chance.random() < 0.25)
+        wait_for_changes(
+            workspace, "random", chance.randrange(9), process, starting=chance.random() < 0.25
+        )
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
@@ -138,7 +147,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(wo
         assert process.exitcode == -signal.SIGKILL, (workspace.path / "log").read_text()[-3000:]
         kills += 1
         log.info(
-            "kill %d: the last checkpoint is of step %d", kills, checkpoint(workspace.run("random"))["global_step"]
+            "kill %d: the last checkpoint is of step %d",
+            kills,
+            checkpoint(workspace.run("random"))["global_step"],
         )
         arguments = ["-r", str(workspace.run("random"))]
     process.join()
@@ -149,7 +160,9 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_the_uninterrupted_one(wo
 
 
 def wait_for_changes(workspace, name, count, process, starting):
-    """Until the names in the run's checkpoint folder have changed `count` times, or the process is half-way there."""
+    """Until the names in the run's checkpoint folder have changed `count` times, or the process is
+    half-way there.
+    """
     pattern = f"*_{name}/checkpoints"
     while not list(workspace.logs.glob(f"{pattern}/last.ckpt")) and process.is_alive():
         time.sleep(0.01)
@@ -208,11 +221,18 @@ def ranks(workspace, name, base, *more):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+    }
     environment |= {"TEST_SPY": str(workspace.path), STAMP_VARIABLE: "2020-01-01T00-00-00"}
     arguments = workspace.arguments(name, SPY, *DDP, *more, base=base)
     log = workspace.path / "log"
-    processes = [forked(arguments, log, {**environment, "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    processes = [
+        forked(arguments, log, {**environment, "LOCAL_RANK": str(rank)}) for rank in (0, 1)
+    ]
     try:
         for process in processes:
             process.join(DEADLINE)
@@ -225,8 +245,15 @@ def ranks(workspace, name, base, *more):
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_two_processes_compute_what_one_does_with_twice_the_batch(workspace, base, accumulated):
-    # In float64: two batches of one are not rounded as one of two, and AdamW makes whole steps of rounding.
-    more = ["--max_steps", "10", "--accumulate_grad_batches", str(accumulated), "model.base_learning_rate=1e-6"]
+    # In float64: two batches of one are not rounded as one of two, and AdamW makes whole steps of
+    # rounding.
+    more = [
+        "--max_steps",
+        "10",
+        "--accumulate_grad_batches",
+        str(accumulated),
+        "model.base_learning_rate=1e-6",
+    ]
     more += ["--precision", "64-true"]
     first, second = ranks(workspace, f"ranks-{accumulated}", base, *more)
     # Each rank wrote what it ended with: rank 0's checkpoint alone could not show a difference.
@@ -235,8 +262,11 @@ def test_two_processes_compute_what_one_does_with_twice_the_batch(workspace, bas
     single = train(workspace, base, f"single-{accumulated}", "data.params.batch_size=2", *more)
     theirs = checkpoint(single)["state_dict"]
     # Steps of 1e-6 move a weight by up to 1e-5; other batches would make differences of that size.
-    assert max((first["weights"][name] - theirs[name]).abs().max().item() for name in theirs) < 1e-12
-    # An epoch has three batches for each, of which two are accumulated and the last is not: ten steps are 10 or 15.
+    assert (
+        max((first["weights"][name] - theirs[name]).abs().max().item() for name in theirs) < 1e-12
+    )
+    # An epoch has three batches for each, of which two are accumulated and the last is not: ten
+    # steps are 10 or 15.
     assert first["counts"]["gradients"] == 10
     assert first["counts"]["decisions"] <= 4 * 10
 
@@ -245,7 +275,15 @@ def test_two_processes_compute_what_one_does_with_twice_the_batch(workspace, bas
 
 
 def test_a_deterministic_run_is_the_same_on_the_cpu(workspace, base, straight):
-    run = train(workspace, base, "deterministic", EMA, SCHEDULE, *ACCUMULATED, "lightning.trainer.deterministic=true")
+    run = train(
+        workspace,
+        base,
+        "deterministic",
+        EMA,
+        SCHEDULE,
+        *ACCUMULATED,
+        "lightning.trainer.deterministic=true",
+    )
     assert_same_end(run, straight("accumulated"), STEPS)
 
 
@@ -254,7 +292,9 @@ def test_determinism_is_asked_for_before_a_gpu_computes(workspace, base, monkeyp
     found = []
 
     def build_model(*_, **__):
-        found.append((os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled()))
+        found.append(
+            (os.environ["CUBLAS_WORKSPACE_CONFIG"], torch.are_deterministic_algorithms_enabled())
+        )
         raise UserError("far enough")
 
     monkeypatch.setattr("ldm.training.train.build_model", build_model)

@@ -32,7 +32,9 @@ def really_kept(unet, inputs):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
         output = unet(*inputs)
     kept[output.untyped_storage().data_ptr()] = output
-    return sum(value.untyped_storage().nbytes() for key, value in kept.items() if key not in weights)
+    return sum(
+        value.untyped_storage().nbytes() for key, value in kept.items() if key not in weights
+    )
 
 
 def recompute(network, on):
@@ -49,8 +51,13 @@ def test_activations_are_those_of_a_real_pass():
     context = torch.randn(2, model.cond_stage_model.max_length, width)
     real = really_kept(unet, (torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), context))
     stages, recomputed = memory.forward_stages(model, 2, 8)
-    assert sum(stage.activations for stage in stages) == pytest.approx(real, rel=0.01) and recomputed == 0
-    assert sum(stage.gradients for stage in stages) == sum(parameter.nbytes for parameter in unet.parameters())
+    assert (
+        sum(stage.activations for stage in stages) == pytest.approx(real, rel=0.01)
+        and recomputed == 0
+    )
+    assert sum(stage.gradients for stage in stages) == sum(
+        parameter.nbytes for parameter in unet.parameters()
+    )
 
 
 def test_what_needs_less():
@@ -60,8 +67,13 @@ def test_what_needs_less():
     plain = memory.estimate(model, "adamw", 2, 64)
     assert plain.gradients == 4 * trained and plain.optimizer == 8 * trained
     assert plain.weights == sum(v.nbytes for v in [*model.parameters(), *model.buffers()])
-    in_backward, eight_bit = (memory.estimate(model, name, 2, 64) for name in ("adamw_in_backward", "adamw8bit"))
-    assert in_backward.gradients == max(p.nbytes for p in model.parameters()) and eight_bit.optimizer == 2 * trained
+    in_backward, eight_bit = (
+        memory.estimate(model, name, 2, 64) for name in ("adamw_in_backward", "adamw8bit")
+    )
+    assert (
+        in_backward.gradients == max(p.nbytes for p in model.parameters())
+        and eight_bit.optimizer == 2 * trained
+    )
     assert memory.estimate(model, "adamw", 4, 64).activations > 1.5 * plain.activations
     recompute(model, True)
     assert memory.estimate(model, "adamw", 2, 64).activations < 0.8 * plain.activations
@@ -87,9 +99,15 @@ print(faults() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
 def test_freed_memory_is_kept_for_the_next_step():
-    """64 MB are 16384 pages, which the system need not fill each time (but may twice or thrice, as the heap is cut)."""
+    """64 MB are 16384 pages, which the system need not fill each time (but may twice or thrice, as
+    the heap is cut).
+    """
     kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", ALLOCATE, *more], check=True, capture_output=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", ALLOCATE, *more], check=True, capture_output=True
+            ).stdout
+        )
         for more in (["keep"], [])
     )
     assert kept < 5 * 16384 < 11 * 16384 < given_back
@@ -122,7 +140,9 @@ def called(monkeypatch, *names):
     """The calls of functions of `ldm.callbacks.host_memory`, in place of which nothing happens."""
     calls = []
     for name in names:
-        monkeypatch.setattr(f"ldm.callbacks.host_memory.{name}", lambda name=name: calls.append(name))
+        monkeypatch.setattr(
+            f"ldm.callbacks.host_memory.{name}", lambda name=name: calls.append(name)
+        )
     return calls
 
 
@@ -140,10 +160,19 @@ def test_each_step_of_a_large_model_starts_without_free_pages(tmp_path, monkeypa
     calls = called(monkeypatch, "keep_freed_memory", "give_back_free_pages")
     monkeypatch.setattr("ldm.callbacks.host_memory.LARGE_MODEL", 0)
     step = LatentDiffusion.optimizer_step
-    monkeypatch.setattr(LatentDiffusion, "optimizer_step", lambda *a, **k: calls.append("step") or step(*a, **k))
+    monkeypatch.setattr(
+        LatentDiffusion, "optimizer_step", lambda *a, **k: calls.append("step") or step(*a, **k)
+    )
     more = ["--max_steps", "3", f"lightning.trainer.accumulate_grad_batches={accumulated}"]
     Workspace(tmp_path).train("large", *more)
-    assert calls == ["step", "keep_freed_memory", "give_back_free_pages", "step", "give_back_free_pages", "step"]
+    assert calls == [
+        "step",
+        "keep_freed_memory",
+        "give_back_free_pages",
+        "step",
+        "give_back_free_pages",
+        "step",
+    ]
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -179,13 +208,20 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(
-    not host.HUGE_PAGES.exists() or "[never]" in host.HUGE_PAGES.read_text(), reason="the system has none"
+    not host.HUGE_PAGES.exists() or "[never]" in host.HUGE_PAGES.read_text(),
+    reason="the system has none",
 )
-@pytest.mark.parametrize("more, huge", [([], True), (["lightning.callbacks.host_memory=null"], False)])
+@pytest.mark.parametrize(
+    "more, huge", [([], True), (["lightning.callbacks.host_memory=null"], False)]
+)
 def test_a_training_has_huge_pages(tmp_path, more, huge):
-    """64 MB are 16384 pages of 4 KB, but a few dozen of 2 MB; where memory is in pieces, some of both."""
+    """64 MB are 16384 pages of 4 KB, but a few dozen of 2 MB; where memory is in pieces, some of
+    both.
+    """
     command = [sys.executable, "-c", HUGE, *Workspace(tmp_path).arguments("huge", *more)]
-    environment = {name: value for name, value in os.environ.items() if name != host.HUGE_PAGES_VARIABLE}
+    environment = {
+        name: value for name, value in os.environ.items() if name != host.HUGE_PAGES_VARIABLE
+    }
     run = subprocess.run(command, check=True, capture_output=True, cwd=runs.ROOT, env=environment)
     assert (int(run.stdout) < 12000) is huge or "[always]" in host.HUGE_PAGES.read_text()
 
@@ -207,7 +243,9 @@ def test_autocast_keeps_no_copies_of_the_weights(tmp_path, monkeypatch):
     seen = []
     forward = nn.GroupNorm.forward
     monkeypatch.setattr(
-        nn.GroupNorm, "forward", lambda self, x: seen.append(torch.is_autocast_cache_enabled()) or forward(self, x)
+        nn.GroupNorm,
+        "forward",
+        lambda self, x: seen.append(torch.is_autocast_cache_enabled()) or forward(self, x),
     )
     Workspace(tmp_path).train("cache", "--max_steps", "1", "--precision", "bf16-mixed")
     assert seen and not any(seen) and torch.is_autocast_cache_enabled()
@@ -221,7 +259,9 @@ def workspace(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("free, fits", [(10**12, True), (10**6, False)])
-def test_the_summary_says_what_it_takes_and_what_to_turn(workspace, caplog, monkeypatch, free, fits):
+def test_the_summary_says_what_it_takes_and_what_to_turn(
+    workspace, caplog, monkeypatch, free, fits
+):
     monkeypatch.setattr(memory, "available_bytes", lambda device: free)
     monkeypatch.setattr(memory, "default_precision", lambda device: "32-true")
     workspace.train("summary", "--max_steps", "1")
@@ -235,9 +275,13 @@ def test_the_summary_says_what_it_takes_and_what_to_turn(workspace, caplog, monk
 def test_weights_that_are_on_the_device_need_no_more_room(workspace, caplog, monkeypatch):
     """The summary is made when the weights are there."""
     found = memory.estimate(build(cond_stage_trainable=True), "adamw", 2, runs.SIZE)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: found.total - found.weights + 10**6)
+    monkeypatch.setattr(
+        memory, "available_bytes", lambda device: found.total - found.weights + 10**6
+    )
     workspace.train("fits", "--max_steps", "1")
-    monkeypatch.setattr(memory, "available_bytes", lambda device: found.total - found.weights - 10**6)
+    monkeypatch.setattr(
+        memory, "available_bytes", lambda device: found.total - found.weights - 10**6
+    )
     workspace.train("too-large", "--max_steps", "1")
     lines = [line for line in caplog.text.splitlines() if line.strip().startswith("memory")]
     assert ["it will not fit" in line for line in lines] == [False, True]
@@ -246,14 +290,29 @@ def test_weights_that_are_on_the_device_need_no_more_room(workspace, caplog, mon
 def advised(model, **trainer):
     """The switches for a trainer with these settings beside those of a plain one."""
     strategy = SingleDeviceStrategy(torch.device("cpu"))
-    plain = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "precision": "bf16-mixed", "world_size": 1}
-    return "; ".join(memory.switches(SimpleNamespace(**{**plain, "strategy": strategy, **trainer}), model))
+    plain = {
+        "accumulate_grad_batches": 1,
+        "gradient_clip_val": None,
+        "precision": "bf16-mixed",
+        "world_size": 1,
+    }
+    return "; ".join(
+        memory.switches(SimpleNamespace(**{**plain, "strategy": strategy, **trainer}), model)
+    )
 
 
 def test_no_switch_is_advised_that_the_trainer_refuses(monkeypatch):
     model = build(cond_stage_trainable=True)
-    assert "adamw_in_backward" in advised(model) and "adamw8bit" in advised(model) and "lora" in advised(model)
-    for more in ({"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}, {"precision": "16-mixed"}):
+    assert (
+        "adamw_in_backward" in advised(model)
+        and "adamw8bit" in advised(model)
+        and "lora" in advised(model)
+    )
+    for more in (
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 1.0},
+        {"precision": "16-mixed"},
+    ):
         assert "in_backward" not in advised(model, **more)
     monkeypatch.setattr(memory, "is_sharded", lambda trainer: True)
     sharded = advised(model, world_size=2)
@@ -261,7 +320,9 @@ def test_no_switch_is_advised_that_the_trainer_refuses(monkeypatch):
 
 
 def test_gradients_and_activations_take_turns():
-    """Where the UNet's first blocks have the activations and its last the gradients, both are there at once."""
+    """Where the UNet's first blocks have the activations and its last the gradients, both are there
+    at once.
+    """
     first, last = memory.Stage(100, 1), memory.Stage(1, 100)
     assert memory._most_at_once([first, last]) == 201 and memory._most_at_once([last, first]) == 102
 
@@ -286,4 +347,6 @@ def test_out_of_memory_ends_in_advice_with_the_last_checkpoint_kept(workspace, c
 
 def test_other_errors_stay_what_they_are():
     assert not memory.is_out_of_memory(RuntimeError("shapes do not match"))
-    assert memory.is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert memory.is_out_of_memory(
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    )

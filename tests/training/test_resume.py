@@ -1,4 +1,6 @@
-"""A run that goes on: the config's settings hold, the checkpoint's progress is kept, the rest is refused or shown."""
+"""A run that goes on: the config's settings hold, the checkpoint's progress is kept, the rest is
+refused or shown.
+"""
 
 import logging
 import os
@@ -62,7 +64,10 @@ def test_more_steps_are_steps_of_the_schedule_of_now(run, workspace, caplog):
     assert rates(run) == ([0.0], [RATE, RATE / 2])
     workspace.resume(run, "--max_steps", "4")
     assert rates(run) == ([0.0], [RATE, RATE / 2, RATE / 2, RATE / 4])
-    assert "linear from step 0 down to 0 x at step 4" in caplog.text and "going on from step 2" in caplog.text
+    assert (
+        "linear from step 0 down to 0 x at step 4" in caplog.text
+        and "going on from step 2" in caplog.text
+    )
     assert "lightning.trainer.max_steps 2 -> 4" in caplog.text
 
 
@@ -74,13 +79,18 @@ def test_a_schedules_own_steps_hold_in_the_middle_of_a_run(run, workspace):
 def test_a_given_rate_is_the_rate(run, workspace, caplog):
     workspace.resume(run, "--max_steps", "4", "model.base_learning_rate=5e-6")
     assert rates(run)[1][2:] == [5e-6 / 2, 5e-6 / 4]
-    assert "learning rate 5e-06" in caplog.text and "model.base_learning_rate 0.001 -> 5e-06" in caplog.text
+    assert (
+        "learning rate 5e-06" in caplog.text
+        and "model.base_learning_rate 0.001 -> 5e-06" in caplog.text
+    )
 
 
 def test_a_schedule_comes_or_goes_where_the_run_stands(run, workspace):
     workspace.resume(run, "--max_steps", "3", "model.params.scheduler_config=null")
     assert rates(run) == ([RATE], [RATE, RATE / 2, RATE])
-    workspace.resume(run, "--max_steps", "4", *DECAY, "model.params.scheduler_config.params.steps=4")
+    workspace.resume(
+        run, "--max_steps", "4", *DECAY, "model.params.scheduler_config.params.steps=4"
+    )
     assert rates(run)[1][3:] == [RATE / 4]
 
 
@@ -92,16 +102,24 @@ def test_the_text_encoders_rate_is_the_given_one(workspace):
 
 def test_without_a_change_nothing_changes(workspace):
     """Bit for bit that of a run that was not interrupted, with the last rate not 0."""
-    straight = workspace.train("straight", "--max_steps", "3", *DECAY, "model.params.scheduler_config.params.steps=9")
-    first = workspace.train("first", "--max_steps", "1", *DECAY, "model.params.scheduler_config.params.steps=9")
+    straight = workspace.train(
+        "straight", "--max_steps", "3", *DECAY, "model.params.scheduler_config.params.steps=9"
+    )
+    first = workspace.train(
+        "first", "--max_steps", "1", *DECAY, "model.params.scheduler_config.params.steps=9"
+    )
     workspace.resume(first, "--max_steps", "3")
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert same(checkpoint(first)[part], checkpoint(straight)[part]), part
-    assert [row["train/loss_total"] for row in metrics(first)] == [row["train/loss_total"] for row in metrics(straight)]
+    assert [row["train/loss_total"] for row in metrics(first)] == [
+        row["train/loss_total"] for row in metrics(straight)
+    ]
 
 
 def test_the_averages_decay_is_the_given_one(workspace):
-    run = workspace.train("averaged", "--max_steps", "1", "model.params.use_ema=true", "model.params.ema_decay=0.9")
+    run = workspace.train(
+        "averaged", "--max_steps", "1", "model.params.use_ema=true", "model.params.ema_decay=0.9"
+    )
     workspace.resume(run, "--max_steps", "2", "model.params.ema_decay=0.5")
     state = checkpoint(run)["state_dict"]
     assert float(state["model_ema.decay"]) == 0.5 and int(state["model_ema.num_updates"]) == 2
@@ -109,7 +127,10 @@ def test_the_averages_decay_is_the_given_one(workspace):
 
 def test_a_callbacks_argument_is_the_given_one(run, workspace):
     stopping = ["lightning.callbacks.stop.target=pytorch_lightning.callbacks.EarlyStopping"]
-    stopping += ["lightning.callbacks.stop.params.monitor=train/loss", "lightning.callbacks.stop.params.patience=3"]
+    stopping += [
+        "lightning.callbacks.stop.params.monitor=train/loss",
+        "lightning.callbacks.stop.params.patience=3",
+    ]
     workspace.resume(run, "--max_steps", "6", *stopping)
     workspace.resume(run, "--max_steps", "7", "lightning.callbacks.stop.params.patience=5")
     states = checkpoint(run)["callbacks"]
@@ -124,34 +145,59 @@ def test_what_an_earlier_command_changed_is_shown(run, workspace, caplog):
     workspace.resume(run, "--max_steps", "4")
     (summary,) = [message for message in caplog.messages if message.startswith("Training\n")]
     (before,) = [line for line in summary.splitlines() if line.strip().startswith("changed before")]
-    assert "lightning.callbacks.first_step as by default -> null" in before and "max_steps" not in before
+    assert (
+        "lightning.callbacks.first_step as by default -> null" in before
+        and "max_steps" not in before
+    )
     caplog.clear()
-    workspace.resume(run, "--max_steps", "6", "lightning.callbacks.first_step={}", "model.base_learning_rate=1e-3")
-    assert "what should train has moved, and nothing else has" in caplog.text  # the check is on again
+    workspace.resume(
+        run,
+        "--max_steps",
+        "6",
+        "lightning.callbacks.first_step={}",
+        "model.base_learning_rate=1e-3",
+    )
+    assert (
+        "what should train has moved, and nothing else has" in caplog.text
+    )  # the check is on again
 
 
 @pytest.mark.parametrize("change, message", [
-    ("model.params.linear_end=0.02", "model.params.linear_end: 0.012 in the run, now 0.02: the noise schedule is part"),
-    ("model.params.timesteps=500", "model.params.timesteps: 1000 in the run, now 500: the noise schedule is part"),
+    ("model.params.linear_end=0.02", "model.params.linear_end: 0.012 in the run, now 0.02: the "
+                                     "noise schedule is part"),
+    ("model.params.timesteps=500", "model.params.timesteps: 1000 in the run, now 500: the noise "
+                                   "schedule is part"),
     ("model.params.use_ema=true", "model.params.use_ema: False in the run, now True"),
-    ("model.params.cond_stage_trainable=false", "model.params.cond_stage_trainable: True in the run, now False"),
+    ("model.params.cond_stage_trainable=false", "model.params.cond_stage_trainable: True in the "
+                                                "run, now False"),
     ("model.params.freeze=[model.*]", "model.params.freeze: None in the run, now ['model.*']"),
-    ("model.params.lora.rank=4", "model.params.lora: None in the run, now {'rank': 4}: the adapters are part"),
-    ("model.params.text_encoder_lr=1e-4", "model.params.text_encoder_lr: None in the run, now 0.0001"),
-    ("model.params.optimizer=muon", "model.params.optimizer: adamw in the run, now muon: it cannot go on from"),
-    (f"model.target={__name__}.Other", "model.target: ldm.models.diffusion.ddpm.LatentDiffusion in the run, now"),
-    ("lightning.trainer.max_steps=1", "lightning.trainer.max_steps: 1, but the run has done 2 steps"),
+    ("model.params.lora.rank=4", "model.params.lora: None in the run, now {'rank': 4}: the "
+                                 "adapters are part"),
+    ("model.params.text_encoder_lr=1e-4", "model.params.text_encoder_lr: None in the run, "
+                                          "now 0.0001"),
+    ("model.params.optimizer=muon", "model.params.optimizer: adamw in the run, now muon: it "
+                                    "cannot go on from"),
+    (f"model.target={__name__}.Other", "model.target: ldm.models.diffusion.ddpm.LatentDiffusion in "
+                                       "the run, now"),
+    ("lightning.trainer.max_steps=1", "lightning.trainer.max_steps: 1, but the run has done "
+                                      "2 steps"),
 ])  # fmt: skip
-def test_what_cannot_change_is_refused_by_name_and_leaves_no_trace(finished, caplog, change, message):
+def test_what_cannot_change_is_refused_by_name_and_leaves_no_trace(
+    finished, caplog, change, message
+):
     before = sorted(finished.rglob("*"))
     error = refused(caplog, "-r", str(finished), change)
     assert message in error and "\n" not in error
     assert sorted(finished.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flags", [["--logdir", "x"], ["--datadir_in_name", "false"], ["--actual_resume", "x.ckpt"]])
+@pytest.mark.parametrize(
+    "flags", [["--logdir", "x"], ["--datadir_in_name", "false"], ["--actual_resume", "x.ckpt"]]
+)
 def test_flags_of_a_new_run_are_refused(finished, caplog, flags):
-    assert f"error: {flags[0]}: not together with --resume" in refused(caplog, "-r", str(finished), *flags)
+    assert f"error: {flags[0]}: not together with --resume" in refused(
+        caplog, "-r", str(finished), *flags
+    )
 
 
 def test_weights_alone_are_no_run(run, caplog):
@@ -170,7 +216,12 @@ def test_a_run_goes_on_from_another_folder_and_after_it_was_moved(tmp_path, monk
     monkeypatch.chdir(home)
     workspace = runs.Workspace(home)
     arguments = workspace.arguments("moved", "--max_steps", "1")
-    assert main.main([os.path.relpath(word) if word.startswith(str(home)) else word for word in arguments]) == 0
+    assert (
+        main.main(
+            [os.path.relpath(word) if word.startswith(str(home)) else word for word in arguments]
+        )
+        == 0
+    )
     run = workspace.run("moved").relative_to(home)
     # The whole workspace is renamed: what was relative to it still is.
     home = home.rename(tmp_path / "new_home")
@@ -184,7 +235,9 @@ def test_a_run_goes_on_from_another_folder_and_after_it_was_moved(tmp_path, monk
 
 
 def test_names_that_look_like_something_else(tmp_path, monkeypatch):
-    """Interpolations, overrides and backslashes are taken as they are, and come back from the saved config."""
+    """Interpolations, overrides and backslashes are taken as they are, and come back from the saved
+    config.
+    """
     workspace = runs.Workspace(tmp_path)
     photos = workspace.photos.rename(tmp_path / "photos.v2=${final}\\${x}")
     arguments = workspace.arguments("a${b}", "--max_steps", "1")
@@ -194,7 +247,9 @@ def test_names_that_look_like_something_else(tmp_path, monkeypatch):
     assert run.name.endswith("_a${b}") and run.name.startswith(photos.name)
     workspace.resume(run, "--max_steps", "2")
     (saved, *_) = sorted(run.glob("configs/*-project.yaml"))
-    params = OmegaConf.to_container(OmegaConf.load(saved), resolve=True)["data"]["params"]["train"]["params"]
+    params = OmegaConf.to_container(OmegaConf.load(saved), resolve=True)["data"]["params"]["train"][
+        "params"
+    ]
     assert params["data_root"] == str(photos)
 
 
@@ -205,7 +260,11 @@ def name_old_targets(value):
     """Nested containers that name targets as runs before the moves did."""
     if isinstance(value, dict):
         return {key: name_old_targets(inner) for key, inner in value.items()}
-    return value.replace("ldm.optim.schedules.", "ldm.lr_scheduler.") if isinstance(value, str) else value
+    return (
+        value.replace("ldm.optim.schedules.", "ldm.lr_scheduler.")
+        if isinstance(value, str)
+        else value
+    )
 
 
 def test_a_run_that_names_old_targets_goes_on(run, workspace, caplog):
@@ -220,4 +279,6 @@ def test_a_run_that_names_old_targets_goes_on(run, workspace, caplog):
     workspace.resume(run, "--max_steps", "3")
     assert checkpoint(run)["global_step"] == 3
     target = "model.params.scheduler_config.target=ldm.lr_scheduler.Lost"
-    assert "unknown target 'ldm.lr_scheduler.Lost'" in refused(caplog, "-r", str(run), "--max_steps", "4", target)
+    assert "unknown target 'ldm.lr_scheduler.Lost'" in refused(
+        caplog, "-r", str(run), "--max_steps", "4", target
+    )

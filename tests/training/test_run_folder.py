@@ -1,4 +1,6 @@
-"""Run folders: one for each run, for one command at a time, and nothing left of a start that was refused."""
+"""Run folders: one for each run, for one command at a time, and nothing left of a start that was
+refused.
+"""
 
 import datetime
 import os
@@ -46,11 +48,15 @@ def start(parent):
 
 def test_runs_that_start_in_one_second_have_a_folder_each(tmp_path, one_second):
     folders = [start(tmp_path / "logs").folder for _ in range(3)]
-    assert [folder.name for folder in folders] == [f"2026-01-02T03-04-05{n}_x" for n in ("", "_1", "_2")]
+    assert [folder.name for folder in folders] == [
+        f"2026-01-02T03-04-05{n}_x" for n in ("", "_1", "_2")
+    ]
     assert all(folder.is_dir() for folder in folders), "reserved when it is chosen"
 
 
-def test_a_folder_that_another_makes_at_the_same_moment_is_not_taken(tmp_path, one_second, monkeypatch):
+def test_a_folder_that_another_makes_at_the_same_moment_is_not_taken(
+    tmp_path, one_second, monkeypatch
+):
     """Looking first whether it is there would not do: it is made between the look and the making."""
     made = []
     make = run._make_folder
@@ -74,9 +80,14 @@ def test_processes_of_one_run_share_its_folder(tmp_path, one_second, monkeypatch
 
 def test_a_run_is_trained_by_one_command_at_a_time(tmp_path):
     with held(Run(tmp_path, "a")):
-        with pytest.raises(UserError, match="another process is training in it"), held(Run(tmp_path, "b")):
+        with (
+            pytest.raises(UserError, match="another process is training in it"),
+            held(Run(tmp_path, "b")),
+        ):
             pass
-        if (worker := os.fork()) == 0:  # a worker of the data, which the run's end may leave behind for seconds
+        if (
+            worker := os.fork()
+        ) == 0:  # a worker of the data, which the run's end may leave behind for seconds
             time.sleep(20)
             os._exit(0)
     try:
@@ -87,7 +98,9 @@ def test_a_run_is_trained_by_one_command_at_a_time(tmp_path):
         os.waitpid(worker, 0)
 
 
-@pytest.mark.parametrize("error", [UserError("refused"), RuntimeError("broken"), signals.Interrupted(15)])
+@pytest.mark.parametrize(
+    "error", [UserError("refused"), RuntimeError("broken"), signals.Interrupted(15)]
+)
 def test_a_start_that_makes_no_step_leaves_nothing(tmp_path, one_second, error):
     (tmp_path / "logs").mkdir()
     (before := tmp_path / "logs" / "before").touch()
@@ -113,16 +126,23 @@ def test_a_start_that_has_made_a_step_leaves_its_files(tmp_path, one_second):
 def test_a_config_that_was_refused_is_not_read_by_the_next_start(workspace, caplog):
     folder = workspace.train("refused-resume", "--max_steps", "1")
     before = sorted(path for path in folder.rglob("*"))
-    assert main.main(["-r", str(folder), "--max_steps", "2", "model.params.cond_stage_trainable=false"]) == 1
+    assert (
+        main.main(
+            ["-r", str(folder), "--max_steps", "2", "model.params.cond_stage_trainable=false"]
+        )
+        == 1
+    )
     assert "cond_stage_trainable" in caplog.text
     assert sorted(path for path in folder.rglob("*")) == before
     workspace.resume(folder, "--max_steps", "2")
 
 
 @pytest.mark.parametrize("override", [
-    "lightning.callbacks.image_logger={target: main.ImageLogger, params: {log_images_kwargs: {ddim_step: 2}}}",
+    "lightning.callbacks.image_logger={target: main.ImageLogger, params: {log_images_kwargs: "
+    "{ddim_step: 2}}}",
     "lightning.callbacks.fixed={target: ldm.callbacks.fixed_loss.FixedLoss, params: {examples: 0}}",
-    "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDecay, params: {warmup_steps: 9}}",
+    "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDecay, params: "
+    "{warmup_steps: 9}}",
     "model.params.optimizer=adamv",
     "model.base_learning_rate=0",
     "lightning.trainer.gradient_clip_algorithm=no",

@@ -1,4 +1,5 @@
-"""Several processes: one run folder, one writer, and under FSDP the checkpoints of a run that is not sharded.
+"""Several processes: one run folder, one writer, and under FSDP the checkpoints of a run that is
+not sharded.
 
 The processes are forks that have what torchrun or SLURM's srun would tell them.
 """
@@ -59,7 +60,9 @@ class CountReductions(pl.Callback):
 
 
 class CountWeights(pl.Callback):
-    """Writes how many numbers of the UNet's weights this process has, and by how many units they are gathered."""
+    """Writes how many numbers of the UNet's weights this process has, and by how many units they
+    are gathered.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         numbers = sum(parameter.numel() for parameter in pl_module.model.parameters())
@@ -78,12 +81,24 @@ def of_torchrun(rank: int) -> dict[str, str]:
 def of_slurm(rank: int) -> dict[str, str]:
     """What srun tells a process, of one on each of two machines."""
     return {
-        **{"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1234"},
-        **{"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "train"},
+        **{
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "1",
+            "SLURM_NNODES": "2",
+            "SLURM_JOB_ID": "1234",
+        },
+        **{
+            "SLURM_PROCID": str(rank),
+            "SLURM_NODEID": str(rank),
+            "SLURM_LOCALID": "0",
+            "SLURM_JOB_NAME": "train",
+        },
     }
 
 
-def _process(folder: Path, job: Callable[[int], None], rank: int, environment: dict[str, str]) -> None:
+def _process(
+    folder: Path, job: Callable[[int], None], rank: int, environment: dict[str, str]
+) -> None:
     log = os.open(folder / f"log{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
@@ -102,14 +117,17 @@ def _process(folder: Path, job: Callable[[int], None], rank: int, environment: d
         os._exit(status)
 
 
-def together(folder: Path, job: Callable[[int], None], environment: Callable[[int], dict[str, str]]) -> None:
+def together(
+    folder: Path, job: Callable[[int], None], environment: Callable[[int], dict[str, str]]
+) -> None:
     """Run `job(rank)` in two processes, in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     fork = multiprocessing.get_context("fork")
     processes = [
-        fork.Process(target=_process, args=(folder, job, rank, {**master, **environment(rank)})) for rank in (0, 1)
+        fork.Process(target=_process, args=(folder, job, rank, {**master, **environment(rank)}))
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()
@@ -128,7 +146,9 @@ def _record_writes(logs: Path, record: Path) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         writes = event in ("os.mkdir", "os.rename", "os.link", "os.remove")
-        writes |= event == "open" and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        writes |= event == "open" and bool(
+            (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
         if writes and str(logs) in os.path.abspath(str(arguments[0])):
             with open(record, "a") as file:
                 file.write(f"{event} {arguments[0]}\n")
@@ -151,8 +171,12 @@ def workspace(tmp_path_factory):
         ddp, fsdp = ([*CPU, *CLIPPED, "--strategy", name] for name in ("ddp", "fsdp"))
         for arguments in (
             workspace.arguments("ddp", *ddp, "--max_steps=3", base=base),
-            workspace.arguments("few", *ddp, "--max_steps=1", "--accumulate_grad_batches=2", *counted, base=base),
-            workspace.arguments("fsdp", *fsdp, "--max_steps=2", *WATCHED, *weighed, "--export", "fp32", base=base),
+            workspace.arguments(
+                "few", *ddp, "--max_steps=1", "--accumulate_grad_batches=2", *counted, base=base
+            ),
+            workspace.arguments(
+                "fsdp", *fsdp, "--max_steps=2", *WATCHED, *weighed, "--export", "fp32", base=base
+            ),
         ):
             assert main.main(arguments) == 0
         assert main.main(["-r", str(workspace.run("fsdp")), "--max_steps", "3"]) == 0
@@ -192,16 +216,27 @@ def test_sharded_training_writes_the_checkpoints_of_ddp_and_resumes_from_them(wo
     for kind in ("step", "exp_avg", "exp_avg_sq"):
         scale = max(state[kind].abs().max() for state in theirs["state"].values())
         for number, state in theirs["state"].items():
-            assert (ours["state"][number][kind] - state[kind]).abs().max() <= 1e-4 * scale, (kind, number)
+            assert (ours["state"][number][kind] - state[kind]).abs().max() <= 1e-4 * scale, (
+                kind,
+                number,
+            )
 
 
 def test_every_process_has_a_part_of_the_weights(workspace):
-    (first, units), (second, _) = (json.loads((workspace.path / f"weights{rank}").read_text()) for rank in (0, 1))
-    unet = {k: v for k, v in checkpoint(workspace.run("fsdp"))["state_dict"].items() if k.startswith("model.")}
+    (first, units), (second, _) = (
+        json.loads((workspace.path / f"weights{rank}").read_text()) for rank in (0, 1)
+    )
+    unet = {
+        k: v
+        for k, v in checkpoint(workspace.run("fsdp"))["state_dict"].items()
+        if k.startswith("model.")
+    }
     total = sum(value.numel() for value in unet.values())
     assert first + second == total and 0.4 * total < first < 0.6 * total
     blocks = {tuple(key.split(".")[2:4]) for key in unet if "put_blocks" in key}
-    assert units == len(blocks) + 2, "a unit for each block, for the middle one, and for what is around them"
+    assert units == len(blocks) + 2, (
+        "a unit for each block, for the middle one, and for what is around them"
+    )
 
 
 def test_sharded_weights_are_read_and_exported_as_any_others(workspace):
@@ -211,7 +246,11 @@ def test_sharded_weights_are_read_and_exported_as_any_others(workspace):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     (exported,) = (run / "checkpoints").glob("*-fp32.safetensors")
     weights = read_checkpoint(exported)
-    assert all(torch.equal(weights[key], value) for key, value in state.items() if key.startswith("model.diffusion"))
+    assert all(
+        torch.equal(weights[key], value)
+        for key, value in state.items()
+        if key.startswith("model.diffusion")
+    )
 
 
 def test_pictures_and_fixed_losses_come_of_sharded_weights(workspace):
@@ -219,7 +258,11 @@ def test_pictures_and_fixed_losses_come_of_sharded_weights(workspace):
     names = {path.name.partition("_gs-")[0] for path in run.glob("images/*/*_gs-000002*.png")}
     assert names == {"inputs", "reconstruction", "samples", "panel"}
     assert list(run.glob("images/panel/panel_gs-000000.png"))
-    fixed = [float(row["val/loss_subject_fixed"]) for row in csv_rows(run) if row.get("val/loss_subject_fixed")]
+    fixed = [
+        float(row["val/loss_subject_fixed"])
+        for row in csv_rows(run)
+        if row.get("val/loss_subject_fixed")
+    ]
     assert len(fixed) >= 2 and all(0 < value < 10 for value in fixed)
 
 
@@ -227,11 +270,24 @@ def test_slurm_processes_agree_and_lightning_knows_them(tmp_path):
     def job(rank: int) -> None:
         stamp = run.time_stamp(lambda stamp: True)
         second = cluster.agreed(lambda: f"of rank {rank}")
-        settings = {"accelerator": "cpu", "devices": 1, "num_nodes": 2, "strategy": "ddp", "logger": False}
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "num_nodes": 2,
+            "strategy": "ddp",
+            "logger": False,
+        }
         plain = {"lightning": {"trainer": settings}, "model": {"params": {}}}
         trainer = build_trainer(RunConfig(plain), run.Run(tmp_path / "run", stamp))
         environment = type(trainer._accelerator_connector.cluster_environment).__name__
-        facts = [stamp, second, environment, trainer.world_size, trainer.global_rank, cluster.is_first()]
+        facts = [
+            stamp,
+            second,
+            environment,
+            trainer.world_size,
+            trainer.global_rank,
+            cluster.is_first(),
+        ]
         (tmp_path / f"facts{rank}").write_text(json.dumps(facts))
 
     together(tmp_path, job, of_slurm)
@@ -248,21 +304,30 @@ def test_a_process_alone_asks_nobody(monkeypatch):
     assert cluster.agreed(lambda: "own") == "own"
 
 
-@pytest.mark.parametrize("name", ["deepspeed", "deepspeed_stage_2", "deepspeed_stage_3_offload", "fsdp_cpu_offload"])
+@pytest.mark.parametrize(
+    "name", ["deepspeed", "deepspeed_stage_2", "deepspeed_stage_3_offload", "fsdp_cpu_offload"]
+)
 def test_strategies_with_other_checkpoints_are_refused(name):
     with pytest.raises(UserError, match=rf"strategy: {name}: .*use fsdp"):
         sharding.make_strategy(name)
 
 
 def test_several_devices_train_with_ddp_by_default(tmp_path):
-    plain = {"lightning": {"trainer": {"accelerator": "cpu", "devices": 2, "logger": False}}, "model": {}}
+    plain = {
+        "lightning": {"trainer": {"accelerator": "cpu", "devices": 2, "logger": False}},
+        "model": {},
+    }
     assert (
-        type(build_trainer(RunConfig(plain), run.Run(tmp_path / "run", "stamp")).strategy) is pl.strategies.DDPStrategy
+        type(build_trainer(RunConfig(plain), run.Run(tmp_path / "run", "stamp")).strategy)
+        is pl.strategies.DDPStrategy
     )
 
 
 def test_strategies_have_options():
-    target = {"target": "ldm.training.sharding.FullySharded", "params": {"sharding_strategy": "SHARD_GRAD_OP"}}
+    target = {
+        "target": "ldm.training.sharding.FullySharded",
+        "params": {"sharding_strategy": "SHARD_GRAD_OP"},
+    }
     assert sharding.make_strategy(target).sharding_strategy.name == "SHARD_GRAD_OP"
     with pytest.raises(UserError, match="unknown sharding_strategy 'HALF'; accepted: FULL_SHARD"):
         sharding.make_strategy({**target, "params": {"sharding_strategy": "HALF"}})
@@ -270,7 +335,8 @@ def test_strategies_have_options():
 
 
 @pytest.mark.parametrize(
-    "params", [{"use_ema": True}, {"lora": {"rank": 2}}, {"text_encoder_stop": 1}, {"optimizer": "muon"}]
+    "params",
+    [{"use_ema": True}, {"lora": {"rank": 2}}, {"text_encoder_stop": 1}, {"optimizer": "muon"}],
 )
 def test_what_needs_whole_weights_is_not_sharded(params):
     text = {

@@ -1,7 +1,8 @@
-"""Whatever ends a run early, wherever: its status, its message, what is on disk, and that it goes on as if nothing was.
+"""Whatever ends a run early, wherever: its status, its message, what is on disk, and that it goes
+on as if nothing was.
 
-`WHOLE=1` tries every signal, an error and a full disk at every place, with one process and with two; its table goes
-to the file that the variable TABLE names. Without it some of them are tried.
+`WHOLE=1` tries every signal, an error and a full disk at every place, with one process and with
+two; its table goes to the file that the variable TABLE names. Without it some of them are tried.
 """
 
 from __future__ import annotations
@@ -21,11 +22,20 @@ from tests.support.stops import KINDS, PLACES, STOP
 
 WHOLE = bool(os.environ.get("WHOLE"))
 STEPS = 8
-STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 0, "SIGKILL": -9, "exception": 1, "disk full": 1}
+STATUS = {
+    "SIGINT": 130,
+    "SIGTERM": 143,
+    "SIGHUP": 129,
+    "SIGUSR1": 0,
+    "SIGKILL": -9,
+    "exception": 1,
+    "disk full": 1,
+}
 BEFORE = ("start", "class images", "latents")  # the first step
 DDP = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
-# The step of the last checkpoint. With one process a signal ends the run before the next step begins, or in the middle
-# of pictures; two have to agree, behind a step. What is killed, or has a full disk, has what was written before.
+# The step of the last checkpoint. With one process a signal ends the run before the next step
+# begins, or in the middle of pictures; two have to agree, behind a step. What is killed, or has a
+# full disk, has what was written before.
 SIGNALLED = {"training": 6, "checkpoint": 4, "sampling": 3, "export": 8}
 LEFT = {
     "exception": {"training": 5, "checkpoint": 4, "sampling": 3, "export": 8},
@@ -50,7 +60,9 @@ def base(workspace):
 
 
 def arguments(workspace, base, name, processes):
-    """A run with every stage in it: it lacks two class images, caches latents, draws panels, and exports."""
+    """A run with every stage in it: it lacks two class images, caches latents, draws panels, and
+    exports.
+    """
     folder = workspace.path / f"class-{name}"
     shutil.copytree(workspace.class_images, folder, dirs_exist_ok=True)
     pictures = "{target: main.ImageLogger, params: {batch_frequency: 3, increase_log_steps: false, log_images_kwargs: "
@@ -76,7 +88,12 @@ def start(workspace, given, name, processes, stop=""):
     for rank in range(processes):
         environment = {STOP: stop}
         if processes == 2:
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GROUP_RANK": "0"}
+            environment |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "WORLD_SIZE": "2",
+                "GROUP_RANK": "0",
+            }
             environment |= {"TORCHELASTIC_RUN_ID": name, "RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
             environment |= {"LOCAL_RANK": str(rank)}
         started.append(forked(given, log, environment))
@@ -97,7 +114,9 @@ def straight(workspace, base):
     def run(processes):
         if processes not in made:
             name = f"straight{processes}"
-            statuses, said = start(workspace, arguments(workspace, base, name, processes), name, processes)
+            statuses, said = start(
+                workspace, arguments(workspace, base, name, processes), name, processes
+            )
             assert set(statuses) == {0}, said
             made[processes] = workspace.run(name)
         return made[processes]
@@ -149,7 +168,11 @@ def check_message(what, place, left, said):
     if what == "SIGKILL":
         return
     if what == "SIGUSR1":
-        saved = {"training": "step 6 is saved in ", "checkpoint": "step 5 is saved in ", "sampling": "step 3 is saved"}
+        saved = {
+            "training": "step 6 is saved in ",
+            "checkpoint": "step 5 is saved in ",
+            "sampling": "step 3 is saved",
+        }
         assert saved.get(place, "SIGUSR1: no step is being trained") in said
         return
     if what.startswith("SIG"):
@@ -165,7 +188,9 @@ def check_message(what, place, left, said):
     if place == "export":
         assert "the training itself is done" in line and "scripts/convert.py --ckpt" in line
     elif left is not None:
-        assert f"step {left} is saved in " in line or (what == "disk full" and "no further step" in line)
+        assert f"step {left} is saved in " in line or (
+            what == "disk full" and "no further step" in line
+        )
         assert "python main.py -r " in line
 
 
@@ -187,10 +212,22 @@ def tabulate(what, place, processes, statuses, said, runs):
     """Write a row of the table that WHOLE=1 makes."""
     if not (table := os.environ.get("TABLE")):
         return
-    says = [line for line in said.splitlines() if line.startswith(("interrupted by", "error: ", "SIGUSR1", "step "))]
-    steps = [checkpoint(run)["global_step"] for run in runs if (run / "checkpoints/last.ckpt").exists()]
+    says = [
+        line
+        for line in said.splitlines()
+        if line.startswith(("interrupted by", "error: ", "SIGUSR1", "step "))
+    ]
+    steps = [
+        checkpoint(run)["global_step"] for run in runs if (run / "checkpoints/last.ckpt").exists()
+    ]
     message = says[-1][:110] if says else ("traceback" if "Traceback" in said else "")
-    row = [what, place, processes, statuses, f"step {steps[0]}" if steps else ("nothing" if not runs else "folder")]
+    row = [
+        what,
+        place,
+        processes,
+        statuses,
+        f"step {steps[0]}" if steps else ("nothing" if not runs else "folder"),
+    ]
     with Path(table).open("a") as file:
         file.write("| " + " | ".join(map(str, [*row, message])) + " |\n")
 

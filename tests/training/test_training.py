@@ -1,4 +1,6 @@
-"""DreamBooth end to end: the training command, its run folder, its checkpoints, and going on with a run."""
+"""DreamBooth end to end: the training command, its run folder, its checkpoints, and going on with a
+run.
+"""
 
 import signal
 import time
@@ -11,7 +13,16 @@ import main
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
 from tests.support import golden
-from tests.support.runs import SIZE, Workspace, checkpoint, config, csv_rows, metrics, pictures, same
+from tests.support.runs import (
+    SIZE,
+    Workspace,
+    checkpoint,
+    config,
+    csv_rows,
+    metrics,
+    pictures,
+    same,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +47,18 @@ def test_run_folder(finished):
         "epoch=000000-step=000000004.ckpt",
         "last.ckpt",
     ]
-    assert {path.name.split("-")[-1] for path in (finished / "configs").iterdir()} == {"project.yaml", "lightning.yaml"}
+    assert {path.name.split("-")[-1] for path in (finished / "configs").iterdir()} == {
+        "project.yaml",
+        "lightning.yaml",
+    }
     assert (finished / "images").is_dir() and list(finished.glob("tensorboard/events*"))
 
 
 def test_last_is_the_newest_checkpoint_at_no_cost_in_space(finished):
-    last, newest = finished / "checkpoints/last.ckpt", finished / "checkpoints/epoch=000000-step=000000004.ckpt"
+    last, newest = (
+        finished / "checkpoints/last.ckpt",
+        finished / "checkpoints/epoch=000000-step=000000004.ckpt",
+    )
     assert last.samefile(newest)
     assert checkpoint(finished)["global_step"] == 4
 
@@ -63,7 +80,9 @@ def test_logged_losses(finished):
     rows = metrics(finished)
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
     for row in rows:
-        subject, prior, total = (float(row[f"train/{key}"]) for key in ("loss", "loss_prior", "loss_total"))
+        subject, prior, total = (
+            float(row[f"train/{key}"]) for key in ("loss", "loss_prior", "loss_total")
+        )
         assert total == pytest.approx(subject + 1.0 * prior)
         assert float(row["train/loss_simple"]) == subject and float(row["train/loss_vlb"]) > 0
 
@@ -77,15 +96,21 @@ def test_what_trains_moves_and_what_does_not_stays(workspace, finished):
 
 def test_unet_only(workspace):
     run = workspace.train("unet-only", "model.params.cond_stage_trainable=false")
-    first, last = (checkpoint(run, name) for name in ("epoch=000000-step=000000002.ckpt", "last.ckpt"))
+    first, last = (
+        checkpoint(run, name) for name in ("epoch=000000-step=000000002.ckpt", "last.ckpt")
+    )
     moved = {
-        k.split(".")[0] for k in first["state_dict"] if not torch.equal(first["state_dict"][k], last["state_dict"][k])
+        k.split(".")[0]
+        for k in first["state_dict"]
+        if not torch.equal(first["state_dict"][k], last["state_dict"][k])
     }
     assert moved == {"model"}
 
 
 def test_reg_weight_scales_the_prior(workspace):
-    (row, *_) = metrics(workspace.train("reg-weight", "model.params.reg_weight=0.25", "--max_steps", "1"))
+    (row, *_) = metrics(
+        workspace.train("reg-weight", "model.params.reg_weight=0.25", "--max_steps", "1")
+    )
     assert float(row["train/loss_total"]) == pytest.approx(
         float(row["train/loss"]) + 0.25 * float(row["train/loss_prior"])
     )
@@ -135,7 +160,9 @@ def test_a_resumed_run_does_not_make_class_images(workspace, caplog):
 
 def test_resuming_a_finished_run_changes_nothing(workspace, finished):
     before = checkpoint(finished)["state_dict"]
-    (leftover := finished / "checkpoints" / ".last.ckpt.1.tmp").touch()  # of a save that a kill ended
+    (
+        leftover := finished / "checkpoints" / ".last.ckpt.1.tmp"
+    ).touch()  # of a save that a kill ended
     workspace.resume(finished)
     assert same(checkpoint(finished)["state_dict"], before)
     assert not leftover.exists()
@@ -155,14 +182,22 @@ def test_init_word(workspace, finished):
     source = str(finished / "checkpoints/last.ckpt")
     run = workspace.train("init-word", "--actual_resume", source, "--init_word", "dog", "--max_steps", "1",
                           "model.base_learning_rate=1e-12")  # fmt: skip
-    rows = checkpoint(run)["state_dict"]["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+    rows = checkpoint(run)["state_dict"][
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    ]
     sks, dog = 48136, 1929
     torch.testing.assert_close(rows[sks], rows[dog])
 
 
 def test_scale_lr(workspace):
     run = workspace.train(
-        "scaled", "--scale_lr", "--accumulate_grad_batches", "3", "data.params.batch_size=2", "--max_steps", "1"
+        "scaled",
+        "--scale_lr",
+        "--accumulate_grad_batches",
+        "3",
+        "data.params.batch_size=2",
+        "--max_steps",
+        "1",
     )
     (state,) = checkpoint(run)["optimizer_states"]
     assert state["param_groups"][0]["lr"] == pytest.approx(1e-3 * 3 * 1 * 2)
@@ -178,15 +213,23 @@ def test_image_logger_writes_grids(workspace):
     }
     logger = {"image_logger": {"target": "main.ImageLogger", "params": params}}
     more = OmegaConf.create({"lightning": {"callbacks": logger}})
-    OmegaConf.save(OmegaConf.merge(OmegaConf.load(base), more), base := workspace.path / "images.yaml")
+    OmegaConf.save(
+        OmegaConf.merge(OmegaConf.load(base), more), base := workspace.path / "images.yaml"
+    )
     run = workspace.train("images", base=base)
     names = sorted(path.name.split("_e-")[0] for path in (run / "images/train").iterdir())
-    assert names == [f"{name}_gs-{step:06}" for name in ("inputs", "reconstruction", "samples") for step in (2, 4)]
+    assert names == [
+        f"{name}_gs-{step:06}"
+        for name in ("inputs", "reconstruction", "samples")
+        for step in (2, 4)
+    ]
 
 
 def test_the_model_makes_the_class_images_that_lack(workspace):
     folder = pictures(workspace.path / "few", 1)
-    arguments = workspace.arguments("class-images", "data.params.num_class_images=3", "--max_steps", "1")
+    arguments = workspace.arguments(
+        "class-images", "data.params.num_class_images=3", "--max_steps", "1"
+    )
     arguments[arguments.index("--reg_data_root") + 1] = str(folder)
     assert main.main(arguments) == 0
     made = sorted(path.name for path in folder.iterdir())
@@ -213,20 +256,29 @@ def test_some_class_images_are_of_the_empty_prompt(workspace, caplog):
 def test_arguments_that_log_images_does_not_take(workspace, caplog):
     more = "lightning.callbacks.image_logger={target: main.ImageLogger, params: {log_images_kwargs: {ddim_step: 2}}}"
     assert main.main(workspace.arguments("mistyped-images", more)) == 1
-    assert "log_images_kwargs.ddim_step: unknown key" in caplog.text and "'ddim_steps'" in caplog.text
+    assert (
+        "log_images_kwargs.ddim_step: unknown key" in caplog.text and "'ddim_steps'" in caplog.text
+    )
 
 
 def test_what_has_no_effect_is_said_once_a_run(workspace, caplog):
     workspace.train("without-effect", "--max_steps", "1")
-    (line,) = [record.getMessage() for record in caplog.records if "without effect" in record.getMessage()]
+    (line,) = [
+        record.getMessage() for record in caplog.records if "without effect" in record.getMessage()
+    ]
     assert "model_lr" in line and "personalization_config" in line and "scale_factor" not in line
 
 
 def test_initial_weights_of_a_part_are_not_needed_again(workspace):
     (first_stage := workspace.path / "first_stage.ckpt").unlink(missing_ok=True)
-    torch.save({"state_dict": golden.latent_diffusion().first_stage_model.state_dict()}, first_stage)
+    torch.save(
+        {"state_dict": golden.latent_diffusion().first_stage_model.state_dict()}, first_stage
+    )
     run = workspace.train(
-        "parts-weights", "--max_steps", "1", f"model.params.first_stage_config.params.ckpt_path={first_stage}"
+        "parts-weights",
+        "--max_steps",
+        "1",
+        f"model.params.first_stage_config.params.ckpt_path={first_stage}",
     )
     first_stage.unlink()
     workspace.resume(run, "--max_steps", "2")
@@ -257,9 +309,18 @@ def test_validation_and_the_best_checkpoint(workspace, caplog):
 def test_the_summaries(workspace, caplog):
     run = workspace.train("summaries")
     text = caplog.text
-    for part in ("UNet 1.06 M + text encoder 1.60 M; frozen: autoencoder 0.66 M", "3 images", "4 images",
-                 '"photo of a sks dog" = tokens 1125 539 320 48136 1929', "precision 32", "to 4 steps",
-                 "loss = subject + 1 x prior", str(run), "scripts/stable_txt2img.py --ckpt"):  # fmt: skip
+    for part in (
+        "UNet 1.06 M + text encoder 1.60 M; frozen: autoencoder 0.66 M",
+        "3 images",
+        "4 images",
+        '"photo of a sks dog" = tokens 1125 539 320 48136 1929',
+        "precision 32",
+        "to 4 steps",
+        # fmt: skip
+        "loss = subject + 1 x prior",
+        str(run),
+        "scripts/stable_txt2img.py --ckpt",
+    ):
         assert part in text, part
 
 
@@ -277,7 +338,10 @@ def wait_for(condition, process, seconds=120):
 def test_sigusr1_writes_a_checkpoint_and_ctrl_c_stops_with_one(workspace):
     process = workspace.start(
         *workspace.arguments(
-            "signals", "--max_steps", "100000", "lightning.modelcheckpoint.params.every_n_train_steps=100000"
+            "signals",
+            "--max_steps",
+            "100000",
+            "lightning.modelcheckpoint.params.every_n_train_steps=100000",
         )
     )
     try:
@@ -293,7 +357,9 @@ def test_sigusr1_writes_a_checkpoint_and_ctrl_c_stops_with_one(workspace):
         process.kill()
     done = checkpoint(workspace.run("signals"))["global_step"]
     assert done > saved
-    workspace.resume(workspace.run("signals"), "--max_steps", str(done))  # what was written can be gone on with
+    workspace.resume(
+        workspace.run("signals"), "--max_steps", str(done)
+    )  # what was written can be gone on with
 
 
 def test_one_command_starts_two_processes(workspace):

@@ -24,7 +24,9 @@ class DDPMSampler(Sampler):
             raise UserError(f"{message}: or use DDIM with eta 1")
         return uniform_timesteps(steps, total)
 
-    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         t = self._batch_of(index, x)
         _, pred_x0 = self._predictions(x, index, denoise(x, t))
         mean, log_variance = self.schedule.q_posterior(pred_x0, x, t)

@@ -13,7 +13,9 @@ from ldm.models.diffusion.sampler import Sampler
 class DDIMSampler(Sampler):
     """Deterministic with eta 0; with eta 1 its noise is DDPM's."""
 
-    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         # What noise and clean latent the model sees in x, and both put together with less noise.
         output = denoise(x, self._batch_of(index, x))
         eps, pred_x0 = self._predictions(x, index, output)

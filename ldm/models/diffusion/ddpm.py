@@ -134,7 +134,9 @@ class LatentDiffusion(CompVisInterface):
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.scale_factor, self.image_size, self.monitor = scale_factor, image_size, monitor
 
-        schedule = NoiseSchedule.create(timesteps, beta_schedule, linear_start, linear_end, cosine_s, zero_terminal_snr)
+        schedule = NoiseSchedule.create(
+            timesteps, beta_schedule, linear_start, linear_end, cosine_s, zero_terminal_snr
+        )
         self.register_schedule(schedule)
 
         self.model = DiffusionWrapper(unet_config, conditioning_key)
@@ -202,7 +204,10 @@ class LatentDiffusion(CompVisInterface):
 
         # What is random depends on the examples' seeds alone, so that a resumed run repeats it.
         shape = posterior.mean.shape[1:]
-        parts = [self.objective.draw(part, shape, self.num_timesteps, self.device) for part in examples.parts]
+        parts = [
+            self.objective.draw(part, shape, self.num_timesteps, self.device)
+            for part in examples.parts
+        ]
         draws = Draws.joined(parts)
 
         # The posterior is sampled anew in every step, also where the latents are cached.

@@ -106,11 +106,15 @@ class CompVisInterface(pl.LightningModule):
         with nullcontext() if self.text_trains else torch.no_grad():
             return self.cond_stage_model(captions)
 
-    def apply_model(self, x_noisy: Latent, t: Steps | Float[Tensor, " b"], cond: Cond | None) -> Latent:
+    def apply_model(
+        self, x_noisy: Latent, t: Steps | Float[Tensor, " b"], cond: Cond | None
+    ) -> Latent:
         """Return the UNet's output for noisy latents at time steps, which may lie between two."""
         return self.model(x_noisy, t, **as_mapping(cond, self.model.conditioning_key))
 
-    def get_unconditional_conditioning(self, batch_size: int, null_label: str | None = None) -> Float[Tensor, "b n d"]:
+    def get_unconditional_conditioning(
+        self, batch_size: int, null_label: str | None = None
+    ) -> Float[Tensor, "b n d"]:
         """Return the empty caption's embedding, or that of `null_label`, once for each sample."""
         embedding = self.get_learned_conditioning([null_label or ""])
         return embedding.expand(batch_size, -1, -1)

@@ -82,7 +82,8 @@ class Objective:
         if zero_terminal_snr and self.parameterization != "v":
             raise ParameterError(
                 "zero_terminal_snr",
-                f"needs parameterization: v, got {self.parameterization}: of noise alone, its noise "
+                f"needs parameterization: v, got {self.parameterization}: of noise alone, "
+                "its noise "
                 "is known and says nothing about the image",
             )
 
@@ -93,7 +94,9 @@ class Objective:
 
     # Before the networks run
 
-    def draw(self, examples: Examples, latent_shape: Sequence[int], steps: int, device: torch.device) -> Draws:
+    def draw(
+        self, examples: Examples, latent_shape: Sequence[int], steps: int, device: torch.device
+    ) -> Draws:
         """Draw what is random in a step, as a function of the examples' seeds.
 
         Args:
@@ -170,9 +173,15 @@ class Objective:
         subject, *prior = losses
         return subject + self.reg_weight * prior[0] if prior else subject
 
-    def total(self, batch: Batch, losses: Mapping[str, Float[Tensor, " b"]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise, and what to log: the subject's means, the prior's, the total."""
-        means = {name: [part.mean() for part in batch.split(value)] for name, value in losses.items()}
+    def total(
+        self, batch: Batch, losses: Mapping[str, Float[Tensor, " b"]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss to minimise, and what to log: the subject's means, the prior's, the
+        total.
+        """
+        means = {
+            name: [part.mean() for part in batch.split(value)] for name, value in losses.items()
+        }
         loss = self.combine(means["loss"])
         logged = {name: parts[0] for name, parts in means.items()}
         if batch.prior is not None:

@@ -15,11 +15,19 @@ from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 class Parameterization(Protocol):
     """The regression target, and the way back from an output to noise and clean latent."""
 
-    def target(self, schedule: NoiseSchedule, x_start: Latent, t: Steps, noise: Latent) -> Latent: ...
-    def to_noise(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent: ...
-    def to_start(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent: ...
+    def target(
+        self, schedule: NoiseSchedule, x_start: Latent, t: Steps, noise: Latent
+    ) -> Latent: ...
+    def to_noise(
+        self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent
+    ) -> Latent: ...
+    def to_start(
+        self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent
+    ) -> Latent: ...
     def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]: ...
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]: ...
+    def min_snr_weight(
+        self, schedule: NoiseSchedule, t: Steps, gamma: float
+    ) -> Float[Tensor, " b"]: ...
 
 
 def signal_to_noise(schedule: NoiseSchedule, t: Steps) -> Float[Tensor, " b"]:
@@ -50,7 +58,9 @@ class Eps:
         weights[0] = weights[1]
         return weights.float()
 
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]:
+    def min_snr_weight(
+        self, schedule: NoiseSchedule, t: Steps, gamma: float
+    ) -> Float[Tensor, " b"]:
         """Return min(SNR, gamma) / SNR (Hang et al., 2303.09556, eq. 9)."""
         # A squared error of the noise is one of the clean latent times SNR.
         snr = signal_to_noise(schedule, t)
@@ -79,7 +89,9 @@ class X0:
         weights[0] = weights[1]
         return weights.float()
 
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]:
+    def min_snr_weight(
+        self, schedule: NoiseSchedule, t: Steps, gamma: float
+    ) -> Float[Tensor, " b"]:
         """Return min(SNR, gamma) (Hang et al., 2303.09556)."""
         return signal_to_noise(schedule, t).clamp(max=gamma)
 
@@ -100,7 +112,9 @@ class V:
         """Return ones: the bound is not used with v, only logged."""
         return torch.ones_like(schedule.betas)
 
-    def min_snr_weight(self, schedule: NoiseSchedule, t: Steps, gamma: float) -> Float[Tensor, " b"]:
+    def min_snr_weight(
+        self, schedule: NoiseSchedule, t: Steps, gamma: float
+    ) -> Float[Tensor, " b"]:
         """Return min(SNR, gamma) / (SNR + 1)."""
         # A squared error of the velocity is one of the clean latent times SNR + 1.
         snr = signal_to_noise(schedule, t)

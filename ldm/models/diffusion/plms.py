@@ -27,7 +27,9 @@ class PLMSSampler(Sampler):
         # The noise of earlier steps, latest first.
         self._history: list[Tensor] = []
 
-    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         eps, pred_x0 = self._predictions(x, index, denoise(x, self._batch_of(index, x)))
         if self.ddim_alphas[index] == 0:
             # Noise alone: no clean latent follows from a noise, so the model's own is stepped to.

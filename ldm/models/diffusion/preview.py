@@ -11,7 +11,9 @@ from ldm.modules.losses.batch import Batch
 from ldm.rng import SampleRandom
 
 
-def preview(model: CompVisInterface, batch: Batch, posterior: DiagonalGaussianDistribution) -> dict[str, Images]:
+def preview(
+    model: CompVisInterface, batch: Batch, posterior: DiagonalGaussianDistribution
+) -> dict[str, Images]:
     """Return a batch's images, where it has them, and their reconstructions."""
     # The mode, so that a reconstruction shows what the autoencoder loses and no noise.
     z = model.get_first_stage_encoding(posterior.mode())

@@ -78,7 +78,9 @@ class Sampler(ABC):
         return uniform_timesteps(steps, len(self.schedule))
 
     @abstractmethod
-    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def step(
+        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return x at the time step before the `index`-th visited one, and the predicted x_0.
 
         Args:
@@ -140,7 +142,8 @@ class Sampler(ABC):
 
         Args:
             shape: (channels, height, width) of a latent.
-            conditioning, unconditional_conditioning: of `batch_size` samples; the second for guidance.
+            conditioning, unconditional_conditioning: of `batch_size` samples; the second for
+            guidance.
             callback: gets the number of the step; `img_callback` also the predicted clean latent.
             eta: 0 deterministic, 1 as random as DDPM (DDIM, eq. 16).
             mask: where it is 1 (or between), the result follows `x0`; broadcasts to a latent.
@@ -275,7 +278,9 @@ class Sampler(ABC):
         random = random or SampleRandom(device=x_latent.device)
         return self._run(x_latent, t_start, denoise, random, verbose=verbose)[0]
 
-    def _ddim_update(self, index: int, eps: Tensor, pred_x0: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+    def _ddim_update(
+        self, index: int, eps: Tensor, pred_x0: Tensor, noise: Callable[[], Tensor]
+    ) -> Tensor:
         """Return x at the time step before, from its predicted noise and x_0 (DDIM, eq. 12)."""
         a_prev, sigma = self.ddim_alphas_prev[index], self.ddim_sigmas[index]
         # Of the noise's variance 1 - a_prev, sigma squared is drawn anew. From noise alone with eta

@@ -62,8 +62,11 @@ def check_strategy(strategy: Strategy) -> None:
 # What is trained
 
 
-def parts_to_train(unet: nn.Module, text_encoder: nn.Module | None, text_lr: float | None) -> Sequence[Part]:
-    """Return what an optimizer gets: a parameter group, or two if the text encoder has its own rate.
+def parts_to_train(
+    unet: nn.Module, text_encoder: nn.Module | None, text_lr: float | None
+) -> Sequence[Part]:
+    """Return what an optimizer gets: a parameter group, or two if the text encoder has its own
+    rate.
 
     Args:
         text_encoder: None if it is not trained.
@@ -83,7 +86,9 @@ def group_names(parts: Sequence[Part]) -> list[str | None]:
     return [part.get("name") if isinstance(part, Mapping) else None for part in parts]
 
 
-def names_to_freeze(model: nn.Module, patterns: Sequence[str], adapted: Mapping[str, Sequence[str]] | None) -> set[str]:
+def names_to_freeze(
+    model: nn.Module, patterns: Sequence[str], adapted: Mapping[str, Sequence[str]] | None
+) -> set[str]:
     """Return the names of the parameters that `freeze` takes out of a model's training.
 
     Args:
@@ -100,7 +105,9 @@ def names_to_freeze(model: nn.Module, patterns: Sequence[str], adapted: Mapping[
     return fitting(patterns, trained, names.keys() - trained)
 
 
-def fitting(patterns: Sequence[str], trained: Collection[str], others: Collection[str] = ()) -> set[str]:
+def fitting(
+    patterns: Sequence[str], trained: Collection[str], others: Collection[str] = ()
+) -> set[str]:
     """Return which of the trained parameters' names fit one of the patterns of `freeze`.
 
     Args:
@@ -192,7 +199,8 @@ def check_same_parameters(
         raise UserError(
             f"the checkpoint to go on from trains {found} tensors in {_listed(names)}, this config "
             f"{count} in {_listed(set(groups))}: cond_stage_trainable, lora, freeze and "
-            "text_encoder_lr of model.params have to stay as they were; or start a new run from its "
+            "text_encoder_lr of model.params have to stay as they were; or start a new run "
+            "from its "
             "weights with --actual_resume"
         )
 

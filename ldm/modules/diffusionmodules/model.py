@@ -53,7 +53,13 @@ class Downsample(nn.Module):
 class ResnetBlock(nn.Module):
     """Two convolutions with a skip."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, use_checkpoint: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        use_checkpoint: bool = False,
+    ):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.norm1 = normalize(in_channels)
@@ -61,7 +67,11 @@ class ResnetBlock(nn.Module):
         self.norm2 = normalize(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv3(out_channels, out_channels)
-        self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
+        )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h w"]:
         if self.use_checkpoint and torch.is_grad_enabled():
@@ -87,8 +97,12 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         h = self.norm(x)
-        q, k, v = (rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
-        return x + self.proj_out(rearrange(attention(q, k, v), "b (h w) c -> b c h w", h=x.shape[-2]))
+        q, k, v = (
+            rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v)
+        )
+        return x + self.proj_out(
+            rearrange(attention(q, k, v), "b (h w) c -> b c h w", h=x.shape[-2])
+        )
 
 
 class Level(nn.Module):
@@ -130,7 +144,8 @@ def _check_widths(ch: int, ch_mult: Sequence[int]) -> list[int]:
     if not widths or any(width < 1 or width % 32 for width in [ch, *widths]):
         raise ParameterError(
             "ch_mult",
-            f"ch {ch} and ch_mult {list(ch_mult)} give widths {widths}; all must be multiples of the 32 norm groups",
+            f"ch {ch} and ch_mult {list(ch_mult)} give widths {widths}; all must be multiples of "
+            "the 32 norm groups",
         )
     return widths
 

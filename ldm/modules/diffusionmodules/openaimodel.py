@@ -62,9 +62,13 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
 
-    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b o h w"]:
+    def forward(
+        self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b o h w"]:
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
@@ -133,9 +137,13 @@ class UNetModel(nn.Module):
     ):
         super().__init__()
         if not use_spatial_transformer:
-            raise ParameterError("use_spatial_transformer", "must be true: the text is read by cross-attention")
+            raise ParameterError(
+                "use_spatial_transformer", "must be true: the text is read by cross-attention"
+            )
         if use_checkpoint not in (True, False, "attention"):
-            raise ParameterError("use_checkpoint", f"expected true, false or attention, got {use_checkpoint!r}")
+            raise ParameterError(
+                "use_checkpoint", f"expected true, false or attention, got {use_checkpoint!r}"
+            )
         levels = _plan(model_channels, channel_mult, num_res_blocks, attention_resolutions)
         _check_widths([level.width for level in levels], num_heads, num_head_channels)
         make = BlockFactory(
@@ -155,7 +163,9 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.context_dim = context_dim
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, make.emb_channels), nn.SiLU(), nn.Linear(make.emb_channels, make.emb_channels)
+            nn.Linear(model_channels, make.emb_channels),
+            nn.SiLU(),
+            nn.Linear(make.emb_channels, make.emb_channels),
         )
         conv_in = TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))
         down, skips = _way_down(make, levels, model_channels)
@@ -167,7 +177,9 @@ class UNetModel(nn.Module):
         self.output_blocks = nn.ModuleList(_way_up(make, levels, skips))
         width = levels[0].width
         self.out = nn.Sequential(
-            nn.GroupNorm(32, width), nn.SiLU(), zero_module(nn.Conv2d(width, out_channels, 3, padding=1))
+            nn.GroupNorm(32, width),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
         )
 
     def forward(
@@ -179,7 +191,9 @@ class UNetModel(nn.Module):
         """Return the output for noisy latents at time steps, reading the embedding `context`."""
         if context is None and self.context_dim is not None:
             # Attention would take the pixels for the text.
-            raise ValueError(f"the UNet reads a text embedding of width {self.context_dim}, and got none")
+            raise ValueError(
+                f"the UNet reads a text embedding of width {self.context_dim}, and got none"
+            )
         # Not for sampling, which has other batch sizes at every turn.
         if self._compiled is not None and torch.is_grad_enabled():
             return self._compiled(x, timesteps, context)
@@ -192,7 +206,9 @@ class UNetModel(nn.Module):
 
     def _compile(self, options: bool | Mapping[str, Any]) -> Any:
         try:
-            return torch.compile(self._forward, **({} if isinstance(options, bool) else dict(options)))
+            return torch.compile(
+                self._forward, **({} if isinstance(options, bool) else dict(options))
+            )
         except (TypeError, RuntimeError) as error:
             raise ParameterError("compile", " ".join(str(error).split())) from error
 
@@ -243,10 +259,14 @@ class BlockFactory:
     checkpoint_attention: bool
 
     def res_block(self, channels: int, out_channels: int) -> ResBlock:
-        return ResBlock(channels, self.emb_channels, out_channels, self.dropout, self.checkpoint_residuals)
+        return ResBlock(
+            channels, self.emb_channels, out_channels, self.dropout, self.checkpoint_residuals
+        )
 
     def transformer(self, channels: int) -> SpatialTransformer:
-        heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
+        heads = (
+            self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
+        )
         return SpatialTransformer(
             channels,
             heads,
@@ -265,16 +285,24 @@ def _plan(
     num_res_blocks: int | Sequence[int],
     attention_resolutions: Sequence[int],
 ) -> list[Level]:
-    blocks = [num_res_blocks] * len(channel_mult) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+    blocks = (
+        [num_res_blocks] * len(channel_mult)
+        if isinstance(num_res_blocks, int)
+        else list(num_res_blocks)
+    )
     if len(blocks) != len(channel_mult):
-        raise ParameterError("num_res_blocks", f"has {len(blocks)} entries for {len(channel_mult)} in channel_mult")
+        raise ParameterError(
+            "num_res_blocks", f"has {len(blocks)} entries for {len(channel_mult)} in channel_mult"
+        )
     return [
         Level(mult * model_channels, number, 2**index in attention_resolutions)
         for index, (mult, number) in enumerate(zip(channel_mult, blocks))
     ]
 
 
-def _way_down(make: BlockFactory, levels: list[Level], channels: int) -> tuple[list[nn.Module], list[int]]:
+def _way_down(
+    make: BlockFactory, levels: list[Level], channels: int
+) -> tuple[list[nn.Module], list[int]]:
     """Make the input blocks; return also the width after each and after the first convolution."""
     modules: list[nn.Module] = []
     skips = [channels]
@@ -313,7 +341,10 @@ def _check_widths(widths: Sequence[int], num_heads: int, num_head_channels: int)
     for width in widths:
         if width % 32:
             raise ParameterError(
-                "model_channels", f"a width of {width} channels is not a multiple of the 32 norm groups"
+                "model_channels",
+                f"a width of {width} channels is not a multiple of the 32 norm groups",
             )
         if width % (num_heads if num_head_channels == -1 else num_head_channels):
-            raise ParameterError("num_heads", f"{width} channels cannot be split into attention heads evenly")
+            raise ParameterError(
+                "num_heads", f"{width} channels cannot be split into attention heads evenly"
+            )

@@ -51,7 +51,12 @@ class DiagonalGaussianDistribution:
         if other is None:
             terms = mean**2 + var - 1 - logvar
         else:
-            terms = ((mean - _wide(other.mean)) ** 2 + var) / _wide(other.var) - 1 - logvar + _wide(other.logvar)
+            terms = (
+                ((mean - _wide(other.mean)) ** 2 + var) / _wide(other.var)
+                - 1
+                - logvar
+                + _wide(other.logvar)
+            )
         return 0.5 * terms.flatten(1).sum(1)
 
     def nll(self, sample: Latent, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
@@ -59,7 +64,11 @@ class DiagonalGaussianDistribution:
         if self.deterministic:
             return torch.zeros_like(_wide(self.mean).sum(tuple(dims)))
         logvar = _wide(self.logvar)
-        terms = math.log(2 * math.pi) + logvar + (_wide(sample) - _wide(self.mean)) ** 2 / _wide(self.var)
+        terms = (
+            math.log(2 * math.pi)
+            + logvar
+            + (_wide(sample) - _wide(self.mean)) ** 2 / _wide(self.var)
+        )
         return 0.5 * terms.sum(tuple(dims))
 
 

@@ -150,13 +150,19 @@ class FrozenCLIPEmbedder(TextEncoder):
         self.max_length = max_length
         text_model = _build_text_model(version, text_config)
         if max_length > (limit := text_model.config.max_position_embeddings):
-            raise ParameterError("max_length", f"{max_length} exceeds max_position_embeddings {limit}")
+            raise ParameterError(
+                "max_length", f"{max_length} exceeds max_position_embeddings {limit}"
+            )
         if text_model.config.vocab_size <= END:
-            raise ParameterError("vocab_size", f"{text_model.config.vocab_size} is below CLIP's {END + 1}")
+            raise ParameterError(
+                "vocab_size", f"{text_model.config.vocab_size} is below CLIP's {END + 1}"
+            )
         if use_checkpoint:
             recompute_activations(text_model)
         # Checkpoints hold the ids as a buffer; transformers stopped saving it.
-        text_model.embeddings.register_buffer("position_ids", text_model.embeddings.position_ids, persistent=True)
+        text_model.embeddings.register_buffer(
+            "position_ids", text_model.embeddings.position_ids, persistent=True
+        )
         self.transformer = TextTransformer(text_model)
         self.ckpt_path = ckpt_path
 
@@ -176,7 +182,8 @@ LAYERS = {"last": 0, "penultimate": 1}  # blocks at the end that are left out
 
 
 class FrozenOpenCLIPEmbedder(TextEncoder):
-    """The text transformer of an open_clip model, for Stable Diffusion 2: ViT-H's penultimate layer.
+    """The text transformer of an open_clip model, for Stable Diffusion 2: ViT-H's penultimate
+    layer.
 
     Args:
         arch: a model that open_clip has a config of. No weights are downloaded: a checkpoint has
@@ -202,7 +209,10 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         self.max_length, self.blocks_left_out = max_length, LAYERS[layer]
         self.model = _build_open_clip_text(arch, text_config)
         blocks = range(len(self.model.transformer.resblocks))
-        left_out = [f"model.transformer.resblocks.{n}." for n in blocks[len(blocks) - self.blocks_left_out :]]
+        left_out = [
+            f"model.transformer.resblocks.{n}."
+            for n in blocks[len(blocks) - self.blocks_left_out :]
+        ]
         # Weights that are there for other programs, and that nothing here reads.
         self.optional_keys = ("model.text_projection", "model.logit_scale", *left_out)
         if max_length > (limit := self.model.context_length):
@@ -235,7 +245,9 @@ def recompute_activations(text_model: Any) -> None:
     # transformers is renaming this method.
     enable = getattr(text_model, "activation_checkpointing_enable", None)
     if enable is None:
-        text_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        text_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     else:
         enable()
 
@@ -248,7 +260,9 @@ def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> An
             return CLIPTextModel.from_pretrained(version)
         except OSError as error:
             kind = "folder" if Path(version).exists() else "hub model or local folder"
-            raise ParameterError("version", f"cannot load the {kind} '{version}': {error}") from error
+            raise ParameterError(
+                "version", f"cannot load the {kind} '{version}': {error}"
+            ) from error
     fields = dict(text_config or {})
     accepted = set(CLIPTextConfig().to_dict())
     for key in fields:
@@ -268,7 +282,9 @@ def _build_open_clip_text(arch: str, text_config: Mapping[str, Any] | None) -> A
     # Its image tower is not read: a small one stands in for it until it goes.
     vision = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64, "head_width": 32}
     try:
-        model = CLIP(config["embed_dim"], vision, fields, quick_gelu=config.get("quick_gelu", False))
+        model = CLIP(
+            config["embed_dim"], vision, fields, quick_gelu=config.get("quick_gelu", False)
+        )
     except TypeError as error:
         raise ParameterError("text_config", str(error)) from error
     del model.visual

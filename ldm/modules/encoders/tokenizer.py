@@ -40,7 +40,8 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def encode_with(text: str, added: Mapping[str, Sequence[int]]) -> list[int]:
-    """Return the ids of a text in which words that were added, in lower case, stand for the given ids.
+    """Return the ids of a text in which words that were added, in lower case, stand for the given
+    ids.
 
     A word is found wherever it stands for itself: "my-dog" in "my-dog's toy", not in "my-dogs".
     """
@@ -58,7 +59,9 @@ def encode_with(text: str, added: Mapping[str, Sequence[int]]) -> list[int]:
     return ids
 
 
-def lost_text(text: str, max_length: int = 77, added: Mapping[str, Sequence[int]] | None = None) -> str:
+def lost_text(
+    text: str, max_length: int = 77, added: Mapping[str, Sequence[int]] | None = None
+) -> str:
     """Return the end of a text that is cut off, as its tokens read; "" if all of the text fits."""
     lost = encode_with(text, added or {})[max_length - 2 :]
     return _bpe().decode([token for token in lost if token < START]).strip()
@@ -86,7 +89,10 @@ def warn_of_cut(
 
 
 def tokenize(
-    texts: Sequence[str], max_length: int = 77, pad: int = END, added: Mapping[str, Sequence[int]] | None = None
+    texts: Sequence[str],
+    max_length: int = 77,
+    pad: int = END,
+    added: Mapping[str, Sequence[int]] | None = None,
 ) -> Int[Tensor, "b n"]:
     """Return the ids of each text: start, pieces, end, padding (the end again for SD v1, 0 for v2).
 

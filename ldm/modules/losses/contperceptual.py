@@ -29,7 +29,8 @@ VGG16_CONVS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance of images in [-1, 1], of VGG16's features (Zhang et al., 1801.03924).
+    """Learned perceptual distance of images in [-1, 1], of VGG16's features (Zhang et al.,
+    1801.03924).
 
     The weights are buffers that are not saved: no optimizer changes them, and a checkpoint needs
     no copy.
@@ -48,20 +49,32 @@ class LPIPS(nn.Module):
         super().__init__()
         vgg = load_vgg16(vgg_path)
         linear = load_linear_weights()
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False
+        )
         for level, convs in enumerate(VGG16_CONVS):
-            self.register_buffer(f"linear{level}", linear[f"lin{level}.model.1.weight"], persistent=False)
+            self.register_buffer(
+                f"linear{level}", linear[f"lin{level}.model.1.weight"], persistent=False
+            )
             for conv in convs:
                 for name in ("weight", "bias"):
-                    self.register_buffer(f"{name}{conv}", vgg[f"features.{conv}.{name}"], persistent=False)
+                    self.register_buffer(
+                        f"{name}{conv}", vgg[f"features.{conv}.{name}"], persistent=False
+                    )
 
-    def forward(self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 1 1"]:
+    def forward(
+        self, x: Float[Tensor, "b 3 h w"], y: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b 1 1 1"]:
         """Return the distance of each pair."""
         distances = []
         for level, (fx, fy) in enumerate(zip(self._features(x), self._features(y))):
             difference = (_unit(fx) - _unit(fy)) ** 2
-            distances.append(F.conv2d(difference, self.get_buffer(f"linear{level}")).mean((2, 3), keepdim=True))
+            distances.append(
+                F.conv2d(difference, self.get_buffer(f"linear{level}")).mean((2, 3), keepdim=True)
+            )
         return torch.stack(distances).sum(0)
 
     def _features(self, x: Tensor) -> Iterator[Tensor]:
@@ -87,13 +100,17 @@ def load_vgg16(path: str | None = None) -> dict[str, Tensor]:
     file = Path(path).expanduser() if path else Path(torch.hub.get_dir(), "checkpoints", VGG16_FILE)
     if not file.is_file():
         raise UserError(
-            f"{file}: no such file; the perceptual loss needs torchvision's VGG16 weights ({VGG16_FILE}): "
-            "name them with lossconfig.params.lpips_path, or do without by lossconfig.params.perceptual_weight: 0"
+            f"{file}: no such file; the perceptual loss needs torchvision's VGG16 weights "
+            f"({VGG16_FILE}): "
+            "name them with lossconfig.params.lpips_path, or do without by "
+            "lossconfig.params.perceptual_weight: 0"
         )
     weights = torch.load(file, map_location="cpu", weights_only=True)
     last = f"features.{VGG16_CONVS[-1][-1]}.weight"
     if last not in weights:
-        raise UserError(f"{file}: no VGG16 weights of torchvision ({VGG16_FILE}): it has no '{last}'")
+        raise UserError(
+            f"{file}: no VGG16 weights of torchvision ({VGG16_FILE}): it has no '{last}'"
+        )
     return weights
 
 
@@ -118,7 +135,10 @@ def vanilla_loss(real: Tensor, fake: Tensor) -> Scalar:
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-DISC_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"hinge": hinge_loss, "vanilla": vanilla_loss}
+DISC_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hinge": hinge_loss,
+    "vanilla": vanilla_loss,
+}
 PIXEL_LOSSES: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
@@ -166,18 +186,28 @@ class LPIPSWithDiscriminator(nn.Module):
         self.disc_loss = _choice("disc_loss", disc_loss, DISC_LOSSES)
         self.pixel_loss = _choice("pixel_loss", pixel_loss, PIXEL_LOSSES)
         self.disc_start, self.disc_factor, self.disc_weight = disc_start, disc_factor, disc_weight
-        self.kl_weight, self.pixel_weight, self.perceptual_weight = kl_weight, pixelloss_weight, perceptual_weight
+        self.kl_weight, self.pixel_weight, self.perceptual_weight = (
+            kl_weight,
+            pixelloss_weight,
+            perceptual_weight,
+        )
         # A constant: CompVis declares it a parameter, but no optimizer of theirs holds it.
         self.register_buffer("logvar", torch.tensor(float(logvar_init)))
         self.perceptual_loss = LPIPS(lpips_path) if perceptual_weight > 0 else None
-        self.discriminator = make_discriminator(disc_in_channels, disc_ch, disc_num_layers, use_actnorm)
+        self.discriminator = make_discriminator(
+            disc_in_channels, disc_ch, disc_num_layers, use_actnorm
+        )
 
     def discriminates(self, step: int) -> bool:
         """Return whether the discriminator takes part in this optimizer step."""
         return self.disc_factor > 0 and step >= self.disc_start
 
     def reconstruction_loss(
-        self, inputs: Images, reconstructions: Images, posterior: DiagonalGaussianDistribution, split: str
+        self,
+        inputs: Images,
+        reconstructions: Images,
+        posterior: DiagonalGaussianDistribution,
+        split: str,
     ) -> tuple[Scalar, Scalar, dict[str, Tensor]]:
         """Return negative log-likelihood and KL of each sample, their means, and what to log."""
         inputs, reconstructions = inputs.float(), reconstructions.float()
@@ -226,11 +256,15 @@ def make_discriminator(in_channels: int, ch: int, layers: int, use_actnorm: bool
 
 def adaptive_weight(nll: Scalar, g_loss: Scalar, last_layer: Tensor) -> Scalar:
     """Return the ratio of two losses' gradient norms at `last_layer` (Esser et al., eq. 7)."""
-    nll_grad, g_grad = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss))
+    nll_grad, g_grad = (
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss)
+    )
     return (nll_grad.float().norm() / (g_grad.float().norm() + 1e-4)).clamp(0.0, 1e4).detach()
 
 
-def _choice(key: str, name: str, choices: dict[str, Callable[..., Tensor]]) -> Callable[..., Tensor]:
+def _choice(
+    key: str, name: str, choices: dict[str, Callable[..., Tensor]]
+) -> Callable[..., Tensor]:
     if name not in choices:
         hint = nearest(name, list(choices))
         raise ParameterError(key, f"unknown '{name}'{hint}; accepted: {', '.join(choices)}")
