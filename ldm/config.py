@@ -82,7 +82,8 @@ def load_config(
         if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"'{override}': an override has the form key.path=value")
     try:
-        return OmegaConf.merge(*configs, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+        given = OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.merge(*configs, given)  # type: ignore[return-value]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"cannot merge the configs: {' '.join(str(error).split())}") from error
 

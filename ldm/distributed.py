@@ -102,7 +102,9 @@ def first_alone(act: Callable[[], object]) -> None:
 
 
 def is_child() -> bool:
-    """Return whether Lightning has started this process beside the one that the user has started."""
+    """Return whether Lightning has started this process beside the one that the user has
+    started.
+    """
     others = {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"} & set(os.environ)
     return not others and int(os.environ.get("LOCAL_RANK") or 0) > 0
 

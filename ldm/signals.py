@@ -121,7 +121,9 @@ def act_on_held() -> None:
 
 
 def be_patient(patient: bool = True) -> None:
-    """Only note the first stop signal, and SIGUSR1, for who asks `stop_requested` after each step."""
+    """Only note the first stop signal, and SIGUSR1, for who asks `stop_requested` after each
+    step.
+    """
     _state.patient = patient
 
 
@@ -215,7 +217,9 @@ def _say_nothing_to_save() -> None:
 
 @contextlib.contextmanager
 def _watching() -> Iterator[None]:
-    """Have a thread see the stop signals, too, which ends the process where the main thread cannot."""
+    """Have a thread see the stop signals, too, which ends the process where the main thread
+    cannot.
+    """
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)

@@ -1,4 +1,6 @@
-"""`instantiate_from_config`: a `target` and its `params` become an object, or an error that helps."""
+"""`instantiate_from_config`: a `target` and its `params` become an object, or an error that
+helps.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +218,9 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _check_type(value: Any, annotation: Any, where: str) -> None:
-    """Raise a `UserError` if a value is not of the plain type that an annotation asks for, if any."""
+    """Raise a `UserError` if a value is not of the plain type that an annotation asks for, if
+    any.
+    """
     names = [name.strip() for name in str(getattr(annotation, "__name__", annotation)).split("|")]
     if not all(name in _PLAIN_TYPES or name == "None" for name in names):
         return

@@ -182,7 +182,9 @@ def numbered_batches(
 
 
 def weights_names(checkpoint: Path) -> dict[str, str]:
-    """Return the name and, of a single file, the digest by which other programs know a checkpoint."""
+    """Return the name and, of a single file, the digest by which other programs know a
+    checkpoint.
+    """
     is_one_file = checkpoint.is_file() and checkpoint.suffix != ".json"
     digest = {"model_sha256": sha256(checkpoint)} if is_one_file else {}
     return {"model": checkpoint.stem if is_one_file else checkpoint.name, **digest}

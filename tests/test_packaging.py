@@ -1,4 +1,6 @@
-"""What an installed package needs: its requirements, and the files that a checkout has beside it."""
+"""What an installed package needs: its requirements, and the files that a checkout has beside
+it.
+"""
 
 import os
 import shutil

@@ -34,7 +34,9 @@ class CsvLog(CSVLogger):
         return self._experiment
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(  # type: ignore[override]
+        self, metrics: Mapping[str, float], step: int | None = None
+    ) -> None:
         if (step, metrics) != self._ahead:
             super().log_metrics(dict(metrics), step)
 

@@ -223,7 +223,9 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 
 
 def _skipped(trainer: pl.Trainer, module: nn.Module) -> bool:
-    """Return whether the gradient scaler of float16 found an overflow and left the weights alone."""
+    """Return whether the gradient scaler of float16 found an overflow and left the weights
+    alone.
+    """
     if getattr(trainer.precision_plugin, "scaler", None) is None:
         return False
     gradients = [p.grad for p in module.parameters() if p.grad is not None]

@@ -130,7 +130,9 @@ def walk(root: str | Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def is_searched(root: str | Path, folder: str | Path) -> bool:
-    """Tell whether the search for images under `root` comes to `folder`, which may not exist yet."""
+    """Tell whether the search for images under `root` comes to `folder`, which may not exist
+    yet.
+    """
     place = Path(folder).expanduser().absolute()
     while not place.exists():
         if _is_left_out(place.name):

@@ -240,7 +240,9 @@ def _latent_file(folder: Path, made_by: str, pixels: np.ndarray) -> Path:
 
 
 def _moments_in(file: Path) -> Tensor | None:
-    """What a cache's file holds; None if it is not there or cannot be read, and is to be made anew."""
+    """What a cache's file holds; None if it is not there or cannot be read, and is to be made
+    anew.
+    """
     try:
         return load_file(file)["moments"]
     except FileNotFoundError:

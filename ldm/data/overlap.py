@@ -1,4 +1,6 @@
-"""Find what the subject's images and the class images have in common: it would be taught as both."""
+"""Find what the subject's images and the class images have in common: it would be taught as
+both.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,9 @@ def captions_from_templates(
 
 
 def class_word_of(caption: str, templates: str | Sequence[str] | None = None) -> str | None:
-    """Return the class word of a caption that one of the prior's templates made; None for others."""
+    """Return the class word of a caption that one of the prior's templates made; None for
+    others.
+    """
     for template in captions_from_templates(CLASS_MARK, "", templates, reg=True):
         pattern = re.escape(template).replace(CLASS_MARK, "(.+)", 1).replace(CLASS_MARK, ".+")
         found = re.fullmatch(pattern, caption.strip(), re.IGNORECASE)

@@ -87,5 +87,9 @@ def add_adapters(module: nn.Module, layers: Sequence[str], options: LoraOptions)
     from peft import LoraConfig, inject_adapter_in_model
 
     # peft's annotation says int; it divides by it.
-    config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(layers))  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        target_modules=list(layers),
+    )
     inject_adapter_in_model(config, module)

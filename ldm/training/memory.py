@@ -53,7 +53,8 @@ class Estimate:
             "optimizer": self.optimizer,
             "gradients and activations": self.shared,
         }
-        return f"about {self.total / GB:.2f} GB ({' + '.join(f'{name} {n / GB:.2f}' for name, n in parts.items())})"
+        summands = " + ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
+        return f"about {self.total / GB:.2f} GB ({summands})"
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,8 @@ def outlook(trainer: Any, model: Any, found: Estimate) -> str:
     held = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
     if available is None or found.total < available + held:
         return str(found)
-    return f"{found}, but {(available + held) / GB:.1f} GB are there: it will not fit. {advice(trainer, model)}"
+    there = f"{(available + held) / GB:.1f} GB are there"
+    return f"{found}, but {there}: it will not fit. {advice(trainer, model)}"
 
 
 def advice(trainer: Any, model: Any) -> str:

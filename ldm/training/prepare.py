@@ -1,4 +1,6 @@
-"""What a training needs beside its data: class images that the model draws, and images as latents."""
+"""What a training needs beside its data: class images that the model draws, and images as
+latents.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +113,9 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: b
 
 
 def encoder_of(model: Any, device: torch.device) -> Encoder:
-    """Return what encodes images by a model's first stage, which is on `device`, in full precision."""
+    """Return what encodes images by a model's first stage, which is on `device`, in full
+    precision.
+    """
 
     def encode(images: Tensor) -> Tensor:
         return model.encode_first_stage(images.to(device)).parameters

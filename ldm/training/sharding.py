@@ -115,7 +115,10 @@ class FullySharded(FSDPStrategy):
                 f"{WHERE}: unknown sharding_strategy '{sharding_strategy}'; accepted: {accepted}"
             )
         # Lightning's own mixed precision would round the noise schedule, which are buffers.
-        super().__init__(sharding_strategy=sharding_strategy, mixed_precision=MixedPrecision())  # type: ignore[arg-type]
+        super().__init__(
+            sharding_strategy=sharding_strategy,  # type: ignore[arg-type]
+            mixed_precision=MixedPrecision(),
+        )
 
     @property
     def precision_plugin(self) -> FSDPPrecision:

@@ -140,7 +140,8 @@ def end(
     """Say what has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done = f"{trainer.global_step} steps"
     if timing.seconds_per_step:
-        done += f", {timing.seconds_per_step:.3g} s a step, {timing.peak_bytes / 1e9:.2f} GB peak memory"
+        done += f", {timing.seconds_per_step:.3g} s a step"
+        done += f", {timing.peak_bytes / 1e9:.2f} GB peak memory"
     rows = {"trained": done}
     if keeper is None or not keeper.last_path.exists():
         return _rows("Done, without a checkpoint, as configured", rows)
@@ -168,7 +169,8 @@ def left(keeper: CheckpointKeeper | None, run: Run) -> str:
     """Say which step an early end has left, and how to go on from it."""
     if keeper is None or keeper.last_step is None:
         return nothing_saved(run)
-    return f"step {keeper.last_step} is saved in {relative(keeper.last_path)}; go on with: {resume_command(run)}"
+    saved = f"step {keeper.last_step} is saved in {relative(keeper.last_path)}"
+    return f"{saved}; go on with: {resume_command(run)}"
 
 
 def trained_already(keeper: CheckpointKeeper | None, config: RunConfig) -> str:

@@ -320,7 +320,8 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
         report += f"; {identifier} starts as {start.init_word}"
     if start.embeddings:
         words = manager.start_from(read_embeddings(start.embeddings), identifier)
-        report += f"; {', '.join(words)} {'starts' if len(words) == 1 else 'start'} from {start.embeddings}"
+        verb = "starts" if len(words) == 1 else "start"
+        report += f"; {', '.join(words)} {verb} from {start.embeddings}"
     if getattr(model, "lora", None):
         log.warning(
             "%s will not hold the changed embeddings; the merged model does (scripts/convert.py)",

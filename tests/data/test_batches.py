@@ -1,4 +1,6 @@
-"""Datasets and batches: the reference's lengths, errors that name what is wrong, and exact order."""
+"""Datasets and batches: the reference's lengths, errors that name what is wrong, and exact
+order.
+"""
 
 from __future__ import annotations
 

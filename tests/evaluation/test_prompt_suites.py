@@ -1,4 +1,6 @@
-"""Suites of prompts: they parse, and the miniature's say nothing that its world has no words for."""
+"""Suites of prompts: they parse, and the miniature's say nothing that its world has no words
+for.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""How the networks compute a gradient changes none: recomputation, compilation, layouts, autocast."""
+"""How the networks compute a gradient changes none: recomputation, compilation, layouts,
+autocast.
+"""
 
 import pytest
 import torch

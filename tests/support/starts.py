@@ -97,7 +97,9 @@ def run_to_end(
     environment: Mapping[str, str] | None = None,
     status: int = 0,
 ) -> None:
-    """Wait for a start to end with `status`, which is minus the number of a signal that killed it."""
+    """Wait for a start to end with `status`, which is minus the number of a signal that killed
+    it.
+    """
     process = begin(arguments, log, environment)
     try:
         process.join(DEADLINE)

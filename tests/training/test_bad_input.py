@@ -63,7 +63,9 @@ def test_missing_and_empty_folders(refused, tmp_path, flag):
     [(3, "false", "images"), (3, "true", "cached latents"), (1, "false", "images")],
 )
 def test_images_of_different_sizes(tmp_path, refused_later, batch, cache, what):
-    """Of the subject, or in batches of one of the subject and its class, whose images are 50 x 40."""
+    """Of the subject, or in batches of one of the subject and its class, whose images are 50 x
+    40.
+    """
     workspace = Workspace(tmp_path)
     for number, side in enumerate((32, 32, 48)):
         Image.new("RGB", (side, side)).save(workspace.photos / f"{number}.png")

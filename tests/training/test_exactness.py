@@ -106,7 +106,9 @@ def test_a_run_that_is_stopped_ends_as_the_uninterrupted_one(workspace, base, st
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_that_is_killed_twice_ends_as_the_uninterrupted_one(workspace, base, straight, kind):
-    """Killed in the middle of an epoch, of a step and, where there is that, of what is accumulated."""
+    """Killed in the middle of an epoch, of a step and, where there is that, of what is
+    accumulated.
+    """
     third = STEPS // 3
     more = [EMA, SCHEDULE, *RUNS[kind]]
     run = train(workspace, base, kind, *more, kill=f"backward:{third}", status=-signal.SIGKILL)

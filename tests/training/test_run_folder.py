@@ -57,7 +57,9 @@ def test_runs_that_start_in_one_second_have_a_folder_each(tmp_path, one_second):
 def test_a_folder_that_another_makes_at_the_same_moment_is_not_taken(
     tmp_path, one_second, monkeypatch
 ):
-    """Looking first whether it is there would not do: it is made between the look and the making."""
+    """Looking first whether it is there would not do: it is made between the look and the
+    making.
+    """
     made = []
     make = run._make_folder
 

@@ -158,7 +158,9 @@ def _record_writes(logs: Path, record: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """One in which two processes have trained: with DDP, accumulating, and with FSDP in two goes."""
+    """One in which two processes have trained: with DDP, accumulating, and with FSDP in two
+    goes.
+    """
     workspace = Workspace(tmp_path_factory.mktemp("workspace"))
     base = config(workspace.path)
     counted, weighed = (

@@ -316,7 +316,6 @@ def test_the_summaries(workspace, caplog):
         '"photo of a sks dog" = tokens 1125 539 320 48136 1929',
         "precision 32",
         "to 4 steps",
-        # fmt: skip
         "loss = subject + 1 x prior",
         str(run),
         "scripts/stable_txt2img.py --ckpt",

@@ -97,7 +97,9 @@ class TextEncoder(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """CLIP's text model, one level down: a checkpoint's keys have that level, transformers 5 not."""
+    """CLIP's text model, one level down: a checkpoint's keys have that level, transformers 5
+    not.
+    """
 
     text_model: Any  # transformers' `CLIPTextModel`, whose import takes a second
 
