@@ -73,10 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def worlds(sprites: Path) -> tuple[World, World]:
-    """The world that the miniature was trained on, and the designs that its CLIP was not."""
+    """Return the world that the miniature was trained on, and the designs that its CLIP was not.
+
+    Both are plain, as "a photo of a dog" is: no style, no material, nothing worn, no view that is said.
+    """
     classes = to_plain(load_config([LDM_CONFIG]))["data"]["params"]["train"]["params"]["dataset"]["params"]["classes"]
-    train = World(sprites, classes=classes, labels=True, held_out=0.1, split="train")
-    return train, World(sprites, classes=classes, labels=True, held_out=0.1, split="test")
+    common = {"classes": classes, "labels": True, "held_out": 0.1, "plain": True}
+    return World(sprites, split="train", **common), World(sprites, split="test", **common)
 
 
 def make_judges(train: World, path: Path) -> Judges:
