@@ -172,22 +172,22 @@ class RunConfig:
 
     @property
     def model(self) -> Mapping[str, Any]:
-        """The model's target and params, for `instantiate_from_config`."""
+        """Return the model's target and params, for `instantiate_from_config`."""
         return self.section("model")
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The data module's target and params, for `instantiate_from_config`."""
+        """Return the data module's target and params, for `instantiate_from_config`."""
         return self.section("data")
 
     @property
     def trainer(self) -> Mapping[str, Any]:
-        """The arguments of Lightning's Trainer."""
+        """Return the arguments of Lightning's Trainer."""
         return self.section("lightning.trainer")
 
     @property
     def seed(self) -> int:
-        """The seed of everything random.
+        """Return the seed of everything random.
 
         Raises:
             UserError: no whole number that numpy takes for a seed.
@@ -201,7 +201,7 @@ class RunConfig:
 
     @property
     def scale_lr(self) -> bool:
-        """Whether learning rates are multiplied by accumulated batches, devices and batch size."""
+        """Return whether learning rates grow with accumulated batches, devices and batch size."""
         scale = self.get("run.scale_lr", False)
         if not isinstance(scale, bool):
             raise UserError(f"run.scale_lr (--scale_lr): expected true or false, got {scale!r}")
@@ -209,7 +209,7 @@ class RunConfig:
 
     @property
     def export(self) -> str | None:
-        """The precision in which a finished run writes its weights alone; None for not at all."""
+        """Return the precision in which a finished run exports its weights; None for no export."""
         precision = self.get("run.export")
         if precision not in (None, *EXPORTS):
             raise UserError(f"run.export: unknown '{precision}'; accepted: {', '.join(EXPORTS)}")
@@ -221,7 +221,7 @@ class RunConfig:
 
     @property
     def base_learning_rate(self) -> float:
-        """The learning rate before it is scaled.
+        """Return the learning rate before it is scaled.
 
         Raises:
             UserError: there is none, or no positive number.
@@ -233,7 +233,7 @@ class RunConfig:
 
     @property
     def identifier(self) -> str:
-        """The rare word that names the subject in its captions."""
+        """Return the rare word that names the subject in its captions."""
         return self.get("data.params.train.params.identifier", IDENTIFIER)
 
 
@@ -270,7 +270,7 @@ def _check_keys(config: Mapping[str, Any], accepted: Sequence[str], path: str) -
 
 
 def _check_targets(node: Any, path: str) -> Iterator[str]:
-    """Bind the params of every `target` below a node to its signature, without calling it.
+    """Check the params of every `target` below a node against its signature, without calling it.
 
     What is filled in later (data roots, the configs of callbacks' parents) has defaults there.
 

@@ -88,7 +88,7 @@ def _answer(store: Any, question: str) -> str:
 
 
 def first_alone(act: Callable[[], object]) -> None:
-    """Have the first process act, and the others wait until it has.
+    """Let the first process act while the others wait until it has.
 
     Processes that Lightning starts have nothing to wait for: it starts them later.
     """

@@ -33,7 +33,7 @@ class ParameterError(UserError):
         self.problem = problem
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the two arguments: a worker process hands its errors over in this way."""
+        """Pass the two arguments to pickle: a worker process hands its errors over in this way."""
         return type(self), (self.parameter, self.problem)
 
     def under(self, path: str) -> ParameterError:
@@ -43,7 +43,7 @@ class ParameterError(UserError):
 
 @contextmanager
 def under(path: str) -> Iterator[None]:
-    """Inside, put a path before the parameter that an error names."""
+    """Put a path before the parameter that an error names, inside the context."""
     try:
         yield
     except ParameterError as error:

@@ -35,8 +35,9 @@ def accelerators() -> tuple[str, int]:
 
 
 def default_precision(accelerator: str) -> str:
-    """bfloat16 autocast where the device computes in it, else float32; weights and optimizer stay
-    in float32.
+    """Return bfloat16 autocast where the device computes in it, else float32.
+
+    Weights and optimizer stay in float32.
 
     Args:
         accelerator: Lightning's word for it.
@@ -63,11 +64,11 @@ def _cpu_flags() -> set[str]:
 
 
 def parse_gpus(text: str) -> dict[str, Any]:
-    """Trainer arguments for a `--gpus` value: `0,` and `0,1` list indices, a bare `1` or `2` is a
-    count.
+    """Return Trainer arguments for a `--gpus` value.
 
-    `0` is the CPU, as it was in Lightning 1. On a machine without a GPU a request for just the
-    first one runs on the CPU, with a warning.
+    `0,` and `0,1` list indices; a bare `1` or `2` is a count. `0` is the CPU, as it was in
+    Lightning 1. On a machine without a GPU a request for just the first one runs on the CPU, with a
+    warning.
 
     Raises:
         UserError: a value that is no such list, or names a GPU that is not there.
@@ -107,11 +108,11 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed memory for the next allocation, for the rest of this process; False
-    where it is not glibc.
+    """Let glibc keep freed memory for the next allocation, for the rest of this process.
 
-    By default it maps each large block anew, and the system fills it with zeros page by page: of a
-    full-size training step that is about a third of the time.
+    Returns False where the C library is not glibc. By default glibc maps each large block anew, and
+    the system fills it with zeros page by page: of a full-size training step that is about a third
+    of the time.
     """
     libc = _glibc()
     if libc is None:
@@ -158,7 +159,7 @@ def environment_with(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it ends, whatever ends that one.
+    """Let Linux end this process when the one that started it ends, whatever ends that one.
 
     A process of a group would wait half an hour for one that is gone.
     """

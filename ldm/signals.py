@@ -106,7 +106,7 @@ def handled() -> Iterator[None]:
 
 
 def act_on_held() -> None:
-    """Do what the signals ask for that came since `hold`.
+    """Run what the signals ask for that came since `hold`.
 
     Raises:
         Interrupted: one of them was a stop signal.
@@ -121,8 +121,9 @@ def act_on_held() -> None:
 
 
 def be_patient(patient: bool = True) -> None:
-    """Only note the first stop signal, and SIGUSR1, for who asks `stop_requested` after each
-    step.
+    """Note the first stop signal, and SIGUSR1, without acting on them.
+
+    `stop_requested` returns what was noted; the caller asks it after each step.
     """
     _state.patient = patient
 
@@ -217,8 +218,9 @@ def _say_nothing_to_save() -> None:
 
 @contextlib.contextmanager
 def _watching() -> Iterator[None]:
-    """Have a thread see the stop signals, too, which ends the process where the main thread
-    cannot.
+    """Start a thread that sees the stop signals, too.
+
+    It ends the process where the main thread cannot.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="a .safetensors or .ckpt file, or a folder for diffusers")
     parser.add_argument("--config", type=Path, help="the model's YAML (default: the checkpoint's own, or its family's)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the matrices and convolutions (default: as they are)")
-    parser.add_argument("--weights", choices=WEIGHTS, help="default: the averaged ones, if the checkpoint has them")
-    parser.add_argument("--keep_ema", action="store_true", help="the trained weights, and the averages beside them")
+    parser.add_argument("--weights", choices=WEIGHTS, help="default: the EMA weights, if the checkpoint has them")
+    parser.add_argument("--keep_ema", action="store_true", help="the trained weights, and the EMA weights beside them")
     parser.add_argument(
         "--lora_base", type=Path, metavar="CKPT", help="write the LoRA that leads from this one to --ckpt"
     )
@@ -73,7 +73,7 @@ def convert(args: argparse.Namespace) -> None:
     checkpoint = checkpoint.refuse_other_kinds().merged()
     print(checkpoint)
     if args.keep_ema:
-        checkpoint.ema()  # raises if there are no averages
+        checkpoint.ema()  # raises if there are no EMA weights
         checkpoint = checkpoint.for_sharing()
     else:
         checkpoint = checkpoint.for_sampling(args.weights)

@@ -104,7 +104,7 @@ class CheckpointKeeper(ModelCheckpoint):
             self._score_newest(trainer)
 
     def _score_newest(self, trainer: pl.Trainer) -> None:
-        """Remember the newest checkpoint's score, if the validation was of its very step."""
+        """Record the newest checkpoint's score, if the validation was of its very step."""
         step, filepath = self._newest
         value = trainer.callback_metrics.get(self.score or "")
         if value is not None and step == self._validated:

@@ -191,11 +191,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, child in module.named_children()
         if any(p.requires_grad for p in child.parameters())
     }
-    averages = {name for name, child in module.named_children() if isinstance(child, LitEma)}
+    ema_parts = {name for name, child in module.named_children() if isinstance(child, LitEma)}
     for name, value in module.named_buffers():
         child, _, inside = name.partition(".")
         # A part that trains may keep statistics in its buffers.
-        if not inside or child not in trains | averages:
+        if not inside or child not in trains | ema_parts:
             yield name, value
 
 

@@ -115,15 +115,20 @@ class ImageLogger(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if (step := trainer.global_step) == self._last_step:
+        step = trainer.global_step
+        if step == self._last_step:
             return
         self._last_step = step
         if self.due(step):
             self.log_images(trainer, pl_module, batch, "train")
-        if self.panel and (
-            self.due(step) if (every := self.panel.every_n_steps) is None else step % every == 0
-        ):
+        if self._panel_due(step):
             self.log_panel(trainer, pl_module, batch)
+
+    def _panel_due(self, step: int) -> bool:
+        if not self.panel:
+            return False
+        every = self.panel.every_n_steps
+        return self.due(step) if every is None else step % every == 0
 
     def log_images(self, trainer: pl.Trainer, pl_module: Any, batch: Any, split: str) -> None:
         """Make the grids of a batch and save them, on the first rank."""

@@ -82,8 +82,8 @@ class Panel:
     def draw(self, trainer: pl.Trainer, model: Any, batch: Any) -> Image.Image | None:
         """Draw the panel, with pictures as large as the first batch's; None without prompts.
 
-        It draws nothing from torch's global generator. The averaged weights are used, if the model
-        keeps any.
+        It draws nothing from torch's global generator. The EMA weights are used, if the model keeps
+        any.
         """
         if not (prompts := self.prompts(trainer.datamodule)):  # type: ignore[attr-defined]
             return None

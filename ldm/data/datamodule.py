@@ -109,31 +109,33 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     @property
     def class_prompts(self) -> list[str]:
-        """The captions of class images that have no caption file."""
+        """Return the captions of class images that have no caption file."""
         accepted = signature(captions_from_templates).parameters
         given = {key: value for key, value in self._reg_params.items() if key in accepted}
         return captions_from_templates(**given)
 
     @property
     def class_folder(self) -> Path:
-        """The folder of the class images."""
+        """Return the folder of the class images."""
         return Path(self._reg_params["data_root"]).expanduser()
 
     @property
     def class_size(self) -> int:
-        """The side of a class image, pixels."""
+        """Return the side of a class image, pixels."""
         return int(self._reg_params["size"])
 
     @property
     def class_images_to_make(self) -> int:
-        """How many images the class folder lacks."""
+        """Return how many images the class folder lacks."""
         if not self.num_class_images:
             return 0
         return max(0, self.num_class_images - len(list_images(self.class_folder)))
 
     @property
     def prior(self) -> Any:
-        """The dataset of the class images, or of as many as there are; None if there are none."""
+        """Return the dataset of the class images, or of as many as there are; None if there are
+        none.
+        """
         return self.datasets.get("reg", self._unfinished)
 
     def _check_class_images(self) -> None:

@@ -79,7 +79,7 @@ class CachedLatents(Dataset):
 
     @property
     def n_images(self) -> int:
-        """How many examples an epoch has."""
+        """Return how many examples an epoch has."""
         return len(self.source) if self.moments is None else len(self.moments)
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class CachedLatents(Dataset):
         return {"moments": self.moments[index], "caption": self.captions[index]}
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Item `index`: nothing about it is random."""
+        """Return item `index`: nothing about it is random."""
         return self[index]
 
     def fill(self, encoder: Encoder | None) -> None:
@@ -180,10 +180,9 @@ def check_encodable(dataset: Any, where: str) -> None:
 def encode_variants(
     dataset: ImageFolderDataset, encoder: Encoder, batch_size: int, folder: Path | None = None
 ) -> dict[tuple[Path, bool], dict[str, Any]]:
-    """A dataset's variants with the posterior's "moments", (2 z, h, w) float32 on the CPU, in place
-    of the image.
+    """Return a dataset's variants with the posterior's "moments" in place of the image.
 
-    They are what a step would compute from the image.
+    Moments are (2 z, h, w), float32, on the CPU. They are what a step would compute from the image.
 
     Args:
         batch_size: images that are encoded at once.
@@ -196,30 +195,24 @@ def encode_variants(
     with tqdm(desc="latents", total=total, disable=total < 2 * BATCH, leave=False) as bar:
         while part := dict(itertools.islice(variants, batch_size)):
             pixels = {key: entries.pop("image") for key, entries in part.items()}
-            files = (
-                {key: _latent_file(folder, encoder.name, image) for key, image in pixels.items()}
-                if folder
-                else {}
-            )
-            kept = {
-                key: moments
-                for key, file in files.items()
-                if (moments := _moments_in(file)) is not None
-            }
-            made = _encode(
-                {key: image for key, image in pixels.items() if key not in kept}, encoder
-            )
+            files: dict[tuple[Path, bool], Path] = {}
+            if folder:
+                for key, image in pixels.items():
+                    files[key] = _latent_file(folder, encoder.name, image)
+            cached = {key: _moments_in(file) for key, file in files.items()}
+            kept = {key: moments for key, moments in cached.items() if moments is not None}
+            missing = {key: image for key, image in pixels.items() if key not in kept}
+            made = _encode(missing, encoder)
             for key in files.keys() & made.keys():
                 write_atomically(files[key], functools.partial(save_file, {"moments": made[key]}))
-            found |= {
-                key: {**part[key], "moments": moments} for key, moments in (kept | made).items()
-            }
+            for key, moments in (kept | made).items():
+                found[key] = {**part[key], "moments": moments}
             bar.update(len(part))
     return found
 
 
 def _encode(pixels: Mapping[Any, np.ndarray], encoder: Encoder) -> dict[Any, Tensor]:
-    """The moments of images (h, w, c), all at once if they have one size."""
+    """Return the moments of images (h, w, c), all at once if they have one size."""
     if len({image.shape for image in pixels.values()}) > 1:
         return {key: _encode({key: image}, encoder)[key] for key, image in pixels.items()}
     if not pixels:
@@ -233,15 +226,16 @@ def _encode(pixels: Mapping[Any, np.ndarray], encoder: Encoder) -> dict[Any, Ten
 
 
 def _latent_file(folder: Path, made_by: str, pixels: np.ndarray) -> Path:
-    """Where the moments of an image are kept: the name is a hash of what they are computed from."""
+    """Return the file for an image's moments: its name is a hash of what they are computed from."""
     folder.mkdir(parents=True, exist_ok=True)
     content = hashlib.sha256(f"{made_by} {pixels.shape}".encode() + pixels.tobytes())
     return folder / f"{content.hexdigest()[:32]}.safetensors"
 
 
 def _moments_in(file: Path) -> Tensor | None:
-    """What a cache's file holds; None if it is not there or cannot be read, and is to be made
-    anew.
+    """Return what a cache's file holds.
+
+    Returns None if the file is not there or cannot be read, and is to be made anew.
     """
     try:
         return load_file(file)["moments"]
@@ -253,7 +247,7 @@ def _moments_in(file: Path) -> Tensor | None:
 
 
 def digest(module: nn.Module) -> str:
-    """A hash of a network's weights."""
+    """Return a hash of a network's weights."""
     found = hashlib.sha256()
     for key, value in module.state_dict().items():
         found.update(key.encode())

@@ -73,7 +73,7 @@ class PersonalizedBase(ImageFolderDataset):
 
     @property
     def prompts(self) -> list[str]:
-        """The distinct captions, in order of appearance."""
+        """Return the distinct captions, in order of appearance."""
         return list(
             dict.fromkeys(caption for captions in self.captions.values() for caption in captions)
         )

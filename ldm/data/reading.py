@@ -81,8 +81,8 @@ def _warn_of_frames(image: Image.Image, path: Path) -> None:
 
 def _decode_reduced(path: Path, background: str, error: Exception) -> Image.Image:
     """Decode a JPEG of very many pixels at a part of its size; other formats have no such way."""
-    told = re.search(r"(\d+) pixels", str(error))
-    size = f"{int(told[1]) / 1e6:.0f} megapixels" if told else "too many pixels"
+    count = re.search(r"(\d+) pixels", str(error))
+    size = f"{int(count[1]) / 1e6:.0f} megapixels" if count else "too many pixels"
     try:
         # The class itself, because Image.open refuses the size before anything can be reduced.
         with JpegImageFile(path) as image:

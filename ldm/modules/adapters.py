@@ -58,7 +58,7 @@ def check_adaptable(text_encoder: nn.Module | None, use_ema: bool) -> None:
     if find_spec("peft") is None:
         raise ParameterError(NAME, "needs the package 'peft': pip install peft")
     if use_ema:
-        raise ParameterError(NAME, "adapters have no averages: set use_ema: false")
+        raise ParameterError(NAME, "adapters have no EMA weights: set use_ema: false")
     if text_encoder is not None and not _has_layers(text_encoder, TEXT_LAYERS):
         raise ParameterError(
             NAME,

@@ -40,8 +40,9 @@ class LitEma(nn.Module):
                 self.register_buffer(self._shadow_name[name], parameter.detach().clone())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the averages; their `decay` stays the one that was asked for, not that of a
-        checkpoint.
+        """Load the EMA weights.
+
+        `decay` stays the one that was asked for, not that of a checkpoint.
         """
         if f"{prefix}decay" in state_dict and not self.decay.is_meta:
             state_dict[f"{prefix}decay"] = self.decay
@@ -64,7 +65,7 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Replace the model's parameters by their averages."""
+        """Replace the model's parameters by their EMA weights."""
         for shadow, parameter in self._pairs(model):
             parameter.copy_(shadow)
 

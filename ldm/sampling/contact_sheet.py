@@ -17,8 +17,7 @@ PAPER, INK, FAINT = "#fafafa", "#1c1c1c", "#666666"
 def contact_sheet(
     rows: Sequence[tuple[str, Sequence[Entry]]], cell: int = 128, title: str | None = None
 ) -> Image.Image:
-    """A grid of pictures, each fitted into `cell` pixels a side, with the label of each row above
-    it.
+    """Return a grid of pictures, each fitted into `cell` pixels a side, each row under its label.
 
     A row is a label and its pictures; a picture may carry a caption, as `(caption, picture)`. Rows
     may differ in length. The sheet grows with its title and labels; a caption wider than its
@@ -57,7 +56,7 @@ def _captioned(entry: Entry) -> tuple[str, Image.Image]:
 
 
 def _pictures_height(entries: Sequence[Entry], cell: int, gap: int, font: Font) -> int:
-    """The height that a row's pictures and captions take, the gap below them included."""
+    """Return the height of a row's pictures and captions, the gap below them included."""
     captions = _line(font) if any(_captioned(entry)[0] for entry in entries) else 0
     return (cell if entries else 0) + captions + gap
 
@@ -74,12 +73,12 @@ def _paste_fitted(
 
 
 def _line(font: Font) -> int:
-    """The height of a line of text, with some air below it."""
+    """Return the height of a line of text, with some air below it."""
     return round(1.3 * font.getbbox("Ág")[3])
 
 
 def _shorten(text: str, font: Font, width: int) -> str:
-    """The text, or as much of its beginning as fits the width together with an ellipsis."""
+    """Return the text, or as much of its beginning as fits the width together with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

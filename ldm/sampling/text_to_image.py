@@ -31,13 +31,12 @@ def pick_device(name: str | None = None) -> torch.device:
         UserError: the named one is not there.
     """
     if name is None:
-        name = (
-            CUDA
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            name = CUDA
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -59,7 +58,7 @@ def load_model(
 
     Args:
         config: its YAML; by default the one that trained it, else that of its family.
-        weights: `trained` or `ema`; by default the averaged weights where there are any.
+        weights: `trained` or `ema`; by default the EMA weights where there are any.
         dtype: of its matrices and convolutions, for sampling under `autocast`; by default they are
             float32.
 

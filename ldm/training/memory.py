@@ -110,12 +110,15 @@ def estimate(
 
 def _most_at_once(stages: Sequence[Stage]) -> int:
     """Return the most that activations and gradients take together during the backward pass."""
-    moments = range(len(stages))
-    return max(
-        sum(stage.activations for stage in stages[: i + 1])
-        + sum(stage.gradients for stage in stages[i:])
-        for i in moments
-    )
+
+    def taken_at(i: int) -> int:
+        # The backward pass is at stage i: activations of it and of all before are kept, and it and
+        # all behind have gradients.
+        activations = sum(stage.activations for stage in stages[: i + 1])
+        gradients = sum(stage.gradients for stage in stages[i:])
+        return activations + gradients
+
+    return max(taken_at(i) for i in range(len(stages)))
 
 
 def forward_stages(
@@ -236,7 +239,7 @@ def _total(kept: dict[int, Tensor], without: set[int]) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory of the device that nothing uses yet; None where the system does not say."""
+    """Return the bytes of the device's memory that nothing uses; None where the system does not say."""
     if device.type == CUDA:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

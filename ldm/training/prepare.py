@@ -145,7 +145,7 @@ def _cache_latents(model: Any, data: DataModuleFromConfig, trainer: Any) -> None
 
 @contextmanager
 def _moved(module: nn.Module, device: torch.device, home: torch.device) -> Iterator[None]:
-    """Have a network on `device` inside, and at home again afterwards."""
+    """Move a network to `device` inside, and back home afterwards."""
     module.to(device)
     try:
         yield

@@ -27,7 +27,7 @@ FIXED: dict[str, str] = {
     "linear_end": SCHEDULE,
     "cosine_s": SCHEDULE,
     "zero_terminal_snr": SCHEDULE,
-    "use_ema": "averages go on from the first step",
+    "use_ema": "EMA weights are averaged from the first step on",
     "cond_stage_trainable": TENSORS,
     "freeze": TENSORS,
     "lora": "the adapters are part of the checkpoint",

@@ -186,7 +186,7 @@ def _remove_new(run: Run, before: set[Path]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Have the system's lock on a folder, which ends with this process, whatever ends it."""
+    """Hold the system's lock on a folder, which ends with this process, whatever ends it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -219,7 +219,9 @@ _locks: set[int] = set()
 
 
 def _drop_locks() -> None:
-    """Close a forked worker's copies of the locks, which would outlive the process that trains."""
+    """Release a forked worker's copies of the locks, which would outlive the process that
+    trains.
+    """
     while _locks:
         os.close(_locks.pop())
 

@@ -158,7 +158,7 @@ class FullySharded(FSDPStrategy):
         return sharded
 
     def _whole(self, rank0_only: bool) -> Any:
-        """Have states whole and on the CPU inside, on the first process alone or on all."""
+        """Gather states whole and on the CPU inside, on the first process alone or on all."""
         where = {"offload_to_cpu": True, "rank0_only": rank0_only}
         assert self.model is not None
         return FSDP.state_dict_type(

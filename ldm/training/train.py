@@ -56,8 +56,8 @@ class Trained:
 class Start:
     """What a run starts from, beside its config.
 
-    `weights` are a checkpoint's, of which `take` names the trained or the averaged ones (by default
-    the trained); `embeddings` are a textual-inversion file's; `init_word` gives the identifier
+    `weights` are a checkpoint's, of which `take` names the trained or the EMA ones (by default the
+    trained); `embeddings` are a textual-inversion file's; `init_word` gives the identifier
     another word's embedding.
     """
 

@@ -36,8 +36,9 @@ NOT_SETTABLE = {
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says of every run: its start summary is ours, and the rest is as
-    intended.
+    """Filter out what Lightning says of every run.
+
+    The start summary is ours, and the rest warns of what is intended.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (

@@ -127,9 +127,11 @@ class LatentDiffusion(CompVisInterface):
         self.zero_terminal_snr = zero_terminal_snr
         self.text_training = TextEncoderTraining(text_encoder_lr, text_encoder_stop)
         self.text_training.check(cond_stage_trainable)
-        self.cond_stage_trainable, self._text_encoder_stopped = cond_stage_trainable, False
+        self.cond_stage_trainable = cond_stage_trainable
+        self._text_encoder_stopped = False
         self.freeze_patterns = freeze or ()
-        self.lora, self._adapted = None if lora is None else lora_options(lora), False
+        self.lora = None if lora is None else lora_options(lora)
+        self._adapted = False
         self.optimizer, self.scheduler_config = optimizer, scheduler_config
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.scale_factor, self.image_size, self.monitor = scale_factor, image_size, monitor
@@ -158,7 +160,7 @@ class LatentDiffusion(CompVisInterface):
 
     @property
     def text_trains(self) -> bool:
-        """Whether the text encoder is trained, and has not come to its `text_encoder_stop`."""
+        """Return whether the text encoder trains and has not reached `text_encoder_stop`."""
         return self.cond_stage_trainable and not self._text_encoder_stopped
 
     def train(self, mode: bool = True) -> LatentDiffusion:

@@ -56,7 +56,7 @@ class CompVisInterface(pl.LightningModule):
 
     @property
     def text_trains(self) -> bool:
-        """Whether gradients of the text encoder are wanted."""
+        """Return whether gradients of the text encoder are wanted."""
         return False
 
     def register_schedule(self, schedule: NoiseSchedule) -> None:
@@ -69,11 +69,11 @@ class CompVisInterface(pl.LightningModule):
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule, of the buffers as they are now: a checkpoint's, on this device."""
+        """Return the noise schedule of the buffers as they are now, on their device."""
         return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names()})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Rescale a base model's schedule where the config asks for zero terminal SNR."""
+        """Load a state; rescale its schedule where the config asks for zero terminal SNR."""
         betas = state_dict.get(f"{prefix}betas")
         if self.zero_terminal_snr and betas is not None and betas[-1] < 1:
             rescaled = with_zero_terminal_snr(betas.double().cpu().numpy())
@@ -134,7 +134,7 @@ class CompVisInterface(pl.LightningModule):
 
     @property
     def parameterization(self) -> str:
-        """What the UNet predicts: "eps", "x0" or "v". Setting it changes loss and sampling."""
+        """Return what the UNet predicts: eps, x0 or v. Setting it changes loss and sampling."""
         return self.objective.parameterization
 
     @parameterization.setter
@@ -149,22 +149,22 @@ class CompVisInterface(pl.LightningModule):
 
     @property
     def channels(self) -> int:
-        """Channels of a latent."""
+        """Return the number of channels of a latent."""
         return self.first_stage_model.embed_dim
 
     @property
     def latent_channels(self) -> int:
-        """Channels of a latent, under our own name."""
+        """Return the number of channels of a latent, under our own name."""
         return self.channels
 
     @property
     def downsampling(self) -> int:
-        """Pixels of an image's side for each one of its latent."""
+        """Return how many pixels of an image's side one pixel of its latent stands for."""
         return self.first_stage_model.downsampling
 
     @property
     def use_ema(self) -> bool:
-        """Whether an exponential moving average of the UNet's weights is kept."""
+        """Return whether an exponential moving average of the UNet's weights is kept."""
         return self.model_ema is not None
 
     # The forward process and its inverse

@@ -89,7 +89,7 @@ class Objective:
 
     @property
     def prediction(self) -> Parameterization:
-        """What the UNet's output stands for."""
+        """Return what the UNet's output stands for."""
         return PARAMETERIZATIONS[self.parameterization]
 
     # Before the networks run

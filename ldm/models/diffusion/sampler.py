@@ -46,11 +46,11 @@ class SampledModel(Protocol):
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The noise schedule, of which it visits some steps."""
+        """Return the noise schedule, of which a sampler visits some steps."""
 
     @property
     def parameterization(self) -> str:
-        """What the output stands for: a name in `PARAMETERIZATIONS`."""
+        """Return what the output stands for: a name in `PARAMETERIZATIONS`."""
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any) -> Tensor:
         """Return the output for noisy latents at time steps `t`."""
@@ -203,7 +203,7 @@ class Sampler(ABC):
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Visit the first `steps` time steps, from the noisiest to the cleanest."""
+        """Run through the first `steps` time steps, from the noisiest to the cleanest."""
         self.reset()
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         indices, shape = range(steps)[::-1], x.shape

@@ -132,7 +132,7 @@ class NoiseSchedule:
 
     @property
     def ends_in_noise(self) -> bool:
-        """Whether the last step has no signal (zero terminal SNR)."""
+        """Return whether the last step has no signal (zero terminal SNR)."""
         return bool(self.alphas_cumprod[-1] == 0)
 
     def q_sample(self, x_start: Latent, t: Steps, noise: Latent) -> Latent:

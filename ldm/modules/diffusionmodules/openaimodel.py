@@ -201,7 +201,7 @@ class UNetModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' precision, to which code that runs the blocks itself casts its input."""
+        """Return the weights' precision; code that runs the blocks itself casts its input to it."""
         return next(self.time_embed.parameters()).dtype
 
     def _compile(self, options: bool | Mapping[str, Any]) -> Any:

@@ -74,17 +74,23 @@ class TextEncoder(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """transformers' `CLIPTokenizer`, for scripts. Words that they add to it are read, too."""
+        """Return transformers' `CLIPTokenizer`, for scripts.
+
+        Words that they add to it are read, too.
+        """
         return transformers_tokenizer(self.max_length, self.pad)
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        """The table of token embeddings."""
+        """Return the table of token embeddings."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are. Scripts set it, without effect: tokens follow the weights."""
+        """Return where the weights are.
+
+        Scripts set it, without effect: tokens follow the weights.
+        """
         return self.token_embedding.weight.device
 
     @device.setter
@@ -112,12 +118,12 @@ class TextTransformer(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The text model's `CLIPTextConfig`."""
+        """Return the text model's `CLIPTextConfig`."""
         return self.text_model.config
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return where the weights are."""
         return self.text_model.device
 
     def get_input_embeddings(self) -> nn.Module:
@@ -176,7 +182,7 @@ class FrozenCLIPEmbedder(TextEncoder):
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        """The table of token embeddings."""
+        """Return the table of token embeddings."""
         return self.transformer.text_model.embeddings.token_embedding
 
 
@@ -238,7 +244,7 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        """The table of token embeddings."""
+        """Return the table of token embeddings."""
         return self.model.token_embedding
 
 

@@ -22,8 +22,8 @@ OPEN_CLIP_BLOCK = {
 def count(keys: Iterable[str], name: str) -> int:
     """Count how many `name.0.`, `name.1.`, ... the keys begin with."""
     numbered = re.compile(rf"{re.escape(name)}\.(\d+)\.")
-    found = [match for key in keys if (match := numbered.match(key))]
-    return max((int(match[1]) for match in found), default=-1) + 1
+    matches = [numbered.match(key) for key in keys]
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
 
 
 def open_clip_to_transformers(state: Mapping[str, Tensor], leave_out: int = 0) -> State:

@@ -83,23 +83,23 @@ class Batch:
 
     @property
     def parts(self) -> list[Examples]:
-        """The parts that are there, the subject first."""
+        """Return the parts that are there, the subject first."""
         return [self.subject] if self.prior is None else [self.subject, self.prior]
 
     @property
     def captions(self) -> list[str]:
-        """The captions of all parts."""
+        """Return the captions of all parts."""
         return [caption for part in self.parts for caption in part.captions]
 
     @property
     def images(self) -> Float[Tensor, "b 3 height width"] | None:
-        """The images of all parts, channels first; None if a part has none."""
+        """Return the images of all parts, channels first; None if a part has none."""
         images = _joined([part.images for part in self.parts])
         return None if images is None else rearrange(images, "b h w c -> b c h w").contiguous()
 
     @property
     def moments(self) -> Float[Tensor, "b z2 h w"] | None:
-        """The cached posteriors of all parts; None if a part has none."""
+        """Return the cached posteriors of all parts; None if a part has none."""
         return _joined([part.moments for part in self.parts])
 
     def first(self, count: int) -> Batch:
