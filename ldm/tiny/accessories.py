@@ -1,6 +1,7 @@
 """Accessories: hats, glasses, scarves and ties that a thing with a head wears.
 
-`ACCESSORIES` maps the words of a caption ("wearing a red hat") to a function of a generator that draws it.
+`ACCESSORIES` maps the words of a caption ("wearing a red hat") to a function of a generator that
+draws it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,12 @@ def wearable(anchors: Mapping[str, Sequence[float]], camera: str | None) -> list
     """
     if camera == "above":
         return []
-    hidden = {"away": ("eyes", "neck"), "back": ("eyes", "neck"), "side": ("eyes", "neck"), "turned": ("eyes", "neck")}
+    hidden = {
+        "away": ("eyes", "neck"),
+        "back": ("eyes", "neck"),
+        "side": ("eyes", "neck"),
+        "turned": ("eyes", "neck"),
+    }
     seen = set(anchors) - set(hidden.get(camera or "", ()))
     return [words for words in ACCESSORIES if variant(words, 0).anchor in seen]
 
@@ -79,13 +85,15 @@ def finished(sketch: Sketch) -> Image.Image:
     return soft.filter(ImageFilter.SMOOTH)
 
 
-def arc(x: float, y: float, rx: float, ry: float, start: float, end: float) -> list[tuple[float, float]]:
+def arc(
+    x: float, y: float, rx: float, ry: float, start: float, end: float
+) -> list[tuple[float, float]]:
     """Return points along an ellipse, its angles in turns."""
     angles = np.linspace(2 * math.pi * start, 2 * math.pi * end, 24)
     return [(x + rx * math.cos(t), y + ry * math.sin(t)) for t in angles.tolist()]
 
 
-# ---- hats -----------------------------------------------------------------------------------------
+# ---- hats ----------------------------------------------------------------------------------------
 
 
 @accessory("wearing a red hat")
@@ -104,7 +112,16 @@ def red_hat(rng: np.random.Generator) -> Accessory:
 def santa_hat(rng: np.random.Generator) -> Accessory:
     """Draw a red cap that falls to one side, with white fur and a pompon."""
     sketch, red = Sketch(1.3, 1.1), "#d3202c"
-    cone = [(0.2, 0.82), (0.38, 0.32), (0.62, 0.1), (0.95, 0.16), (1.14, 0.5), (0.98, 0.46), (0.92, 0.5), (1.0, 0.82)]
+    cone = [
+        (0.2, 0.82),
+        (0.38, 0.32),
+        (0.62, 0.1),
+        (0.95, 0.16),
+        (1.14, 0.5),
+        (0.98, 0.46),
+        (0.92, 0.5),
+        (1.0, 0.82),
+    ]
     sketch.polygon(cone, red)
     sketch.line([(0.92, 0.5), (0.72, 0.4)], shade(red, 0.7), 0.04)
     for x in np.linspace(0.2, 1.0, 9):
@@ -129,7 +146,16 @@ def top_hat(rng: np.random.Generator) -> Accessory:
 def crown(rng: np.random.Generator) -> Accessory:
     """Draw a crown of five points with stones."""
     sketch, gold = Sketch(1.2, 0.8), "#f2b91f"
-    tips = [(0.1, 0.2), (0.3, 0.48), (0.36, 0.1), (0.5, 0.46), (0.6, 0.04), (0.7, 0.46), (0.84, 0.1), (0.9, 0.48)]
+    tips = [
+        (0.1, 0.2),
+        (0.3, 0.48),
+        (0.36, 0.1),
+        (0.5, 0.46),
+        (0.6, 0.04),
+        (0.7, 0.46),
+        (0.84, 0.1),
+        (0.9, 0.48),
+    ]
     sketch.polygon([(0.16, 0.78), *tips, (1.1, 0.2), (1.04, 0.78)], gold)
     sketch.disc(0.6, 0.76, 0.44, 0.06, shade(gold, 0.8))
     for x, y in ((0.1, 0.2), (0.36, 0.1), (0.6, 0.05), (0.84, 0.1), (1.1, 0.2)):
@@ -154,7 +180,7 @@ def wizard_hat(rng: np.random.Generator) -> Accessory:
     return Accessory(finished(sketch), "crown", 1.4, 0.8)
 
 
-# ---- eyes -----------------------------------------------------------------------------------------
+# ---- eyes ----------------------------------------------------------------------------------------
 
 
 def _glasses(rim: str, lens: str, square: bool) -> Accessory:
@@ -184,7 +210,7 @@ def pink_glasses(rng: np.random.Generator) -> Accessory:
     return _glasses("#f0418f", "#ffcde45a", square=bool(rng.integers(2)))
 
 
-# ---- neck -----------------------------------------------------------------------------------------
+# ---- neck ----------------------------------------------------------------------------------------
 
 
 @accessory("wearing a bow tie")
@@ -192,7 +218,12 @@ def bow_tie(rng: np.random.Generator) -> Accessory:
     """Draw a bow tie in a bright colour."""
     sketch, colour = Sketch(1.0, 0.6), ("#d8232f", "#2050d0", "#161619", "#d8232f")[rng.integers(4)]
     for side in (-1, 1):
-        wing = [(0.5, 0.3), (0.5 + 0.46 * side, 0.04), (0.5 + 0.4 * side, 0.3), (0.5 + 0.46 * side, 0.56)]
+        wing = [
+            (0.5, 0.3),
+            (0.5 + 0.46 * side, 0.04),
+            (0.5 + 0.4 * side, 0.3),
+            (0.5 + 0.46 * side, 0.56),
+        ]
         sketch.polygon(wing, colour)
         sketch.line([(0.5 + 0.12 * side, 0.3), (0.5 + 0.34 * side, 0.22)], shade(colour, 0.6), 0.03)
     sketch.disc(0.5, 0.3, 0.11, 0.13, shade(colour, 0.75))
@@ -209,7 +240,9 @@ def rainbow_scarf(rng: np.random.Generator) -> Accessory:
     for k, colour in enumerate(colours):
         x = 0.12 + 1.06 * k / 6
         around = [(x, 0.12), (x + 1.06 / 6, 0.12), (x + 1.06 / 6, 0.42), (x, 0.42)]
-        sketch.polygon([(px, py + 0.13 * math.sin(math.pi * (px - 0.12) / 1.06)) for px, py in around], colour)
+        sketch.polygon(
+            [(px, py + 0.13 * math.sin(math.pi * (px - 0.12) / 1.06)) for px, py in around], colour
+        )
         sketch.box(end - 0.13, 0.42 + 0.085 * k, end + 0.13, 0.42 + 0.085 * (k + 1), colour)
     for x in np.linspace(end - 0.11, end + 0.11, 5):
         sketch.line([(float(x), 0.92), (float(x), 0.99)], colours[0], 0.02)

@@ -1,4 +1,6 @@
-"""Captions in the phrasing of DreamBooth's prompts: "a photo of a striped red dog facing left in the snow"."""
+"""Captions in the phrasing of DreamBooth's prompts: "a photo of a striped red dog facing left in
+the snow".
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def compose_caption(rng: np.random.Generator, words: Words) -> str:
     adjectives = [word for word in (words.material, words.colour) if word]
     thing = with_article(" ".join([*adjectives, words.class_word]))
 
-    # What it wears and from where it is seen stand right behind the thing, or the view stands before it.
+    # What it wears and from where it is seen stand right behind the thing, or the view stands
+    # before it.
     ways = VIEWED[words.view] if words.view else (("{}", ""),)
     if words.style:
         ways = tuple(way for way in ways if way[1] or not words.view)

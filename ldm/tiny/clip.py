@@ -1,4 +1,6 @@
-"""A small CLIP: trained here by contrast, its text tower conditions the miniature and its image tower measures it."""
+"""A small CLIP: trained here by contrast, its text tower conditions the miniature and its image
+tower measures it.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,14 @@ Embeddings = Float[Tensor, "b d"]
 
 
 class CLIP(pl.LightningModule):
-    """Contrastive language-image pretraining (Radford et al., 2103.00020), with open_clip's towers and loss.
+    """Contrastive language-image pretraining (Radford et al., 2103.00020), with open_clip's towers
+    and loss.
 
     Args:
         embed_dim: dimensions of the space that pictures and captions share.
         vision_cfg, text_cfg: open_clip's; a list of `layers` makes the image tower a ResNet.
-        image_key, caption_key: a batch's entries for the images, (b, h, w, 3) in [-1, 1], and their captions.
-        optimizer, scheduler_config: as of `LatentDiffusion`.
+        image_key, caption_key: a batch's entries for the images, (b, h, w, 3) in [-1, 1], and their
+        captions. optimizer, scheduler_config: as of `LatentDiffusion`.
         monitor: the metric that names the best checkpoint.
 
     The learning rate is the attribute `learning_rate`, which the training command sets.
@@ -50,7 +53,10 @@ class CLIP(pl.LightningModule):
         from open_clip.loss import ClipLoss
         from open_clip.model import CLIP as OpenCLIP
 
-        vision = {key: list(value) if isinstance(value, Sequence) else value for key, value in vision_cfg.items()}
+        vision = {
+            key: list(value) if isinstance(value, Sequence) else value
+            for key, value in vision_cfg.items()
+        }
         self.clip = OpenCLIP(embed_dim, vision, dict(text_cfg), quick_gelu=True)
         self.loss = ClipLoss()
         self.context_length = self.clip.context_length
@@ -72,8 +78,12 @@ class CLIP(pl.LightningModule):
         x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:n, :n]))
         return F.normalize(x[torch.arange(len(x)), ends] @ clip.text_projection, dim=-1)
 
-    def shared_step(self, batch: Mapping[str, Any], prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """The symmetric contrastive loss of a batch, and how often a picture's caption is the nearest."""
+    def shared_step(
+        self, batch: Mapping[str, Any], prefix: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The symmetric contrastive loss of a batch, and how often a picture's caption is the
+        nearest.
+        """
         images = rearrange(batch[self.image_key], "b h w c -> b c h w").contiguous()
         captions = list(batch[self.caption_key])
         image, text = self.encode_image(images), self.encode_text(captions)

@@ -37,7 +37,9 @@ def _ramp(colour: str) -> Float[Array, "256 3"]:
 
 
 def recoloured(pixels: UInt8[Array, "h w 4"], colour: str) -> UInt8[Array, "h w 4"]:
-    """Give a sprite one colour; its light and dark stay, and so do the whites of a sprite that has colours."""
+    """Give a sprite one colour; its light and dark stay, and so do the whites of a sprite that has
+    colours.
+    """
     straight = pixels[..., :3].astype(np.float32)
     visible = pixels[..., 3] > 127
     if not visible.any():

@@ -1,7 +1,9 @@
-"""Materials and patterns: what a thing is made of, or what is printed on it. The scene stays as it is.
+"""Materials and patterns: what a thing is made of, or what is printed on it. The scene stays as it
+is.
 
-`MATERIALS` replace a thing's colours, `PATTERNS` keep them and so go together with a colour word. Both map
-the word of a caption to a function `(pixels, rng) -> pixels` on straight RGBA bytes `(h, w, 4)`.
+`MATERIALS` replace a thing's colours, `PATTERNS` keep them and so go together with a colour word.
+Both map the word of a caption to a function `(pixels, rng) -> pixels` on straight RGBA bytes `(h,
+w, 4)`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def entry(table: dict[str, Finish], word: str) -> Callable[[Finish], Finish]:
     return register
 
 
-# ---- tools ----------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 
 def tones(pixels: Array) -> Array:
@@ -58,7 +60,9 @@ def with_colour(pixels: Array, colour: Array, alpha: Array | None = None) -> Arr
 
 
 @functools.lru_cache(maxsize=16)
-def grain(seed: int, across: float = 1.0, along: float = 1.0, slope: float = 1.2, size: int = 256) -> Array:
+def grain(
+    seed: int, across: float = 1.0, along: float = 1.0, slope: float = 1.2, size: int = 256
+) -> Array:
     """Return periodic noise (size, size) of deviation 1, stretched along an axis."""
     fy, fx = np.meshgrid(np.fft.fftfreq(size) * along, np.fft.fftfreq(size) * across, indexing="ij")
     frequency = np.hypot(fx, fy)
@@ -71,7 +75,10 @@ def grain(seed: int, across: float = 1.0, along: float = 1.0, slope: float = 1.2
 def window(rng: Random, field: Array, shape: tuple[int, ...]) -> Array:
     """Cut a piece of the given shape from a periodic field, at a random place."""
     top, left = rng.integers(len(field), size=2)
-    rows, columns = (top + np.arange(shape[0])) % len(field), (left + np.arange(shape[1])) % len(field)
+    rows, columns = (
+        (top + np.arange(shape[0])) % len(field),
+        (left + np.arange(shape[1])) % len(field),
+    )
     return field[rows[:, None], columns]
 
 
@@ -87,7 +94,7 @@ def rim(alpha: Array, width: int) -> Array:
     return np.clip((1 - soft) * 2, 0, 1) * inside
 
 
-# ---- materials ------------------------------------------------------------------------------------
+# ---- materials -----------------------------------------------------------------------------------
 
 
 @entry(MATERIALS, "wooden")
@@ -100,20 +107,32 @@ def wooden(pixels: Array, rng: Random) -> Array:
     tone = tones(pixels)
     base = ramp(tone, (62, 33, 14), (170, 108, 58), (226, 176, 118))
     return with_colour(
-        pixels, base * (1 + 0.17 * rings + 0.03 * window(rng, grain(2, 0.3, 3.0), (height, width)))[..., None]
+        pixels,
+        base
+        * (1 + 0.17 * rings + 0.03 * window(rng, grain(2, 0.3, 3.0), (height, width)))[..., None],
     )
 
 
 @entry(MATERIALS, "golden")
 def golden(pixels: Array, rng: Random) -> Array:
     """Cast the thing in gold: dark edges and bright reflections."""
-    return _metal(pixels, rng, (74, 40, 2), (168, 112, 8), (238, 184, 34), (255, 226, 92), (255, 250, 214))
+    return _metal(
+        pixels, rng, (74, 40, 2), (168, 112, 8), (238, 184, 34), (255, 226, 92), (255, 250, 214)
+    )
 
 
 @entry(MATERIALS, "silver")
 def silver(pixels: Array, rng: Random) -> Array:
     """Cast the thing in silver."""
-    return _metal(pixels, rng, (38, 42, 50), (104, 112, 124), (172, 180, 190), (222, 228, 234), (255, 255, 255))
+    return _metal(
+        pixels,
+        rng,
+        (38, 42, 50),
+        (104, 112, 124),
+        (172, 180, 190),
+        (222, 228, 234),
+        (255, 255, 255),
+    )
 
 
 def _metal(pixels: Array, rng: Random, *colours: tuple[float, float, float]) -> Array:
@@ -152,7 +171,7 @@ def glass(pixels: Array, rng: Random) -> Array:
     return with_colour(pixels, colour, alpha * opacity)
 
 
-# ---- patterns -------------------------------------------------------------------------------------
+# ---- patterns ------------------------------------------------------------------------------------
 
 
 @entry(PATTERNS, "striped")
@@ -170,7 +189,9 @@ def striped(pixels: Array, rng: Random) -> Array:
 def spotted(pixels: Array, rng: Random) -> Array:
     """Print round spots in staggered rows."""
     height, width = pixels.shape[:2]
-    y, x = np.mgrid[:height, :width] / max(height, width) * rng.uniform(5.0, 6.0) + rng.uniform(0, 1, (2, 1, 1))
+    y, x = np.mgrid[:height, :width] / max(height, width) * rng.uniform(5.0, 6.0) + rng.uniform(
+        0, 1, (2, 1, 1)
+    )
     row = np.floor(y)
     distance = np.hypot((x + 0.5 * (row % 2)) % 1 - 0.5, y - row - 0.5)
     return _printed(pixels, np.clip((0.31 - distance) * 14, 0, 1))
@@ -180,12 +201,16 @@ def spotted(pixels: Array, rng: Random) -> Array:
 def checkered(pixels: Array, rng: Random) -> Array:
     """Print a chequerboard."""
     height, width = pixels.shape[:2]
-    y, x = np.mgrid[:height, :width] / max(height, width) * rng.uniform(3.2, 4.0) * np.pi + rng.uniform(0, 3, (2, 1, 1))
+    y, x = np.mgrid[:height, :width] / max(height, width) * rng.uniform(
+        3.2, 4.0
+    ) * np.pi + rng.uniform(0, 3, (2, 1, 1))
     return _printed(pixels, np.clip(9 * np.sin(x) * np.sin(y) + 0.5, 0, 1))
 
 
 def _printed(pixels: Array, cover: Array) -> Array:
-    """Print where `cover` is 1: dark on a light thing, white on a dark one; its colours stay between."""
+    """Print where `cover` is 1: dark on a light thing, white on a dark one; its colours stay
+    between.
+    """
     straight = pixels[..., :3].astype(np.float32)
     visible = pixels[..., 3] > 127
     grey = straight @ np.array([0.3, 0.59, 0.11], np.float32)

@@ -1,4 +1,4 @@
-"""The measurements of `docs/results.md`: the base miniature, and DreamBooth on a subject with it."""
+"""The measurements of `docs/results.md`: the base miniature, and DreamBooth with it."""
 
 from __future__ import annotations
 
@@ -50,10 +50,16 @@ class Judges:
 
 
 def renderings(world: World, count: int, key: str) -> tuple[Tensor, dict[str, list[str]]]:
-    """`count` pictures of the world, which has labels, and their labels; another `key` gives others."""
+    """`count` pictures of the world, which has labels, and their labels; another `key` gives
+    others.
+    """
     examples = [world.example(0, generator(key, number)) for number in range(count)]
-    images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).permute(0, 3, 1, 2)
-    return images.contiguous(), {name: [e[name] for e in examples] for name in ("class_word", "scene")}
+    images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).permute(
+        0, 3, 1, 2
+    )
+    return images.contiguous(), {
+        name: [e[name] for e in examples] for name in ("class_word", "scene")
+    }
 
 
 def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> Recognizer:
@@ -64,14 +70,18 @@ def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> 
 def fit_recognizer(
     recognizer: Recognizer, train: World, reconstruct: Callable[[Tensor], Tensor], count: int = 6000
 ) -> None:
-    """Fit a recognizer to `count` renderings, half of them as the model's first stage gives them back.
+    """Fit a recognizer to `count` renderings, half of them as the model's first stage gives them
+    back.
 
-    Samples come out of the same decoder: what it does to a picture should not tell for or against a class.
+    Samples come out of the same decoder: what it does to a picture should not tell for or against a
+    class.
     """
     images, found = renderings(train, count, "recognizer")
     images[::2] = features_of(reconstruct, images[::2]).clamp(-1, 1)
     labels = recognizer.labels
-    targets = {name: torch.tensor([labels[name].index(value) for value in found[name]]) for name in labels}
+    targets = {
+        name: torch.tensor([labels[name].index(value) for value in found[name]]) for name in labels
+    }
     recognizer.fit(recognizer.features(images), targets)
 
 
@@ -88,11 +98,18 @@ def scene_prompts(classes: Sequence[str]) -> tuple[list[str], list[str]]:
     return [f"a photo of {noun} {scene}" for noun, scene in zip(nouns, wanted)], wanted
 
 
-def measure_base(draw: Draw, judges: Judges, train: World, test: World, class_word: str = "dog") -> dict[str, Any]:
-    """How often the base model shows what is asked for, and how varied it is, beside real renderings."""
+def measure_base(
+    draw: Draw, judges: Judges, train: World, test: World, class_word: str = "dog"
+) -> dict[str, Any]:
+    """How often the base model shows what is asked for, and how varied it is, beside real
+    renderings.
+    """
     prompts, wanted = class_prompts(train.classes)
     found = judges.recognise(to_tensor(draw(prompts), SIZE), "class_word")
-    by_class = {c: accuracy([f for f, w in zip(found, wanted) if w == c], [c] * PER_PROMPT) for c in train.classes}
+    by_class = {
+        c: accuracy([f for f, w in zip(found, wanted) if w == c], [c] * PER_PROMPT)
+        for c in train.classes
+    }
     scene_texts, scenes = scene_prompts(train.classes)
     found_scenes = judges.recognise(to_tensor(draw(scene_texts), SIZE), "scene")
     measured: dict[str, Any] = {
@@ -102,7 +119,9 @@ def measure_base(draw: Draw, judges: Judges, train: World, test: World, class_wo
     }
     for name, world in (("seen designs", train), ("unseen designs", test)):
         images, labels = renderings(world, 600, "ceiling")
-        measured[f"class, {name}"] = accuracy(judges.recognise(images, "class_word"), labels["class_word"])
+        measured[f"class, {name}"] = accuracy(
+            judges.recognise(images, "class_word"), labels["class_word"]
+        )
         measured[f"scene, {name}"] = accuracy(judges.recognise(images, "scene"), labels["scene"])
     made = to_tensor(draw([f"a photo of a {class_word}"] * CLASS_IMAGES), SIZE)
     only = World(train.root, SIZE, [class_word], labels=True)
@@ -123,8 +142,9 @@ def measure_subject(
 ) -> dict[str, Any]:
     """What DreamBooth did: subject fidelity, scenes, copies, and what is left of the class.
 
-    Likeness is that of the pictures' middles: the photos were taken in five places, and features tell places apart
-    at least as well as things. Diversity is that of whole pictures, as of the base model.
+    Likeness is that of the pictures' middles: the photos were taken in five places, and features
+    tell places apart at least as well as things. Diversity is that of whole pictures, as of the
+    base model.
 
     Args:
         base: draws with the model before.
@@ -144,7 +164,9 @@ def measure_subject(
         "scenes": scenes["tuned"],
         "nearest training image, dB": float(nearest_psnr(subject, real).max()),
         "class kept": accuracy(judges.recognise(after, "class_word"), [class_word] * CLASS_IMAGES),
-        "class, base": accuracy(judges.recognise(before, "class_word"), [class_word] * CLASS_IMAGES),
+        "class, base": accuracy(
+            judges.recognise(before, "class_word"), [class_word] * CLASS_IMAGES
+        ),
     }
     for name, encoder in judges.encoders.items():
         of_real, of_subject, of_before, of_after = (
@@ -159,6 +181,7 @@ def measure_subject(
             f"{name}, gap closed": gap_closed(reached, start, ceiling),
             f"{name}, class drift": centred_similarity(of_after, of_real, of_before),
             f"{name}, centred subject": centred_similarity(of_subject, of_real, of_before),
-            f"{name}, diversity kept": diversity(features_of(encoder, after)) / diversity(features_of(encoder, before)),
+            f"{name}, diversity kept": diversity(features_of(encoder, after))
+            / diversity(features_of(encoder, before)),
         }
     return measured

@@ -37,7 +37,9 @@ def photos_of(subject: str) -> Path:
     folder = SUBJECTS / subject if (SUBJECTS / subject).is_dir() else Path(subject)
     if not folder.is_dir():
         known = ", ".join(subject_names())
-        raise UserError(f"{subject}: no folder of photos, and none of the subjects that come along ({known})")
+        raise UserError(
+            f"{subject}: no folder of photos, and none of the subjects that come along ({known})"
+        )
     return folder
 
 
@@ -66,8 +68,23 @@ def dreambooth(
     """
     before = set(logdir.glob("*"))
     command = [
-        *[sys.executable, str(ROOT / "main.py"), "--base", str(CONFIG), "-t", "--actual_resume", str(WEIGHTS)],
-        *["--data_root", str(photos), "--reg_data_root", str(class_images), "--class_word", class_word],
+        *[
+            sys.executable,
+            str(ROOT / "main.py"),
+            "--base",
+            str(CONFIG),
+            "-t",
+            "--actual_resume",
+            str(WEIGHTS),
+        ],
+        *[
+            "--data_root",
+            str(photos),
+            "--reg_data_root",
+            str(class_images),
+            "--class_word",
+            class_word,
+        ],
         *["--logdir", str(logdir), *more],
     ]
     if say:
@@ -81,7 +98,9 @@ def dreambooth(
 
 
 class Painter:
-    """Pictures of prompts by one checkpoint, each a function of its prompt, its number and the seed."""
+    """Pictures of prompts by one checkpoint, each a function of its prompt, its number and the
+    seed.
+    """
 
     def __init__(self, checkpoint: Path, seed: int = RECIPE.seed, batch_size: int = 32):
         self.model = load_model(checkpoint)

@@ -41,7 +41,9 @@ class Place:
         mirrored: bool,
         bottom: tuple[float, float] = (0.84, 0.96),
     ) -> Place:
-        """Choose a place; the sprite's longer side is about `longest`, its foot between the `bottom`s."""
+        """Choose a place; the sprite's longer side is about `longest`, its foot between the
+        `bottom`s.
+        """
         scale, stretch = longest / max(sprite.width, sprite.height), rng.uniform(0.95, 1.05)
         width, height = scale * sprite.width * stretch, scale * sprite.height / stretch
         room = max(0.0, 0.98 - width) / 2
@@ -51,21 +53,31 @@ class Place:
             foot = max(height + 0.03, foot)
         foot_x = x + (sprite.foot_centre - 0.5) * width * (-1 if mirrored else 1)
         foot_half = max(sprite.foot_half, 0.12) * width
-        return cls(x, foot, width, height, foot_x, foot_half, math.radians(rng.normal(0, 3.0)), mirrored)
+        return cls(
+            x, foot, width, height, foot_x, foot_half, math.radians(rng.normal(0, 3.0)), mirrored
+        )
 
-    def render(self, sprite: Sprite, size: int, finish: Change | None, roundness: float) -> Float[Array, "h w 4"]:
+    def render(
+        self, sprite: Sprite, size: int, finish: Change | None, roundness: float
+    ) -> Float[Array, "h w 4"]:
         """Return the sprite on an empty picture, premultiplied, 0 to 255."""
         n = size * SUPERSAMPLING
-        enough = [k for k, level in enumerate(sprite.levels) if level.height >= 0.9 * self.height * n]
+        enough = [
+            k for k, level in enumerate(sprite.levels) if level.height >= 0.9 * self.height * n
+        ]
         number = enough[-1] if enough else 0
         source, relief = sprite.level(number, finish), sprite.relief[number]
         middle = self.x, self.bottom - self.height / 2
         box = (*middle, self.width, self.height)
-        layer, light = (_turned(image, box, self.angle, self.mirrored, n) for image in (source, relief))
+        layer, light = (
+            _turned(image, box, self.angle, self.mirrored, n) for image in (source, relief)
+        )
         layer[..., :3] *= 1 + roundness * (light[..., None] / 128 - 1)
         return layer
 
-    def dress(self, sprite: Sprite, layer: Float[Array, "h w 4"], worn: Accessory) -> Float[Array, "h w 4"]:
+    def dress(
+        self, sprite: Sprite, layer: Float[Array, "h w 4"], worn: Accessory
+    ) -> Float[Array, "h w 4"]:
         """Return the layer with an accessory where the sprite wears it."""
         n = len(layer) * SUPERSAMPLING
         x, y, half = sprite.anchors[worn.anchor]
@@ -94,7 +106,14 @@ def _turned(
     fx, fy = image.width / (width * n), image.height / (height * n)
     c, s, flip = math.cos(angle), math.sin(angle), -1 if mirrored else 1
     a, b, d, e = flip * fx * c, flip * fx * s, -fy * s, fy * c
-    inverse = (a, b, image.width / 2 - a * x * n - b * y * n, d, e, image.height / 2 - d * x * n - e * y * n)
+    inverse = (
+        a,
+        b,
+        image.width / 2 - a * x * n - b * y * n,
+        d,
+        e,
+        image.height / 2 - d * x * n - e * y * n,
+    )
     drawn = image.transform((n, n), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
     return np.array(drawn.reduce(SUPERSAMPLING), np.float32)
 
@@ -106,7 +125,9 @@ def compose(
     ground: str,
     rng: np.random.Generator,
 ) -> Float[Array, "h w 3"]:
-    """Lay the sprite on the scene: with its shadow, sunk a little on "water", or reflected by a "mirror"."""
+    """Lay the sprite on the scene: with its shadow, sunk a little on "water", or reflected by a
+    "mirror".
+    """
     axis = (np.arange(len(background), dtype=np.float32) + 0.5) / len(background)
     picture = background.astype(np.float32)
     if ground == "mirror":
@@ -146,7 +167,9 @@ def _bump(axis: Array, centre: float, width: float, power: int) -> Array:
     return np.exp(-(np.abs((axis - centre) / width) ** power))
 
 
-def _sunk(layer: Float[Array, "h w 4"], axis: Array, level: float, rng: np.random.Generator) -> Float[Array, "h w 4"]:
+def _sunk(
+    layer: Float[Array, "h w 4"], axis: Array, level: float, rng: np.random.Generator
+) -> Float[Array, "h w 4"]:
     """Let what is below the wavy water line show through faintly."""
     waves = level + 0.012 * np.sin(22 * axis + rng.uniform(0, 6.3))
     depth = (axis[:, None] - waves[None]) * len(axis)

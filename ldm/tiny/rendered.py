@@ -1,6 +1,8 @@
-"""Pictures of the tiny world that were drawn before: training reads them faster than it could draw them.
+"""Pictures of the tiny world that were drawn before: training reads them faster than it could draw
+them.
 
-`scripts/tiny/render_world.py` writes them in shards, which may still be coming while a training reads.
+`scripts/tiny/render_world.py` writes them in shards, which may still be coming while a training
+reads.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def write_shard(world: World, folder: Path, number: int) -> None:
     texts = [{key: example[key] for key in ("caption", *LABELS)} for example in examples]
     header = {"examples": json.dumps(texts)}
     path = shard_path(folder, number)
-    write_atomically(path, lambda temporary: save_file({"pixels": pixels}, temporary, metadata=header))
+    write_atomically(
+        path, lambda temporary: save_file({"pixels": pixels}, temporary, metadata=header)
+    )
 
 
 class RenderedWorld(Dataset):
@@ -48,7 +52,8 @@ class RenderedWorld(Dataset):
         length: how many pictures an epoch has; None for as many as there are at the start.
         labels: whether an example says what is pictured.
 
-    Where `length` is more than the shards hold, the pictures repeat; shards that come later are read, too.
+    Where `length` is more than the shards hold, the pictures repeat; shards that come later are
+    read, too.
 
     Raises:
         UserError: there is no shard.
@@ -59,7 +64,9 @@ class RenderedWorld(Dataset):
         self._shards: list[tuple[Tensor, list[dict[str, str]]]] = []
         self._read_more()
         if not self._shards:
-            raise UserError(f"{folder}: no pictures; draw them with: python scripts/tiny/render_world.py")
+            raise UserError(
+                f"{folder}: no pictures; draw them with: python scripts/tiny/render_world.py"
+            )
         self.length = length or self.available
 
     @property

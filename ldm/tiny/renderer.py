@@ -1,6 +1,7 @@
 """Ray march toys made of `Part`s: the light that a camera sees, and cut-outs for the tiny world.
 
-Light is linear; an image is `(3, n)` until `develop` makes it a picture. The camera looks at the origin.
+Light is linear; an image is `(3, n)` until `develop` makes it a picture. The camera looks at the
+origin.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Model:
         return colour
 
 
-# ---- colours --------------------------------------------------------------------------------------
+# ---- colours -------------------------------------------------------------------------------------
 
 
 def linear(colour: str) -> Array:
@@ -83,7 +84,7 @@ def develop(light: Array) -> Array:
     return np.moveaxis(np.round(srgb * 255).astype(np.uint8), 0, -1)
 
 
-# ---- camera ---------------------------------------------------------------------------------------
+# ---- camera --------------------------------------------------------------------------------------
 
 
 def rotation(yaw: float) -> Array:
@@ -115,11 +116,13 @@ def rays(centre: Array, half: float, camera: Array, size: int) -> Array:
     return unit(camera.T @ np.stack([across.ravel(), up.ravel(), np.ones(across.size, np.float32)]))
 
 
-# ---- light ----------------------------------------------------------------------------------------
+# ---- light ---------------------------------------------------------------------------------------
 
 
 def span(origin: Array, direction: Array, radius: float) -> tuple[Array, Array]:
-    """Return where rays enter and leave a sphere about the origin; where they miss it, they leave first."""
+    """Return where rays enter and leave a sphere about the origin; where they miss it, they leave
+    first.
+    """
     middle = -(origin * direction).sum(0)
     half2 = radius**2 - (origin * origin).sum(0) + middle**2
     half = np.where(half2 > 0, np.sqrt(np.abs(half2)), -np.inf)
@@ -173,7 +176,7 @@ def shade(model: Model, p: Array, direction: Array) -> Array:
     return model.colour(p) * light + model.gloss * (highlight + rim)
 
 
-# ---- cut-outs -------------------------------------------------------------------------------------
+# ---- cut-outs ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,9 @@ class Toy:
         return self._solid[0]
 
 
-def cut_out(toy: Toy, yaw: float, pitch: float, size: int) -> tuple[Image.Image, dict[str, list[float]]]:
+def cut_out(
+    toy: Toy, yaw: float, pitch: float, size: int
+) -> tuple[Image.Image, dict[str, list[float]]]:
     """Render a toy on nothing, trimmed to what it shows.
 
     Returns:
@@ -258,5 +263,9 @@ def _anchors(
         return [(x * size - left) / (right - left), (y * size - top) / (bottom - top), float(wide)]
 
     crown = (head.centre[0], head.top, head.centre[2])
-    places = {"crown": (crown, head.radius), "eyes": (head.eyes, head.radius), "neck": (head.neck, head.radius)}
+    places = {
+        "crown": (crown, head.radius),
+        "eyes": (head.eyes, head.radius),
+        "neck": (head.neck, head.radius),
+    }
     return {name: [round(float(v), 4) for v in project(*place)] for name, place in places.items()}

@@ -22,8 +22,8 @@ Vec = tuple[float, float, float]
 class Part:
     """One shape of a toy and its colour.
 
-    `blend` melts the shape into the parts before it, `mirror` repeats it at -x, and `paint` makes it
-    colour the parts before it instead of adding to them. A `texture` makes the colour uneven.
+    `blend` melts the shape into the parts before it, `mirror` repeats it at -x, and `paint` makes
+    it colour the parts before it instead of adding to them. A `texture` makes the colour uneven.
     """
 
     shape: Shape
@@ -82,7 +82,9 @@ def capsule(start: Vec, end: Vec, radius: float, end_radius: float | None = None
     return distance
 
 
-def tube(points: list[Vec], radius: float, end_radius: float | None = None, joints: int = 12) -> Shape:
+def tube(
+    points: list[Vec], radius: float, end_radius: float | None = None, joints: int = 12
+) -> Shape:
     """Return capsules along the Bézier curve of the points, tapering evenly to `end_radius`."""
     curve, share = list(np.array(points)), np.linspace(0, 1, joints)[:, None]
     while len(curve) > 1:
@@ -123,7 +125,9 @@ def lathe(profile: list[tuple[float, float]], wall: float = 0.0, rounding: float
 
     def distance(p: Array) -> Array:
         around = np.hypot(p[0], p[2])
-        side = (around - np.interp(p[1], heights, radii)) * 0.75  # a slanted wall is nearer than it seems
+        side = (
+            around - np.interp(p[1], heights, radii)
+        ) * 0.75  # a slanted wall is nearer than it seems
         ends = np.maximum(heights[0] - p[1], p[1] - heights[-1])
         if wall:
             floor = np.minimum(p[1] - heights[0] - wall, np.inf)
@@ -159,7 +163,7 @@ def slab(centre: Vec, radii: Vec) -> Shape:
     return distance
 
 
-# ---- markings, used with `paint` ------------------------------------------------------------------
+# ---- markings, used with `paint` -----------------------------------------------------------------
 
 
 def stripes(axis: int, period: float, share: float, offset: float = 0.0) -> Shape:
@@ -198,7 +202,7 @@ def patch(shape: Shape, axis: int, sign: int = 1) -> Shape:
     return lambda p: np.maximum(shape(p), -sign * p[axis])
 
 
-# ---- textures -------------------------------------------------------------------------------------
+# ---- textures ------------------------------------------------------------------------------------
 
 
 def rough(p: Array, scale: float, seed: int = 0) -> Array:

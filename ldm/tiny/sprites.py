@@ -1,4 +1,6 @@
-"""Sprites: things cut out, from emoji families, clip art and rendered toys, and which of them show a class."""
+"""Sprites: things cut out, from emoji families, clip art and rendered toys, and which of them show
+a class.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from PIL import Image, ImageFilter, ImageOps
 from ldm.errors import UserError, nearest
 
 Array = np.ndarray
-Anchors = dict[str, list[float]]  # "crown", "eyes", "neck" -> [x, y, half width], fractions of the sprite
+Anchors = dict[
+    str, list[float]
+]  # "crown", "eyes", "neck" -> [x, y, half width], fractions of the sprite
 SPRITES = Path("models/tiny/sprites")
 Change = Callable[[UInt8[Array, "h w 4"]], UInt8[Array, "h w 4"]]  # of a sprite's straight pixels
 BORDER = 2  # transparent pixels around a sprite, so that its edge is smooth
@@ -54,7 +58,9 @@ class Sprite:
         self.foot_half = float(right - left) / 2 / self.width
 
     def level(self, number: int, finish: Change | None = None) -> Image.Image:
-        """Return the sprite, premultiplied, at one of its sizes; `finish` may change its straight pixels."""
+        """Return the sprite, premultiplied, at one of its sizes; `finish` may change its straight
+        pixels.
+        """
         if finish is None:
             return self.levels[number]
         straight = np.asarray(self.levels[number].convert("RGBA"))
@@ -75,11 +81,15 @@ def _levels(image: Image.Image) -> list[Image.Image]:
 
 
 def _relief(alpha: Image.Image) -> Image.Image:
-    """Return light from the upper left on a body that is thicker far from its outline; 128 changes nothing."""
+    """Return light from the upper left on a body that is thicker far from its outline; 128 changes
+    nothing.
+    """
     for radius in (3, 6, 11):
         alpha = alpha.filter(ImageFilter.BoxBlur(radius))
     dy, dx = np.gradient(np.asarray(alpha, np.float32) / 255)
-    return Image.fromarray((128 + 128 * np.clip(5.0 * (0.45 * dx + 0.9 * dy), -0.28, 0.16)).astype(np.uint8))
+    return Image.fromarray(
+        (128 + 128 * np.clip(5.0 * (0.45 * dx + 0.9 * dy), -0.28, 0.16)).astype(np.uint8)
+    )
 
 
 def design(sprite: Path) -> str:
@@ -92,7 +102,8 @@ def design(sprite: Path) -> str:
 
 
 def held_out_of(sprites: Sequence[Path], fraction: float) -> set[Path]:
-    """Return the sprites of the designs that are kept from training: at least one design, and never all.
+    """Return the sprites of the designs that are kept from training: at least one design, and never
+    all.
 
     A hash of its name decides on a design alone, so that a new design moves no other one.
     """
@@ -115,10 +126,17 @@ def find_sprites(root: str | Path) -> dict[str, list[Path]]:
         UserError: there are none.
     """
     root = Path(root).expanduser()
-    sprites = {folder.name: sorted(folder.glob("*.png")) for folder in sorted(root.glob("*")) if folder.is_dir()}
+    sprites = {
+        folder.name: sorted(folder.glob("*.png"))
+        for folder in sorted(root.glob("*"))
+        if folder.is_dir()
+    }
     sprites = {class_word: paths for class_word, paths in sprites.items() if paths}
     if not sprites:
-        raise UserError(f"{root}: no sprites; fetch them with: python scripts/tiny/fetch_sprites.py --outdir {root}")
+        raise UserError(
+            f"{root}: no sprites; fetch them with: "
+            f"python scripts/tiny/fetch_sprites.py --outdir {root}"
+        )
     return sprites
 
 
@@ -131,13 +149,17 @@ def choose_classes(classes: str | Sequence[str], found: dict[str, list[Path]]) -
     if classes == "all":
         return list(found)
     if classes == "narrow":
-        narrow = [c for c, entry in read_sprite_table().items() if entry.get("narrow") and c in found]
+        narrow = [
+            c for c, entry in read_sprite_table().items() if entry.get("narrow") and c in found
+        ]
         return narrow or list(found)
     wanted = [classes] if isinstance(classes, str) else list(classes)
     for class_word in wanted:
         if class_word not in found:
             hint = nearest(class_word, {*found, "all", "narrow"})
-            raise UserError(f"classes: unknown class {class_word!r}{hint}; there are {', '.join(found)}")
+            raise UserError(
+                f"classes: unknown class {class_word!r}{hint}; there are {', '.join(found)}"
+            )
     if not wanted:
         raise UserError("classes: the list is empty; expected all, narrow or a list of nouns")
     return list(dict.fromkeys(wanted))

@@ -1,8 +1,8 @@
 """Styles: what a finished picture becomes when it is drawn, painted or set in glass.
 
-`STYLES` maps the name that a caption uses to a function `(picture, outline, rng) -> picture`. Pictures are
-`(size, size, 3)` float32 from 0 to 1; `outline` is the thing's coverage `(size, size)`, which keeps its
-contour where a style is coarse.
+`STYLES` maps the name that a caption uses to a function `(picture, outline, rng) -> picture`.
+Pictures are `(size, size, 3)` float32 from 0 to 1; `outline` is the thing's coverage `(size,
+size)`, which keeps its contour where a style is coarse.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def style(name: str) -> Callable[[Style], Style]:
     return register
 
 
-# ---- tools ----------------------------------------------------------------------------------------
+# ---- tools ---------------------------------------------------------------------------------------
 
 
 def luma(picture: Array) -> Array:
@@ -102,7 +102,7 @@ def any_cloud(rng: Random, size: int) -> Array:
     return np.roll(field, tuple(rng.integers(size, size=2)), (0, 1))
 
 
-# ---- styles ---------------------------------------------------------------------------------------
+# ---- styles --------------------------------------------------------------------------------------
 
 
 @style("pencil sketch")
@@ -118,7 +118,9 @@ def pencil_sketch(picture: Array, outline: Array, rng: Random) -> Array:
     dark = np.clip(1.1 - 1.45 * blur(grey, 1.0), 0, 1)
     hatching = 0.5 * dark * (0.35 + 0.65 * strokes) * (0.55 + 0.45 * blur(outline, 0.7))
     graphite = np.clip(0.9 * lines + hatching + 0.08 * (1 - grey), 0, 0.92)
-    return over(np.broadcast_to(PAPER, picture.shape), np.array([0.17, 0.17, 0.19], np.float32), graphite)
+    return over(
+        np.broadcast_to(PAPER, picture.shape), np.array([0.17, 0.17, 0.19], np.float32), graphite
+    )
 
 
 @style("watercolor painting")
@@ -150,12 +152,17 @@ def ink_wash(picture: Array, outline: Array, rng: Random) -> Array:
     ink = (1 - blur(level, 0.7)) * (0.38 + 0.58 * inside)
     contour = blur(np.clip(1.6 * edges(picture, 3.0), 0, 1), 0.5) * (0.35 + 0.6 * inside)
     paper = np.array([0.93, 0.90, 0.81], np.float32)
-    painted = over(np.broadcast_to(paper, picture.shape), INK, np.clip(np.maximum(ink, contour), 0, 0.95))
+    painted = over(
+        np.broadcast_to(paper, picture.shape), INK, np.clip(np.maximum(ink, contour), 0, 0.95)
+    )
     seal = max(3, round(size * 0.13))
     left = round(size * (0.05 if rng.random() < 0.5 else 0.82))
     top = round(size * (0.06 if rng.random() < 0.5 else 0.8))
     painted[top : top + seal, left : left + seal] = np.array([0.78, 0.13, 0.10], np.float32)
-    middle = slice(top + seal // 3, top + seal - seal // 3), slice(left + seal // 4, left + seal - seal // 4)
+    middle = (
+        slice(top + seal // 3, top + seal - seal // 3),
+        slice(left + seal // 4, left + seal - seal // 4),
+    )
     painted[middle] = paper
     return painted
 
@@ -189,7 +196,10 @@ def stained_glass(picture: Array, outline: Array, rng: Random) -> Array:
     pane = np.where(outline > 0.5, 36 + within, around)
     total = 36 + 16
     area = np.maximum(np.bincount(pane.ravel(), minlength=total), 1)
-    means = [np.bincount(pane.ravel(), channel.ravel(), total) / area for channel in np.moveaxis(picture, -1, 0)]
+    means = [
+        np.bincount(pane.ravel(), channel.ravel(), total) / area
+        for channel in np.moveaxis(picture, -1, 0)
+    ]
     flat = np.stack(means, -1)[pane].astype(np.float32)
     # The thing keeps its larger marks, such as eyes, inside the panes.
     detail = np.round(median(picture, 3) * 4) / 4
@@ -212,7 +222,9 @@ def _panes(rng: Random, size: int, count: int) -> Array:
         for right in (-1, 0, 1):
             row = np.clip(y.astype(int) + down, 0, count - 1)
             column = np.clip(x.astype(int) + right, 0, count - 1)
-            distance = np.hypot(y - row - 0.5 - offset[0][row, column], x - column - 0.5 - offset[1][row, column])
+            distance = np.hypot(
+                y - row - 0.5 - offset[0][row, column], x - column - 0.5 - offset[1][row, column]
+            )
             pane = np.where(distance < best, row * count + column, pane)
             best = np.minimum(best, distance)
     return pane
@@ -220,9 +232,10 @@ def _panes(rng: Random, size: int, count: int) -> Array:
 
 UKIYO_E = np.array(
     [
-        [0.95, 0.90, 0.78], [0.86, 0.75, 0.55], [0.16, 0.24, 0.42], [0.36, 0.52, 0.66], [0.66, 0.78, 0.80],
-        [0.76, 0.25, 0.18], [0.90, 0.56, 0.28], [0.36, 0.46, 0.30], [0.60, 0.66, 0.40], [0.13, 0.12, 0.15],
-        [0.45, 0.30, 0.22], [0.62, 0.52, 0.50], [0.88, 0.66, 0.64],
+        [0.95, 0.90, 0.78], [0.86, 0.75, 0.55], [0.16, 0.24, 0.42], [0.36, 0.52, 0.66],
+        [0.66, 0.78, 0.80], [0.76, 0.25, 0.18], [0.90, 0.56, 0.28], [0.36, 0.46, 0.30],
+        [0.60, 0.66, 0.40], [0.13, 0.12, 0.15], [0.45, 0.30, 0.22], [0.62, 0.52, 0.50],
+        [0.88, 0.66, 0.64],
     ],
     np.float32,
 )  # fmt: skip
@@ -233,11 +246,15 @@ def woodblock_print(picture: Array, outline: Array, rng: Random) -> Array:
     """Print flat areas of a dozen muted inks and carve black contours."""
     size = len(picture)
     flat = median(picture, 5)
-    distance = ((flat[:, :, None] - UKIYO_E) ** 2 @ np.array([0.8, 1.2, 0.7], np.float32)).argmin(-1)
+    distance = ((flat[:, :, None] - UKIYO_E) ** 2 @ np.array([0.8, 1.2, 0.7], np.float32)).argmin(
+        -1
+    )
     printed = blur(UKIYO_E[distance], 0.35)
     y = np.arange(size)[:, None] * 64 / size
     grain = 0.035 * np.sin(2 * np.pi * (y / 5.0 + 1.2 * any_cloud(rng, size)))
-    contour = np.clip(1.5 * np.maximum(edges(flat, 3.5), edges(np.repeat(outline[..., None], 3, 2), 3.0)), 0, 0.95)
+    contour = np.clip(
+        1.5 * np.maximum(edges(flat, 3.5), edges(np.repeat(outline[..., None], 3, 2), 3.0)), 0, 0.95
+    )
     return np.clip(over(printed * (1 + grain[..., None]), INK, contour), 0, 1)
 
 
@@ -259,10 +276,14 @@ def oil_painting(picture: Array, outline: Array, rng: Random) -> Array:
         for (y, x), tone in zip(places, tones):
             if width < 3 and outline[y, x] < 0.3 and not strong[y, x] and tone > 0:
                 continue  # broad strokes are enough for the background
-            red, green, blue = (np.clip(colours[y, x] * (1 + 1.3 * tone) + 0.5 * tone, 0, 1) * 255).astype(int)
+            red, green, blue = (
+                np.clip(colours[y, x] * (1 + 1.3 * tone) + 0.5 * tone, 0, 1) * 255
+            ).astype(int)
             dx, dy = reach * scale * np.cos(angle[y, x]), reach * scale * np.sin(angle[y, x])
             ends = (x - dx, y - dy, x + dx, y + dy)
-            draw.line(ends, fill=(int(red), int(green), int(blue)), width=max(1, round(width * scale)))
+            draw.line(
+                ends, fill=(int(red), int(green), int(blue)), width=max(1, round(width * scale))
+            )
     painted = np.asarray(canvas, np.float32) / 255
     # Thick paint catches the light on one side of every stroke.
     ridge = luma(painted) - luma(np.roll(painted, (1, 1), (0, 1)))
@@ -280,5 +301,7 @@ def comic_book(picture: Array, outline: Array, rng: Random) -> Array:
     dots = np.hypot((x + y) % 4 - 2, (x - y) % 4 - 2) < 1.25
     shadow = (luma(flat) < 0.62) & dots & (outline < 0.5)
     colour = np.where(shadow[..., None], colour * 0.72, colour)
-    contour = np.clip(2.2 * np.maximum(edges(flat, 3.2), edges(np.repeat(outline[..., None], 3, 2), 3.5)), 0, 1)
+    contour = np.clip(
+        2.2 * np.maximum(edges(flat, 3.2), edges(np.repeat(outline[..., None], 3, 2), 3.5)), 0, 1
+    )
     return over(colour, INK, contour)

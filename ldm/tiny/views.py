@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-# Name of a camera -> how far a toy is turned to the right, and how far the camera looks down, in degrees.
+# Name of a camera -> how far a toy is turned to the right, and how far the camera looks down, in
+# degrees.
 CAMERAS = {
     "front": (0.0, 9.0),
     "quarter": (32.0, 10.0),
@@ -31,8 +32,8 @@ LEFT, RIGHT = "facing left", "facing right"
 VIEWS = (LEFT, RIGHT, "from behind", "from above", "close-up", "far away")
 # Things that have a front and a back. A vase looks the same from behind.
 WITH_A_BACK = {
-    "backpack", "bear", "bus", "car", "cat", "clock", "dog", "fox", "owl", "panda", "penguin", "rabbit", "robot",
-    "stuffed animal",
+    "backpack", "bear", "bus", "car", "cat", "clock", "dog", "fox", "owl", "panda", "penguin",
+    "rabbit", "robot", "stuffed animal",
 }  # fmt: skip
 WITH_A_SIDE = (WITH_A_BACK | {"boot", "sneaker"}) - {"backpack", "clock", "owl", "stuffed animal"}
 
@@ -42,7 +43,9 @@ def camera(sprite: Path) -> str | None:
     return sprite.stem.partition("@")[2] or None
 
 
-def fitting(view: str, sprites: Sequence[Path], class_word: str, sides: Sequence[str]) -> list[Path]:
+def fitting(
+    view: str, sprites: Sequence[Path], class_word: str, sides: Sequence[str]
+) -> list[Path]:
     """Return the sprites of a class that can show a view.
 
     `sides` are the patterns of the drawings in profile; all of them look to the left.

@@ -1,9 +1,9 @@
 """The tiny world: everyday things on drawn scenes, with captions that say what is there.
 
 A picture is a function of its generator alone. `scripts/tiny/fetch_sprites.py` and
-`scripts/tiny/render_toys.py` make the sprites; `ldm.tiny.scenes` draws what is behind them. A thing may
-have a colour, a material or a pattern, wear an accessory and be seen from a side, and the whole picture
-may be drawn in a style.
+`scripts/tiny/render_toys.py` make the sprites; `ldm.tiny.scenes` draws what is behind them. A thing
+may have a colour, a material or a pattern, wear an accessory and be seen from a side, and the whole
+picture may be drawn in a style.
 """
 
 from __future__ import annotations
@@ -63,14 +63,19 @@ GROUND = {
     "floating in an ocean of milk": "water",
     "on top of a mirror": "mirror",
 }
-LIGHT = {"at night": (0.62, 0.68, 0.92), "in the jungle": (0.90, 1.0, 0.88), "in the snow": (0.98, 1.0, 1.04)}
+LIGHT = {
+    "at night": (0.62, 0.68, 0.92),
+    "in the jungle": (0.90, 1.0, 0.88),
+    "in the snow": (0.98, 1.0, 1.04),
+}
 
 
 @dataclass(frozen=True)
 class Description:
     """What a picture shows, and its caption, which need not tell it all.
 
-    `colour`, `material`, `accessory`, `view` and `style` are None where the picture has nothing of the kind.
+    `colour`, `material`, `accessory`, `view` and `style` are None where the picture has nothing of
+    the kind.
     """
 
     class_word: str
@@ -85,14 +90,16 @@ class Description:
 
 
 class World(Dataset):
-    """Pictures with captions, `{"image": (size, size, 3) float32 in [-1, 1], "caption": str}`, `length` an epoch.
+    """Pictures with captions, `{"image": (size, size, 3) float32 in [-1, 1], "caption": str}`,
+    `length` an epoch.
 
-    `classes` is "all", "narrow" (the easy ones) or a list of nouns. A fraction `held_out` of each class's designs
-    is left out of the split "train" and makes up the split "test". A class comes up in proportion to its number of
-    sprites to the power `balance` (0 makes all equal, more gives the varied ones more room) times its factor in
-    `weights` (1 where it has none): those that are hard to learn can have more. `plain` leaves out materials,
-    accessories, views and styles. With `labels` an example also holds what is pictured, whatever the caption says:
-    "class_word", "scene", "colour", "material", "accessory", "view" and "style", "" for none.
+    `classes` is "all", "narrow" (the easy ones) or a list of nouns. A fraction `held_out` of each
+    class's designs is left out of the split "train" and makes up the split "test". A class comes up
+    in proportion to its number of sprites to the power `balance` (0 makes all equal, more gives the
+    varied ones more room) times its factor in `weights` (1 where it has none): those that are hard
+    to learn can have more. `plain` leaves out materials, accessories, views and styles. With
+    `labels` an example also holds what is pictured, whatever the caption says: "class_word",
+    "scene", "colour", "material", "accessory", "view" and "style", "" for none.
 
     Raises:
         UserError: no sprites, an unknown class, or a parameter out of its range.
@@ -117,8 +124,11 @@ class World(Dataset):
         if split not in ("train", "test"):
             raise UserError(f"split: expected train or test, got {split!r}")
         if not 0 <= held_out < 1 or (split == "test" and held_out == 0):
-            raise UserError(f"held_out: expected a fraction below 1, above 0 for split test; got {held_out!r}")
-        self.root, self.size, self.length, self.labels, self.plain = Path(sprites), size, length, labels, plain
+            raise UserError(
+                f"held_out: expected a fraction below 1, above 0 for split test; got {held_out!r}"
+            )
+        self.root, self.size, self.length = Path(sprites), size, length
+        self.labels, self.plain = labels, plain
         found = find_sprites(sprites)
         self.sprites: dict[str, list[Path]] = {}
         for class_word in choose_classes(classes, found):
@@ -128,16 +138,24 @@ class World(Dataset):
                 self.sprites[class_word] = kept
         self.classes = list(self.sprites)
         if not self.classes:
-            raise UserError(f"{sprites}: no sprite is left for split {split}; its classes have a single design each")
+            raise UserError(
+                f"{sprites}: no sprite is left for split {split}; "
+                "its classes have a single design each"
+            )
         self._shares = self._frequencies(balance, weights or {})
         table = read_sprite_table()
         self._mirrored = {c for c in self.classes if table.get(c, {}).get("mirror", True)}
-        self._choices = {c: self._sprites_by_view(c, table.get(c, {}).get("sides", ())) for c in self.classes}
+        self._choices = {
+            c: self._sprites_by_view(c, table.get(c, {}).get("sides", ())) for c in self.classes
+        }
         self._sprites: dict[Path, Sprite] = {}
 
     def _sprites_by_view(self, class_word: str, sides: Sequence[str]) -> dict[str, list[Path]]:
         """Return the views that a class has, and the sprites that can show each; "" is no view."""
-        by_view = {view: fitting(view, self.sprites[class_word], class_word, sides) for view in ("", *VIEWS)}
+        by_view = {
+            view: fitting(view, self.sprites[class_word], class_word, sides)
+            for view in ("", *VIEWS)
+        }
         return {view: sprites for view, sprites in by_view.items() if sprites}
 
     def _frequencies(self, balance: float, weights: Mapping[str, float]) -> Array | None:
@@ -145,12 +163,18 @@ class World(Dataset):
         for class_word, weight in weights.items():
             if class_word not in self.classes:
                 hint = nearest(class_word, set(self.classes))
-                raise UserError(f"weights: no class {class_word!r}{hint} among {', '.join(self.classes)}")
+                raise UserError(
+                    f"weights: no class {class_word!r}{hint} among {', '.join(self.classes)}"
+                )
             if not weight > 0:
-                raise UserError(f"weights: expected a positive factor for {class_word!r}, got {weight!r}")
+                raise UserError(
+                    f"weights: expected a positive factor for {class_word!r}, got {weight!r}"
+                )
         if balance == 0 and not weights:
             return None
-        shares = np.array([len(self.sprites[c]) ** balance * weights.get(c, 1.0) for c in self.classes])
+        shares = np.array(
+            [len(self.sprites[c]) ** balance * weights.get(c, 1.0) for c in self.classes]
+        )
         return shares / shares.sum()
 
     @property
@@ -166,7 +190,9 @@ class World(Dataset):
         return self.example(index, generator_of("world", index))
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Return a picture that `generator` alone decides on (None: torch's global one); `index` is not read."""
+        """Return a picture that `generator` alone decides on (None: torch's global one); `index` is
+        not read.
+        """
         rng = _numpy_rng(generator)
         seen = self._describe(rng)
         example = {"image": self._draw(seen, rng), "caption": seen.caption}
@@ -179,7 +205,7 @@ class World(Dataset):
         """Return what `example` shows for a generator in this state."""
         return self._describe(_numpy_rng(generator))
 
-    # ---- what a picture shows ---------------------------------------------------------------------
+    # ---- what a picture shows --------------------------------------------------------------------
 
     def _describe(self, rng: np.random.Generator) -> Description:
         """Choose what a picture shows, and how its caption says it."""
@@ -209,7 +235,9 @@ class World(Dataset):
             style=style or "",
         )
         caption = compose_caption(rng, words)
-        return Description(class_word, sprite, scene, colour, caption, material, accessory, view or None, style)
+        return Description(
+            class_word, sprite, scene, colour, caption, material, accessory, view or None, style
+        )
 
     def _choose_view(self, rng: np.random.Generator, class_word: str) -> str:
         """Choose one of the views that a class has, or "" for none in particular."""
@@ -224,7 +252,7 @@ class World(Dataset):
             return _pick(rng, list(MATERIALS))
         return _pick(rng, list(PATTERNS)) if chance < MADE_OF + PATTERNED else None
 
-    # ---- how it is drawn --------------------------------------------------------------------------
+    # ---- how it is drawn -------------------------------------------------------------------------
 
     def _sprite(self, path: Path) -> Sprite:
         """Read a sprite once."""
@@ -239,18 +267,27 @@ class World(Dataset):
 
         # Where the thing stands, and which way it looks.
         place = self._place(seen, sprite, rng)
-        layer = place.render(sprite, self.size, self._finish(seen, rng), roundness=rng.uniform(0, 1))
+        layer = place.render(
+            sprite, self.size, self._finish(seen, rng), roundness=rng.uniform(0, 1)
+        )
         if seen.accessory:
             layer = place.dress(sprite, layer, worn(rng, seen.accessory))
 
         # The light of the scene falls on it, and it throws a shadow.
-        layer[..., :3] *= np.array(LIGHT.get(seen.scene, (1, 1, 1)), np.float32) * np.float32(rng.uniform(0.93, 1.06))
-        picture = np.clip(compose(background, layer, place, GROUND.get(seen.scene, ""), rng), 0, 255)
+        layer[..., :3] *= np.array(LIGHT.get(seen.scene, (1, 1, 1)), np.float32) * np.float32(
+            rng.uniform(0.93, 1.06)
+        )
+        picture = np.clip(
+            compose(background, layer, place, GROUND.get(seen.scene, ""), rng), 0, 255
+        )
 
         # A style changes the whole picture.
         if seen.style:
             outline = layer[..., 3] / 255
-            picture = np.clip(STYLES[seen.style](picture.astype(np.float32) / 255, outline, rng), 0, 1) * 255
+            picture = (
+                np.clip(STYLES[seen.style](picture.astype(np.float32) / 255, outline, rng), 0, 1)
+                * 255
+            )
         return to_array(picture.round())
 
     def _place(self, seen: Description, sprite: Sprite, rng: np.random.Generator) -> Place:
@@ -274,7 +311,9 @@ class World(Dataset):
             return toss and seen.class_word in self._mirrored
         sides = read_sprite_table().get(seen.class_word, {}).get("sides", ())
         assert in_profile(seen.sprite, sides)
-        looks_right = seen.sprite.stem.partition("@")[2] != ""  # toys are turned to the right, drawings to the left
+        looks_right = (
+            seen.sprite.stem.partition("@")[2] != ""
+        )  # toys are turned to the right, drawings to the left
         return looks_right == (seen.view == LEFT)
 
     @staticmethod
@@ -302,4 +341,6 @@ def _numpy_rng(generator: torch.Generator | None) -> np.random.Generator:
 
 
 def _pick(rng: np.random.Generator, options: Sequence[Any], shares: Array | None = None) -> Any:
-    return options[int(rng.integers(len(options)) if shares is None else rng.choice(len(options), p=shares))]
+    return options[
+        int(rng.integers(len(options)) if shares is None else rng.choice(len(options), p=shares))
+    ]

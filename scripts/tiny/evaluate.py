@@ -1,10 +1,12 @@
-"""Measure the miniature: the base model, and DreamBooth for every subject and seed. Writes `docs/results.md`.
+"""Measure the miniature: the base model, and DreamBooth for every subject and seed. Writes
+`docs/results.md`.
 
-    pip install -e '.[world]' && python scripts/tiny/fetch_sprites.py      # the classifiers learn from renderings
-    python scripts/tiny/evaluate.py --seeds 23 24 25
+    pip install -e '.[world]' && python scripts/tiny/fetch_sprites.py      # the classifiers learn
+    from renderings python scripts/tiny/evaluate.py --seeds 23 24 25
 
-What was measured before, with the same weights and config, is in `--outdir` and is not measured again. So several can
-share the work, each with some of the `--subjects`; the last one writes the whole report.
+What was measured before, with the same weights and config, is in `--outdir` and is not measured
+again. So several can share the work, each with some of the `--subjects`; the last one writes the
+whole report.
 """
 
 from __future__ import annotations
@@ -62,28 +64,43 @@ Results = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--subjects", nargs="*", help=f"default: {', '.join(subject_names())}")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[23, 24, 25], help="default: 23 24 25")
-    parser.add_argument("--without_prior", nargs="*", default=["dog"], metavar="SUBJECT", help="default: dog")
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, default=[23, 24, 25], help="default: 23 24 25"
+    )
+    parser.add_argument(
+        "--without_prior", nargs="*", default=["dog"], metavar="SUBJECT", help="default: dog"
+    )
     parser.add_argument("--sprites", type=Path, default=SPRITES, help="default: %(default)s")
-    parser.add_argument("--outdir", type=Path, default=Path("outputs/evaluation"), help="default: %(default)s")
-    parser.add_argument("--report", type=Path, default=ROOT / "docs/results.md", help="default: %(default)s")
+    parser.add_argument(
+        "--outdir", type=Path, default=Path("outputs/evaluation"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--report", type=Path, default=ROOT / "docs/results.md", help="default: %(default)s"
+    )
     return parser
 
 
 def worlds(sprites: Path) -> tuple[World, World]:
     """Return the world that the miniature was trained on, and the designs that its CLIP was not.
 
-    Both are plain, as "a photo of a dog" is: no style, no material, nothing worn, no view that is said.
+    Both are plain, as "a photo of a dog" is: no style, no material, nothing worn, no view that is
+    said.
     """
-    classes = to_plain(load_config([LDM_CONFIG]))["data"]["params"]["train"]["params"]["dataset"]["params"]["classes"]
+    classes = to_plain(load_config([LDM_CONFIG]))["data"]["params"]["train"]["params"]["dataset"][
+        "params"
+    ]["classes"]
     common = {"classes": classes, "labels": True, "held_out": 0.1, "plain": True}
     return World(sprites, split="train", **common), World(sprites, split="test", **common)
 
 
 def make_judges(train: World, path: Path) -> Judges:
-    """The two encoders, and the classifiers that are fitted to renderings, unless `path` has them from before."""
+    """The two encoders, and the classifiers that are fitted to renderings, unless `path` has them
+    from before.
+    """
     clip = CLIPImages(CLIP_IMAGES, to_plain(load_config([CLIP_CONFIG]))["model"])
     encoders = {"CLIP-I": clip, "EfficientNet-Lite0": EfficientNetLite0()}
     recognizer = make_recognizer(encoders, train.classes)
@@ -93,7 +110,9 @@ def make_judges(train: World, path: Path) -> Judges:
         recognizer.heads.load_state_dict(state)
     else:
         model = load_model(WEIGHTS)
-        fit_recognizer(recognizer, train, lambda x: model.first_stage_model(x, sample_posterior=False)[0])
+        fit_recognizer(
+            recognizer, train, lambda x: model.first_stage_model(x, sample_posterior=False)[0]
+        )
         save_checkpoint(recognizer.heads.state_dict(), path)
     return Judges(encoders, recognizer)
 
@@ -118,12 +137,18 @@ def evaluate(args: argparse.Namespace) -> None:
     subjects = args.subjects or subject_names()
     unknown = sorted({*subjects, *args.without_prior} - set(subject_names()))
     if unknown:
-        raise UserError(f"--subjects: unknown {', '.join(unknown)}; there are {', '.join(subject_names())}")
+        raise UserError(
+            f"--subjects: unknown {', '.join(unknown)}; there are {', '.join(subject_names())}"
+        )
     train, test = worlds(args.sprites)
-    outdir = args.outdir / hashlib.sha256(WEIGHTS.read_bytes() + CONFIG.read_bytes()).hexdigest()[:8]
+    outdir = (
+        args.outdir / hashlib.sha256(WEIGHTS.read_bytes() + CONFIG.read_bytes()).hexdigest()[:8]
+    )
     judges = make_judges(train, outdir / "recognizer.ckpt")
     begin = time.monotonic()
-    base = remembered(outdir / "base.json", lambda: measure_base(Painter(WEIGHTS), judges, train, test))
+    base = remembered(
+        outdir / "base.json", lambda: measure_base(Painter(WEIGHTS), judges, train, test)
+    )
     runs: dict[tuple[str, str, int], Results] = {}
     for seed in args.seeds:
         for subject in subjects:
@@ -135,7 +160,9 @@ def evaluate(args: argparse.Namespace) -> None:
                 )
                 print(f"{(time.monotonic() - begin) / 60:5.1f} min  {name}", flush=True)
     only = ["--subjects", *args.subjects] if args.subjects else []
-    command = shlex.join(["python", "scripts/tiny/evaluate.py", *only, "--seeds", *map(str, args.seeds)])
+    command = shlex.join(
+        ["python", "scripts/tiny/evaluate.py", *only, "--seeds", *map(str, args.seeds)]
+    )
     report = "\n".join([HEAD, f"    {command}\n", *base_table(base), *run_tables(runs)]) + "\n"
     write_atomically(args.report, lambda temporary: temporary.write_text(report))
     print(args.report)
@@ -149,10 +176,14 @@ def measure_run(subject: str, seed: int, kind: str, outdir: Path, judges: Judges
     start = time.monotonic()
     # A folder of its own: others may train at the same time.
     logdir = outdir / f"logs-{subject}-{seed}"
-    checkpoint = dreambooth(photos, class_word, outdir / f"class_images-{seed}" / class_word, logdir, more)
+    checkpoint = dreambooth(
+        photos, class_word, outdir / f"class_images-{seed}" / class_word, logdir, more
+    )
     seconds = time.monotonic() - start
     pictures = [load_image(path) for path in find_images(photos)]
-    measured = measure_subject(base_painter(seed), Painter(checkpoint, seed), pictures, class_word, judges)
+    measured = measure_subject(
+        base_painter(seed), Painter(checkpoint, seed), pictures, class_word, judges
+    )
     checkpoint.unlink()
     return {**measured, "seconds": seconds}
 
@@ -161,17 +192,19 @@ def measure_run(subject: str, seed: int, kind: str, outdir: Path, judges: Judges
 
 HEAD = """# Results of the miniature
 
-Measured by the command below, with the weights in `models/tiny` and `configs/tiny/dreambooth.yaml`. Class and scene
-are read off by linear classifiers on the features of both encoders, fitted to renderings of the tiny world (half of
-them reconstructed by the first stage), never to samples. `CLIP-I` is the mean cosine of our small CLIP's image
-features, the other encoder is EfficientNet-Lite0, pretrained on ImageNet.
+Measured by the command below, with the weights in `models/tiny` and `configs/tiny/dreambooth.yaml`.
+Class and scene are read off by linear classifiers on the features of both encoders, fitted to
+renderings of the tiny world (half of them reconstructed by the first stage), never to samples.
+`CLIP-I` is the mean cosine of our small CLIP's image features, the other encoder is
+EfficientNet-Lite0, pretrained on ImageNet.
 """
 
 BASE = """
 ## The base model
 
-4 samples for each of {classes} classes ("a photo of a dog") and of {scenes} scenes ("a photo of a dog in the snow",
-classes in turn); diversity is the mean pairwise distance of the features of {pictures} pictures of "a photo of a dog".
+4 samples for each of {classes} classes ("a photo of a dog") and of {scenes} scenes ("a photo of a
+dog in the snow", classes in turn); diversity is the mean pairwise distance of the features of
+{pictures} pictures of "a photo of a dog".
 
 | | samples | renderings of seen designs | of unseen designs |
 |---|---|---|---|"""
@@ -179,20 +212,27 @@ classes in turn); diversity is the mean pairwise distance of the features of {pi
 SUBJECTS = """
 ## DreamBooth, {kind}
 
-Means over seeds {seeds}; likeness is that of the pictures' middles, 70 % of each side. *Gap closed*: how much of the
-way from the base model's pictures of the class to the photos' own likeness the pictures of "photo of a sks dog" have
-gone. *Scenes*: share of {places} scenes recognised with the subject in them, and with the class by the base model.
-*Class drift*: likeness of "photo of a dog" to the photos, both centred on the base model's pictures: 0 for no change,
-and in brackets that of "photo of a sks dog".
-*Diversity kept*: of "photo of a dog", after / before. *Nearest*: the sample most like a training image or its mirror,
-in dB.
+Means over seeds {seeds}; likeness is that of the pictures' middles, 70 % of each side. *Gap
+closed*: how much of the way from the base model's pictures of the class to the photos' own likeness
+the pictures of "photo of a sks dog" have gone. *Scenes*: share of {places} scenes recognised with
+the subject in them, and with the class by the base model.
+*Class drift*: likeness of "photo of a dog" to the photos, both centred on the base model's
+pictures: 0 for no change, and in brackets that of "photo of a sks dog".
+*Diversity kept*: of "photo of a dog", after / before. *Nearest*: the sample most like a training
+image or its mirror, in dB.
 
 | subject | {columns} |
 |---|---|---|---|---|---|---|---|---|---|---|"""
 
 COLUMNS = (
     *("gap closed, CLIP-I", "EfficientNet", "scenes (base)", "class drift, CLIP-I", "EfficientNet"),
-    *("diversity kept, CLIP-I", "EfficientNet", "class recognised (base)", "nearest, dB", "minutes"),
+    *(
+        "diversity kept, CLIP-I",
+        "EfficientNet",
+        "class recognised (base)",
+        "nearest, dB",
+        "minutes",
+    ),
 )
 
 
@@ -204,8 +244,14 @@ def base_table(base: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {name} recognised | {base[name]:.0%} | {seen:.0%} | {unseen:.0%} |")
     for encoder in ("CLIP-I", "EfficientNet-Lite0"):
         made, real = base[f"diversity, {encoder}"], base[f"diversity of renderings, {encoder}"]
-        lines.append(f"| diversity, {encoder} | {made:.3f} ({made / real:.0%} of renderings) | {real:.3f} | |")
-    by_class = ", ".join(f"{name} {share:.0%}" for name, share in sorted(base["by_class"].items(), key=lambda x: x[1]))
+        lines.append(
+            f"| diversity, {encoder} | {made:.3f} ({made / real:.0%} of renderings) "
+            f"| {real:.3f} | |"
+        )
+    by_class = ", ".join(
+        f"{name} {share:.0%}"
+        for name, share in sorted(base["by_class"].items(), key=lambda x: x[1])
+    )
     return [*lines, "", f"By class: {by_class}."]
 
 
@@ -218,10 +264,17 @@ def run_tables(runs: Mapping[tuple[str, str, int], Results]) -> list[str]:
             continue
         seeds = ", ".join(str(seed) for seed in sorted({seed for _, _, seed in found}))
         heading = kind if kind == WITH else "without prior preservation"
-        fields = {"kind": heading, "seeds": seeds, "places": len(PLACES), "columns": " | ".join(COLUMNS)}
+        fields = {
+            "kind": heading,
+            "seeds": seeds,
+            "places": len(PLACES),
+            "columns": " | ".join(COLUMNS),
+        }
         lines.append(SUBJECTS.format(**fields))
         subjects = sorted({subject for _, subject, _ in found})
-        rows = {s: [value for (_, subject, _), value in found.items() if subject == s] for s in subjects}
+        rows = {
+            s: [value for (_, subject, _), value in found.items() if subject == s] for s in subjects
+        }
         lines += [row(name, results) for name, results in rows.items()]
         if len(rows) > 1:
             lines.append(row("**mean**", list(found.values())))
@@ -236,7 +289,10 @@ def row(name: str, results: Sequence[Results]) -> str:
         name,
         *(f"{m[f'{e}, gap closed']:.0%}" for e in (clip, effnet)),
         f"{m['scenes']:.0%} ({m['scenes, base']:.0%})",
-        *(f"{m[f'{e}, class drift']:.2f} ({m[f'{e}, centred subject']:.2f})" for e in (clip, effnet)),
+        *(
+            f"{m[f'{e}, class drift']:.2f} ({m[f'{e}, centred subject']:.2f})"
+            for e in (clip, effnet)
+        ),
         *(f"{m[f'{e}, diversity kept']:.0%}" for e in (clip, effnet)),
         f"{m['class kept']:.0%} ({m['class, base']:.0%})",
         f"{max(result['nearest training image, dB'] for result in results):.1f}",

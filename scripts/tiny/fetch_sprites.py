@@ -1,9 +1,11 @@
-"""Fetch the sprites of the tiny world: emoji from npm's icon packages, rasterised to transparent PNGs.
+"""Fetch the sprites of the tiny world: emoji from npm's icon packages, rasterised to transparent
+PNGs.
 
     python scripts/tiny/fetch_sprites.py --outdir models/tiny/sprites
 
-Needs `npm` and network once, and `pip install resvg-py`. Which icons stand for which class is written in
-`ldm/tiny/world_sprites.yaml`; a sprite is `{class}/{family}-{icon}.png`, trimmed to what it shows.
+Needs `npm` and network once, and `pip install resvg-py`. Which icons stand for which class is
+written in `ldm/tiny/world_sprites.yaml`; a sprite is `{class}/{family}-{icon}.png`, trimmed to what
+it shows.
 """
 
 from __future__ import annotations
@@ -35,27 +37,41 @@ FAMILIES = {
     "fxemoji": "@iconify-json/fxemoji",
     "fluent_3d": "@lobehub/fluent-emoji-3d",
 }
-NAMED_BY_CODE_POINTS = "fluent_3d"  # its files are WebP, `1f415.webp`; noto's list of characters has their names
+NAMED_BY_CODE_POINTS = (
+    "fluent_3d"  # its files are WebP, `1f415.webp`; noto's list of characters has their names
+)
 AUTHORS = {"@lobehub/fluent-emoji-3d": "Microsoft Corporation, packaged by LobeHub"}
 
 CREDITS = """# Where the sprites of the tiny world come from
 
-`scripts/tiny/fetch_sprites.py` fetches them from npm. They are not shipped; the models in this folder were trained on
+`scripts/tiny/fetch_sprites.py` fetches them from npm. They are not shipped; the models in this
+folder were trained on
 pictures of them: scaled, turned, recoloured and lit, on scenes of our own."""
 
 Draw = Callable[[], Image.Image]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--outdir", type=Path, default=Path("models/tiny/sprites"), help="where the sprites go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--outdir", type=Path, default=Path("models/tiny/sprites"), help="where the sprites go"
+    )
     parser.add_argument("--size", type=int, default=128, help="longer side of a sprite in pixels")
-    parser.add_argument("--packages", type=Path, help="keep the fetched packages here and use those already there")
-    parser.add_argument("--credits", type=Path, help="write the table of packages and licences to this file")
+    parser.add_argument(
+        "--packages", type=Path, help="keep the fetched packages here and use those already there"
+    )
+    parser.add_argument(
+        "--credits", type=Path, help="write the table of packages and licences to this file"
+    )
     args = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            folders = {family: fetch(name, args.packages or Path(temporary)) for family, name in FAMILIES.items()}
+            folders = {
+                family: fetch(name, args.packages or Path(temporary))
+                for family, name in FAMILIES.items()
+            }
             icons = {family: open_family(family, folders) for family in FAMILIES}
             counts = write_sprites(icons, args.outdir, args.size)
             if args.credits:
@@ -71,12 +87,25 @@ def fetch(package: str, folder: Path) -> Path:
     if target.exists():
         return target
     if shutil.which("npm") is None:
-        raise UserError("npm: not found; install Node.js, or give --packages FOLDER with the packages from elsewhere")
+        raise UserError(
+            "npm: not found; install Node.js, "
+            "or give --packages FOLDER with the packages from elsewhere"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", "--pack-destination", str(folder)]
+    command = [
+        "npm",
+        "pack",
+        package,
+        "--loglevel=error",
+        "--fetch-retries=1",
+        "--pack-destination",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        reason = next((line for line in done.stderr.splitlines() if line.strip()), f"status {done.returncode}")
+        reason = next(
+            (line for line in done.stderr.splitlines() if line.strip()), f"status {done.returncode}"
+        )
         raise UserError(f"npm pack {package}: failed ({reason.strip()}); it needs network access")
     archive = folder / done.stdout.split()[-1]
     with tarfile.open(archive) as tar:
@@ -94,7 +123,10 @@ def open_family(family: str, folders: dict[str, Path]) -> dict[str, Draw]:
         files = {names.get(plain(path.stem)): path for path in package.glob("assets/*.webp")}
         return {name: lambda path=path: Image.open(path) for name, path in files.items() if name}
     collection = json.loads((package / "icons.json").read_text())
-    return {name: lambda icon=icon: rasterise(icon, collection) for name, icon in collection["icons"].items()}
+    return {
+        name: lambda icon=icon: rasterise(icon, collection)
+        for name, icon in collection["icons"].items()
+    }
 
 
 def plain(code_points: str) -> str:
@@ -120,7 +152,9 @@ def trimmed(image: Image.Image, size: int) -> Image.Image:
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 12)).getbbox()
     image = image.crop(box)
     scale = size / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    return image.resize(
+        [max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS
+    )
 
 
 def write_sprites(families: dict[str, dict[str, Draw]], outdir: Path, size: int) -> dict[str, int]:
@@ -142,7 +176,9 @@ def wanted(entry: dict, families: dict[str, dict[str, Draw]]) -> Iterator[tuple[
     for icon in entry["icons"]:
         for family, icons in families.items():
             name = f"{family}-{icon}"
-            if icon in icons and not any(fnmatchcase(name, pattern) for pattern in entry.get("without", ())):
+            if icon in icons and not any(
+                fnmatchcase(name, pattern) for pattern in entry.get("without", ())
+            ):
                 yield name, icons[icon]
 
 

@@ -1,9 +1,11 @@
-"""Render the subject photos that ship with the project: toys, five views each, ray marched with numpy.
+"""Render the subject photos that ship with the project: toys, five views each, ray marched with
+numpy.
 
     python scripts/tiny/render_subjects.py --outdir models/tiny/subjects
 
-A toy is a list of parts, each a signed distance and a colour, that stands on y = 0 and looks towards +z. It is
-turned in front of a fixed camera, and every photo has its own scenery. Points are arrays of shape (3, n).
+A toy is a list of parts, each a signed distance and a colour, that stands on y = 0 and looks
+towards +z. It is turned in front of a fixed camera, and every photo has its own scenery. Points are
+arrays of shape (3, n).
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from ldm.tiny.shapes import (
 
 FILL = 0.78  # share of the frame that the toy's longer side takes
 
-# ---- toys ---------------------------------------------------------------------------------------------------
+# ---- toys ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Subject:
     wall: str  # the colour of the studio
     gloss: float
     yaws: tuple[float, ...]  # degrees, one per photo
-    lens: bool = False  # whether a real camera took the photos: blurred distance, dark corners, grain
+    lens: bool = (
+        False  # whether a real camera took the photos: blurred distance, dark corners, grain
+    )
 
 
 def robot() -> Subject:
@@ -79,7 +83,9 @@ def robot() -> Subject:
         Part(box((0, 1.8, 0.34), (0.4, 0.26, 0.06), 0.05), dark),
         Part(sphere((0.18, 1.86, 0.33), 0.13), yellow, mirror=True),
         Part(sphere((0.17, 1.86, 0.43), 0.055), dark, mirror=True),
-        Part(tube([(0, 1.64, 0.4), (0.08, 1.65, 0.4), (0.15, 1.7, 0.4)], 0.025), yellow, mirror=True),
+        Part(
+            tube([(0, 1.64, 0.4), (0.08, 1.65, 0.4), (0.15, 1.7, 0.4)], 0.025), yellow, mirror=True
+        ),
         Part(capsule((0.46, 1.8, 0), (0.57, 1.8, 0), 0.14), orange, mirror=True),
         Part(capsule((0, 2.1, 0), (0, 2.4, 0), 0.035), steel),
         Part(sphere((0, 2.45, 0), 0.11), orange),
@@ -102,7 +108,11 @@ def dog() -> Subject:
         Part(capsule((0.21, 0.6, -0.5), (0.23, 0.13, -0.55), 0.14), cream, blend=0.08, mirror=True),
         Part(ellipsoid((0.23, 0.11, 0.42), (0.16, 0.11, 0.2)), cream, blend=0.04, mirror=True),
         Part(ellipsoid((0.23, 0.11, -0.49), (0.16, 0.11, 0.2)), cream, blend=0.04, mirror=True),
-        Part(tube([(0, 0.9, -0.72), (0, 1.0, -1.1), (0, 1.48, -0.98)], 0.12, 0.08), caramel, blend=0.08),
+        Part(
+            tube([(0, 0.9, -0.72), (0, 1.0, -1.1), (0, 1.48, -0.98)], 0.12, 0.08),
+            caramel,
+            blend=0.08,
+        ),
         Part(sphere((0, 1.05, -0.35), 0.44), caramel, paint=True),
         Part(sphere((0.35, 0.7, -0.62), 0.26), caramel, paint=True),
         Part(ellipsoid((0, 1.52, 0.55), (0.47, 0.43, 0.42)), cream, blend=0.06),
@@ -112,7 +122,12 @@ def dog() -> Subject:
         Part(ellipsoid((0, 1.48, 1.1), (0.11, 0.085, 0.07)), dark),
         Part(sphere((0.19, 1.63, 0.89), 0.085), dark, mirror=True),
         Part(sphere((0.21, 1.66, 0.96), 0.027), "#ffffff", mirror=True),
-        Part(capsule((0.44, 1.66, 0.5), (0.56, 1.3, 0.5), 0.11, 0.16), "#8f3f12", blend=0.05, mirror=True),
+        Part(
+            capsule((0.44, 1.66, 0.5), (0.56, 1.3, 0.5), 0.11, 0.16),
+            "#8f3f12",
+            blend=0.05,
+            mirror=True,
+        ),
         Part(torus((0, 1.06, 0.38), (0, 0.91, 0.41), 0.28, 0.075), "#e0182d"),
         Part(sphere((0, 0.88, 0.7), 0.09), "#ffc91f"),
     ]
@@ -126,18 +141,29 @@ def dog2() -> Subject:
         Part(stripes(2, 0.36, 0.36, offset=0.1), "#ffffff", paint=True),
         Part(capsule((0, 0.62, -0.85), (0, 0.64, 0.6), 0.3), brown),
         Part(capsule((0, 0.7, 0.6), (0, 1.1, 0.85), 0.22), brown, blend=0.06),
-        Part(capsule((0.19, 0.45, 0.62), (0.21, 0.12, 0.64), 0.125), brown, blend=0.06, mirror=True),
-        Part(capsule((0.19, 0.45, -0.86), (0.21, 0.12, -0.88), 0.125), brown, blend=0.06, mirror=True),
+        Part(
+            capsule((0.19, 0.45, 0.62), (0.21, 0.12, 0.64), 0.125), brown, blend=0.06, mirror=True
+        ),
+        Part(
+            capsule((0.19, 0.45, -0.86), (0.21, 0.12, -0.88), 0.125), brown, blend=0.06, mirror=True
+        ),
         Part(ellipsoid((0.21, 0.1, 0.71), (0.15, 0.1, 0.19)), tan, blend=0.04, mirror=True),
         Part(ellipsoid((0.21, 0.1, -0.81), (0.15, 0.1, 0.19)), tan, blend=0.04, mirror=True),
-        Part(tube([(0, 0.72, -1.1), (0, 0.7, -1.45), (0, 1.15, -1.5)], 0.1, 0.045), brown, blend=0.08),
+        Part(
+            tube([(0, 0.72, -1.1), (0, 0.7, -1.45), (0, 1.15, -1.5)], 0.1, 0.045), brown, blend=0.08
+        ),
         Part(ellipsoid((0, 1.35, 0.9), (0.34, 0.32, 0.36)), brown, blend=0.06),
         Part(capsule((0, 1.27, 1.1), (0, 1.2, 1.48), 0.19, 0.12), tan, blend=0.08),
         Part(sphere((0, 1.28, 1.58), 0.085), dark),
         Part(sphere((0.17, 1.46, 1.15), 0.075), dark, mirror=True),
         Part(sphere((0.19, 1.485, 1.21), 0.024), "#ffffff", mirror=True),
         Part(ellipsoid((0.12, 1.58, 1.12), (0.06, 0.045, 0.06)), tan, mirror=True),
-        Part(capsule((0.34, 1.45, 0.82), (0.42, 1.02, 0.82), 0.09, 0.15), "#431a0a", blend=0.04, mirror=True),
+        Part(
+            capsule((0.34, 1.45, 0.82), (0.42, 1.02, 0.82), 0.09, 0.15),
+            "#431a0a",
+            blend=0.04,
+            mirror=True,
+        ),
     ]
     return Subject(parts, wall="#ffd84d", gloss=0.25, yaws=(52, -58, 74, -38, 42))
 
@@ -155,7 +181,9 @@ def cat() -> Subject:
         Part(capsule((0.15, 0.75, 0.3), (0.15, 0.15, 0.42), 0.12), fur, blend=0.04, mirror=True),
         Part(ellipsoid((0.15, 0.1, 0.5), (0.14, 0.1, 0.17)), white, blend=0.04, mirror=True),
         Part(ellipsoid((0, 1.5, 0.16), (0.54, 0.43, 0.42)), fur, blend=0.04),
-        Part(capsule((0.34, 1.72, 0.14), (0.45, 2.08, 0.12), 0.2, 0.03), fur, blend=0.04, mirror=True),
+        Part(
+            capsule((0.34, 1.72, 0.14), (0.45, 2.08, 0.12), 0.2, 0.03), fur, blend=0.04, mirror=True
+        ),
         Part(ellipsoid((0.37, 1.86, 0.33), (0.09, 0.2, 0.2)), pink, mirror=True, paint=True),
         Part(capsule((0, 2.1, 0.4), (0, 1.72, 0.5), 0.045), stripe, paint=True),
         Part(capsule((0.15, 2.1, 0.4), (0.12, 1.76, 0.5), 0.04), stripe, mirror=True, paint=True),
@@ -198,7 +226,11 @@ def teapot() -> Subject:
         Part(torus((0, 1.27, 0), (0, 1, 0), 0.44, 0.06), gold),
         Part(ellipsoid((0, 1.27, 0), (0.44, 0.2, 0.44)), blue),
         Part(sphere((0, 1.55, 0), 0.13), gold, blend=0.06),
-        Part(tube([(0.65, 0.45, 0), (1.25, 0.5, 0), (0.95, 1.2, 0), (1.36, 1.25, 0)], 0.23, 0.1), blue, blend=0.08),
+        Part(
+            tube([(0.65, 0.45, 0), (1.25, 0.5, 0), (0.95, 1.2, 0), (1.36, 1.25, 0)], 0.23, 0.1),
+            blue,
+            blend=0.08,
+        ),
         Part(torus((1.36, 1.26, 0), (0.6, 0.8, 0), 0.08, 0.045), gold),
         Part(torus((-0.86, 0.82, 0), (0, 0, 1), 0.36, 0.085), gold),
     ]
@@ -209,12 +241,26 @@ def vase() -> Subject:
     """Build a stoneware vase with a glaze that has run down from its rim."""
     clay, glaze, deep = "#b98a5e", "#2f6f6a", "#1d3f4a"
     body = lathe(
-        [(0.42, 0.0), (0.66, 0.45), (0.74, 0.85), (0.55, 1.3), (0.3, 1.6), (0.3, 1.8), (0.42, 1.95)], wall=0.08
+        [
+            (0.42, 0.0),
+            (0.66, 0.45),
+            (0.74, 0.85),
+            (0.55, 1.3),
+            (0.3, 1.6),
+            (0.3, 1.8),
+            (0.42, 1.95),
+        ],
+        wall=0.08,
     )
 
     def run_down(p: Array) -> Array:
         turn = np.arctan2(p[0], p[2])
-        edge = 1.05 + 0.14 * np.sin(3 * turn + 0.6) + 0.08 * np.sin(7 * turn) + 0.05 * np.sin(13 * turn + 2)
+        edge = (
+            1.05
+            + 0.14 * np.sin(3 * turn + 0.6)
+            + 0.08 * np.sin(7 * turn)
+            + 0.05 * np.sin(13 * turn + 2)
+        )
         return edge - p[1]
 
     parts = [
@@ -222,7 +268,13 @@ def vase() -> Subject:
         Part(run_down, glaze, paint=True, texture=speckles(30, 0.35)),
         Part(box((0, 1.62, 0), (2, 0.05, 2), 0), deep, paint=True),
         Part(torus((0, 1.95, 0), (0, 1, 0), 0.41, 0.05), deep),
-        Part(torus((0.52, 1.45, 0), (0, 0, 1), 0.2, 0.055), glaze, blend=0.05, mirror=True, texture=speckles(30, 0.3)),
+        Part(
+            torus((0.52, 1.45, 0), (0, 0, 1), 0.2, 0.055),
+            glaze,
+            blend=0.05,
+            mirror=True,
+            texture=speckles(30, 0.3),
+        ),
     ]
     return Subject(parts, wall="#9aa3a0", gloss=0.55, yaws=(10, 60, -40, 115, -80), lens=True)
 
@@ -233,10 +285,17 @@ def sneaker() -> Subject:
     cloth = weave(42, 0.28)
     parts = [
         Part(ellipsoid((0, 0.32, 0.3), (0.38, 0.36, 0.86)), canvas, texture=cloth),
-        Part(capsule((0, 0.45, -0.3), (0, 0.98, -0.4), 0.37, 0.33), canvas, blend=0.16, texture=cloth),
+        Part(
+            capsule((0, 0.45, -0.3), (0, 0.98, -0.4), 0.37, 0.33), canvas, blend=0.16, texture=cloth
+        ),
         Part(ellipsoid((0, 1.34, -0.38), (0.24, 0.2, 0.27)), "#1b1c1a", paint=True),
         Part(capsule((0, 0.5, 0.65), (0, 1.25, -0.02), 0.14), "#3d8562", paint=True, texture=cloth),
-        Part(ellipsoid((0, 0.22, 1.16), (0.42, 0.3, 0.36)), rubber, paint=True, texture=speckles(16, 0.15)),
+        Part(
+            ellipsoid((0, 0.22, 1.16), (0.42, 0.3, 0.36)),
+            rubber,
+            paint=True,
+            texture=speckles(16, 0.15),
+        ),
         Part(sphere((0.38, 0.74, -0.34), 0.15), thread, mirror=True, paint=True),
         Part(slab((0, 0.11, 0.24), (0.41, 0.11, 0.98)), rubber, texture=speckles(14, 0.22)),
         Part(box((0, 0.16, 0), (2, 0.022, 3), 0), stripe, paint=True),
@@ -252,8 +311,10 @@ TOYS: dict[str, Callable[[], Subject]] = {
 }
 
 
-# ---- sceneries: linear colours (3, n) of the floor at (x, ahead), seen from the toy, and of what lies in
-# direction (azimuth, elevation) behind it; `ahead` is capped at HORIZON ----------------------------------------
+# ---- sceneries: linear colours (3, n) of the floor at (x, ahead), seen from the toy, and of what
+# lies in
+# direction (azimuth, elevation) behind it; `ahead` is capped at HORIZON
+# ----------------------------------------
 
 HORIZON = 100.0
 
@@ -267,13 +328,19 @@ def noise(x: Array, y: Array | float, seed: int) -> Array:
     lattice = np.random.default_rng(seed).random((64, 64), np.float32)
     i, j = np.floor(x).astype(int), np.floor(y).astype(int)
     u, v = ((f * f * (3 - 2 * f)).astype(np.float32) for f in (x - i, y - j))
-    low, high = (lattice[i % 64, k % 64] * (1 - u) + lattice[(i + 1) % 64, k % 64] * u for k in (j, j + 1))
+    low, high = (
+        lattice[i % 64, k % 64] * (1 - u) + lattice[(i + 1) % 64, k % 64] * u for k in (j, j + 1)
+    )
     return low * (1 - v) + high * v
 
 
 def sky(azimuth: Array, elevation: Array) -> Array:
-    puffs = 0.7 * noise(azimuth * 14 + 5, elevation * 34, 3) + 0.3 * noise(azimuth * 40, elevation * 90, 4)
-    return mix(mix("#e4f5ff", "#4aa3ee", ramp(elevation, 0, 0.25)), "#ffffff", 0.9 * ramp(puffs, 0.55, 0.7))
+    puffs = 0.7 * noise(azimuth * 14 + 5, elevation * 34, 3) + 0.3 * noise(
+        azimuth * 40, elevation * 90, 4
+    )
+    return mix(
+        mix("#e4f5ff", "#4aa3ee", ramp(elevation, 0, 0.25)), "#ffffff", 0.9 * ramp(puffs, 0.55, 0.7)
+    )
 
 
 def meadow(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
@@ -281,14 +348,20 @@ def meadow(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
     fade = ramp(ahead, 1, 12)  # blades too far away to tell apart
     grass = mix("#2f8a22", "#9bdc4c", ramp(blades, 0.15, 0.85) * (1 - fade) + 0.7 * fade)
     trees = 0.03 + 0.035 * noise(azimuth * 30, 0.0, 6)
-    return np.where(ahead < HORIZON, grass, np.where(elevation < trees, linear("#3c8f4a"), sky(azimuth, elevation)))
+    return np.where(
+        ahead < HORIZON,
+        grass,
+        np.where(elevation < trees, linear("#3c8f4a"), sky(azimuth, elevation)),
+    )
 
 
 def beach(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
     grains = 0.5 * noise(x * 45, ahead * 30, 1) + 0.5 * noise(x * 3, ahead * 3, 2)
     sand = mix("#d9b473", "#f7e2ae", ramp(grains, 0.2, 0.8))
     waves = noise(x * 1.5, np.log(np.maximum(ahead, 0.1)) * 20, 5)
-    sea = mix(mix("#35c2d0", "#1673b8", ramp(ahead, 3, 16)), "#d8f6ff", 0.5 * ramp(waves, 0.68, 0.85))
+    sea = mix(
+        mix("#35c2d0", "#1673b8", ramp(ahead, 3, 16)), "#d8f6ff", 0.5 * ramp(waves, 0.68, 0.85)
+    )
     shore = ahead - 2.2 - 0.5 * noise(x * 1.2, 0.0, 7)
     ground = np.where(shore < 0, sand, np.where(shore < 0.35, linear("#ffffff"), sea))
     return np.where(ahead < HORIZON, ground, sky(azimuth, elevation))
@@ -296,7 +369,9 @@ def beach(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
 
 def wood(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
     plank = np.floor(x / 0.7)
-    grain = 0.55 * noise(x * 18 + plank * 7, ahead * 1.2 + plank * 13, 1) + 0.45 * noise(plank * 5.5, 0.0, 2)
+    grain = 0.55 * noise(x * 18 + plank * 7, ahead * 1.2 + plank * 13, 1) + 0.45 * noise(
+        plank * 5.5, 0.0, 2
+    )
     boards = mix(mix("#9a5a2c", "#d79a5b", grain), "#5c3317", np.abs(x / 0.7 - plank - 0.5) > 0.475)
     wall = mix("#ffffff", mix("#f2d9a8", "#f9ecd0", ramp(elevation, -0.1, 0.2)), ahead > 3)
     return np.where(ahead < 2.6, boards, wall)
@@ -312,7 +387,9 @@ def snow(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
 
 
 def studio(wall: str) -> Callable[..., Array]:
-    return lambda x, ahead, azimuth, elevation: mix(mix(wall, "#ffffff", 0.3), wall, ramp(ahead, 0.5, 5))
+    return lambda x, ahead, azimuth, elevation: mix(
+        mix(wall, "#ffffff", 0.3), wall, ramp(ahead, 0.5, 5)
+    )
 
 
 def scenery(index: int, toy: Subject) -> tuple[Callable[..., Array], float]:
@@ -320,11 +397,13 @@ def scenery(index: int, toy: Subject) -> tuple[Callable[..., Array], float]:
     return [(studio(toy.wall), 14.0), (meadow, 7.0), (beach, 8.0), (wood, 17.0), (snow, 6.0)][index]
 
 
-# ---- photos -----------------------------------------------------------------------------------------------
+# ---- photos --------------------------------------------------------------------------------------
 
 
 def background(model: Model, scene: Callable[..., Array], eye: Array, direction: Array) -> Array:
-    """Return the light of the floor and of what is behind the toy, darker where the toy keeps light away."""
+    """Return the light of the floor and of what is behind the toy, darker where the toy keeps light
+    away.
+    """
     depth = np.where(direction[1] < 0, (-1 - eye[1]) / np.minimum(direction[1], -1e-6), np.inf)
     floor = eye + direction * np.minimum(depth, 2 * HORIZON)
     colour = scene(floor[0], np.minimum(-floor[2], HORIZON), direction[0], direction[1])
@@ -349,7 +428,10 @@ def render(toy: Subject, index: int, size: int) -> Image.Image:
 
     # The light of every ray, then its mean over a pixel.
     direction = rays(centre, half, camera, size)
-    chunks = [trace(model, scene, eye, direction[:, i : i + CHUNK]) for i in range(0, direction.shape[1], CHUNK)]
+    chunks = [
+        trace(model, scene, eye, direction[:, i : i + CHUNK])
+        for i in range(0, direction.shape[1], CHUNK)
+    ]
     layers = np.clip(np.concatenate(chunks, axis=1), 0, 1)
     behind, toy_light, covered = layers[:3], layers[3:6], layers[6:]
     if toy.lens:
@@ -362,7 +444,9 @@ def render(toy: Subject, index: int, size: int) -> Image.Image:
 
 
 def trace(model: Model, scene: Callable[..., Array], eye: Array, direction: Array) -> Array:
-    """Return what arrives along the rays (7, n): the light from behind the toy, that of the toy, and where it is."""
+    """Return what arrives along the rays (7, n): the light from behind the toy, that of the toy,
+    and where it is.
+    """
     depth = march(model, eye, direction)
     hit = np.isfinite(depth)
     layers = np.zeros((7, direction.shape[1]), np.float32)
@@ -376,8 +460,14 @@ def defocused(light: Array, radius: float) -> Array:
     """Blur an image (3, h, w) by two box filters; `radius` is a share of its side."""
     reach = max(1, round(radius * light.shape[1]))
     for axis in (1, 2, 1, 2):
-        total = np.cumsum(np.pad(light, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge"), axis)
-        upper, lower = (np.moveaxis(total, axis, 0)[s] for s in (slice(2 * reach, None), slice(None, -2 * reach)))
+        total = np.cumsum(
+            np.pad(light, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge"),
+            axis,
+        )
+        upper, lower = (
+            np.moveaxis(total, axis, 0)[s]
+            for s in (slice(2 * reach, None), slice(None, -2 * reach))
+        )
         light = np.moveaxis((upper - lower) / (2 * reach), 0, axis)
     return light
 
@@ -402,7 +492,9 @@ def main(argv: list[str] | None = None) -> None:
         toy, folder = TOYS[name](), args.outdir / name
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(len(toy.yaws)):
-            render(toy, index, args.size).save(folder / f"{index:02}.jpg", quality=93, subsampling=0)
+            render(toy, index, args.size).save(
+                folder / f"{index:02}.jpg", quality=93, subsampling=0
+            )
         print(f"{folder}: {len(toy.yaws)} photos of {args.size} pixels")
 
 

@@ -2,8 +2,9 @@
 
     python scripts/tiny/render_toys.py --outdir models/tiny/sprites
 
-A cut-out is `{class}/toy-{class}{number}@{camera}.png`; the cameras are those of `ldm.tiny.views`. The file's
-text says where the toy's head is, so that it can wear something. Files that exist are left as they are.
+A cut-out is `{class}/toy-{class}{number}@{camera}.png`; the cameras are those of `ldm.tiny.views`.
+The file's text says where the toy's head is, so that it can wear something. Files that exist are
+left as they are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,15 @@ from ldm.tiny.views import CAMERAS, CAMERAS_OF
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--outdir", type=Path, default=Path("models/tiny/sprites"), help="where the sprites go")
-    parser.add_argument("--classes", nargs="+", choices=BUILDERS, default=list(BUILDERS), metavar="CLASS")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--outdir", type=Path, default=Path("models/tiny/sprites"), help="where the sprites go"
+    )
+    parser.add_argument(
+        "--classes", nargs="+", choices=BUILDERS, default=list(BUILDERS), metavar="CLASS"
+    )
     parser.add_argument("--designs", type=int, default=10, help="designs per class")
     parser.add_argument("--size", type=int, default=88, help="longer side of a cut-out in pixels")
     args = parser.parse_args(argv)

@@ -16,14 +16,18 @@ from ldm.tiny.world import World
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--outdir", type=Path, required=True, help="where the shards go")
     parser.add_argument("--count", type=int, default=24_000, help="pictures in all")
     parser.add_argument("--sprites", type=Path, default=SPRITES, help="default: %(default)s")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="default: all")
     parser.add_argument("--balance", type=float, default=0.0, help="as of ldm.tiny.world.World")
     parser.add_argument("--split", choices=("train", "test"), default="train")
-    parser.add_argument("--held_out", type=float, default=0.0, help="share of designs that the split test has")
+    parser.add_argument(
+        "--held_out", type=float, default=0.0, help="share of designs that the split test has"
+    )
     args = parser.parse_args(argv)
     world = World(
         args.sprites,

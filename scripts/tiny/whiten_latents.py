@@ -1,6 +1,8 @@
-"""Give an autoencoder's latents zero mean, unit variance and uncorrelated channels, as the noise schedule expects.
+"""Give an autoencoder's latents zero mean, unit variance and uncorrelated channels, as the noise
+schedule expects.
 
-python scripts/tiny/whiten_latents.py --ckpt logs/.../checkpoints/last.ckpt --output models/tiny/first_stage.safetensors
+python scripts/tiny/whiten_latents.py --ckpt logs/.../checkpoints/last.ckpt --output
+models/tiny/first_stage.safetensors
 """
 
 from __future__ import annotations
@@ -29,10 +31,19 @@ BATCH = 32
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, type=Path, help="a checkpoint of an autoencoder's training")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ckpt", required=True, type=Path, help="a checkpoint of an autoencoder's training"
+    )
     parser.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
-    parser.add_argument("--images", type=int, default=2000, help="images to measure latents on (default: %(default)s)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        help="images to measure latents on (default: %(default)s)",
+    )
     return parser
 
 
@@ -54,10 +65,17 @@ def whiten(args: argparse.Namespace) -> None:
     content = read_checkpoint(args.ckpt)
     config: Mapping[str, Any] = find_config(content, args.ckpt) or {}
     if "model" not in config or "data" not in config:
-        raise UserError(f"{args.ckpt}: it does not say what it was trained on; give a checkpoint that main.py wrote")
+        raise UserError(
+            f"{args.ckpt}: it does not say what it was trained on; "
+            "give a checkpoint that main.py wrote"
+        )
     params = {**config["model"]["params"], "lossconfig": {"target": "torch.nn.Identity"}}
-    state = {k: v for k, v in state_dict_of(content, args.ckpt).items() if not k.startswith("loss.")}
-    model, _ = instantiate_filled({"target": config["model"]["target"], "params": params}, state, args.ckpt)
+    state = {
+        k: v for k, v in state_dict_of(content, args.ckpt).items() if not k.startswith("loss.")
+    }
+    model, _ = instantiate_filled(
+        {"target": config["model"]["target"], "params": params}, state, args.ckpt
+    )
     model.eval()
     dataset = instantiate_from_config(config["data"]["params"]["train"], "data.params.train")
     count = min(args.images, len(dataset))

@@ -16,7 +16,9 @@ ANCHORS = {"crown": [0.5, 0.1, 0.3], "eyes": [0.5, 0.3, 0.3], "neck": [0.5, 0.5,
 def blob(rng: np.random.Generator) -> Image.Image:
     """Draw an ellipse in some colour."""
     image = Image.new("RGBA", (128, int(rng.integers(60, 129))))
-    ImageDraw.Draw(image).ellipse((2, 2, 125, image.height - 3), fill=tuple(rng.integers(256, size=3)))
+    ImageDraw.Draw(image).ellipse(
+        (2, 2, 125, image.height - 3), fill=tuple(rng.integers(256, size=3))
+    )
     return image
 
 
@@ -25,7 +27,11 @@ def sprites(tmp_path_factory):
     """Blobs of three classes: 5 families of 2 icons each, and one class of a single design."""
     root = tmp_path_factory.mktemp("sprites")
     rng = np.random.default_rng(0)
-    for class_word, icons in (("dog", ("dog", "poodle")), ("glasses", ("glasses", "goggles")), ("owl", ("owl",))):
+    for class_word, icons in (
+        ("dog", ("dog", "poodle")),
+        ("glasses", ("glasses", "goggles")),
+        ("owl", ("owl",)),
+    ):
         (root / class_word).mkdir()
         for icon in icons:
             for family in FAMILIES if class_word != "owl" else FAMILIES[:2]:
@@ -35,7 +41,9 @@ def sprites(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def toys(tmp_path_factory):
-    """Two designs of a dog as if rendered by every camera, with a head to wear things on, and a vase of one camera."""
+    """Two designs of a dog as if rendered by every camera, with a head to wear things on, and a
+    vase of one camera.
+    """
     root = tmp_path_factory.mktemp("toys")
     rng = np.random.default_rng(1)
     text = PngInfo()

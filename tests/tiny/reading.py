@@ -9,12 +9,15 @@ from ldm.tiny.styles import ALIASES
 from ldm.tiny.toys import BUILDERS
 
 SAID_OF_VIEW = {
-    view: [before.replace("{}", "").strip() or behind for before, behind in ways] for view, ways in VIEWED.items()
+    view: [before.replace("{}", "").strip() or behind for before, behind in ways]
+    for view, ways in VIEWED.items()
 }
 
 
 def read_words(caption: str) -> Words:
-    """Find each kind of words in a caption; raise where a kind is said twice or nothing says the class."""
+    """Find each kind of words in a caption; raise where a kind is said twice or nothing says the
+    class.
+    """
     names = {style: sorted(names, key=len, reverse=True) for style, names in ALIASES.items()}
     accessory = _only(caption, {words: [words] for words in ACCESSORIES})
     rest = caption.replace(accessory, "") if accessory else caption
@@ -35,9 +38,15 @@ def read_words(caption: str) -> Words:
 
 
 def _only(text: str, wordings: dict[str, list[str]]) -> str:
-    """Return which of the keys is said in one of its wordings, "" for none; of nested ones the longest."""
+    """Return which of the keys is said in one of its wordings, "" for none; of nested ones the
+    longest.
+    """
     padded = f" {text.replace(',', ' ,')} "
-    found = {key: max(map(len, said)) for key, ways in wordings.items() if (said := [w for w in ways if w in padded])}
+    found = {
+        key: max(map(len, said))
+        for key, ways in wordings.items()
+        if (said := [w for w in ways if w in padded])
+    }
     if not found:
         return ""
     longest = max(found.values())

@@ -15,7 +15,9 @@ def test_the_issues_accessories_are_there():
 
 @pytest.mark.parametrize("words", ACCESSORIES)
 def test_an_accessory_is_drawn_where_it_is_worn(words, toys):
-    """A hat changes the upper part of the picture, glasses and scarves what is below; nothing else changes."""
+    """A hat changes the upper part of the picture, glasses and scarves what is below; nothing else
+    changes.
+    """
     dataset, toy = World(toys, size=64), toys / "dog" / "toy-dog00@front.png"
     dressed_up = Description("dog", toy, "on a white background", None, "", accessory=words)
     place = dataset._place(dressed_up, dataset._sprite(toy), np.random.default_rng(1))
@@ -28,21 +30,27 @@ def test_an_accessory_is_drawn_where_it_is_worn(words, toys):
     middle = (rows - top) / (bottom - top)
     expected = HEAD[variant(words, 0).anchor][1]
     assert abs(middle - expected) < 0.45
-    np.testing.assert_array_equal(dressed, place.dress(dataset._sprite(toy), layer, variant(words, 0)))
+    np.testing.assert_array_equal(
+        dressed, place.dress(dataset._sprite(toy), layer, variant(words, 0))
+    )
 
 
 def test_what_is_worn_follows_a_mirrored_sprite(toys):
     dataset, toy = World(toys, size=64), toys / "dog" / "toy-dog00@front.png"
     sprite = dataset._sprite(toy)
     sprite.anchors = {"crown": [0.2, 0.2, 0.15]}
-    place = dataset._place(Description("dog", toy, "", None, "", accessory="x"), sprite, np.random.default_rng(1))
+    place = dataset._place(
+        Description("dog", toy, "", None, "", accessory="x"), sprite, np.random.default_rng(1)
+    )
     columns = []
     for mirrored in (False, True):
         turned = type(place)(**{**vars(place), "mirrored": mirrored, "x": 0.5, "angle": 0.0})
         layer = np.zeros((64, 64, 4), np.float32)
         worn = turned.dress(sprite, layer, variant("wearing a golden crown", 0))
         columns.append(np.average(np.arange(64), weights=worn[..., 3].sum(0)))
-    assert columns[0] < 31 < 33 < columns[1] and columns[0] + columns[1] == pytest.approx(63, abs=1.5)
+    assert columns[0] < 31 < 33 < columns[1] and columns[0] + columns[1] == pytest.approx(
+        63, abs=1.5
+    )
 
 
 def test_faces_are_dressed_only_where_they_are_seen():

@@ -30,11 +30,18 @@ def said(words, count=300):
 def test_the_papers_phrases_come_up():
     assert "a photo of a red dog in the snow" in said(Words("dog", "in the snow", colour="red"))
     assert "a dog wearing a red hat" in said(Words("dog", accessory="wearing a red hat"))
-    assert "a striped red vase on the beach" in said(Words("vase", "on the beach", "red", "striped"))
-    assert "a painting of a dog in the style of a pencil sketch" in said(Words("dog", style="pencil sketch"))
+    assert "a striped red vase on the beach" in said(
+        Words("vase", "on the beach", "red", "striped")
+    )
+    assert "a painting of a dog in the style of a pencil sketch" in said(
+        Words("dog", style="pencil sketch")
+    )
     assert "pixel art of a dog" in said(Words("dog", style="pixel art"))
     behind = said(Words("dog", "in the snow", view="from behind"))
-    assert {"a photo of a dog from behind in the snow", "a back view of a dog in the snow"} <= behind
+    assert {
+        "a photo of a dog from behind in the snow",
+        "a back view of a dog in the snow",
+    } <= behind
 
 
 @pytest.mark.parametrize("view", ["", *VIEWS])

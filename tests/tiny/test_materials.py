@@ -1,4 +1,6 @@
-"""Materials replace a thing's colours, patterns keep them; neither changes its outline or the scene."""
+"""Materials replace a thing's colours, patterns keep them; neither changes its outline or the
+scene.
+"""
 
 import numpy as np
 import pytest
@@ -31,7 +33,10 @@ def mean_colour(pixels):
 
 
 def test_there_are_at_least_five():
-    assert {"wooden", "golden", "stone", "glass"} <= set(MATERIALS) and {"striped", "spotted"} <= set(PATTERNS)
+    assert {"wooden", "golden", "stone", "glass"} <= set(MATERIALS) and {
+        "striped",
+        "spotted",
+    } <= set(PATTERNS)
     assert not set(MATERIALS) & set(PATTERNS) and not set(EVERY) & set(COLOURS)
 
 
@@ -66,7 +71,9 @@ def test_colours_stay_under_a_pattern(word, colour, thing):
 
 
 @pytest.mark.parametrize(
-    ("word", "order"), [("golden", (0, 1, 2)), ("wooden", (0, 1, 2)), ("glass", (2, 1, 0))], ids=lambda v: str(v)
+    ("word", "order"),
+    [("golden", (0, 1, 2)), ("wooden", (0, 1, 2)), ("glass", (2, 1, 0))],
+    ids=lambda v: str(v),
 )
 def test_a_material_has_its_own_colour(word, order, thing):
     colour = mean_colour(changed(word, thing))

@@ -22,14 +22,19 @@ MEGABYTES = 1e6
 
 @pytest.fixture(scope="module")
 def clip_images():
-    return CLIPImages(miniature.CLIP_IMAGES, to_plain(load_config([miniature.CLIP_CONFIG]))["model"])
+    return CLIPImages(
+        miniature.CLIP_IMAGES, to_plain(load_config([miniature.CLIP_CONFIG]))["model"]
+    )
 
 
 @pytest.fixture(scope="module")
 def photos():
     """Three photos of each subject, as tensors."""
     names = miniature.subject_names()
-    return {n: to_tensor([load_image(p) for p in find_images(miniature.photos_of(n))][:3], 64) for n in names}
+    return {
+        n: to_tensor([load_image(p) for p in find_images(miniature.photos_of(n))][:3], 64)
+        for n in names
+    }
 
 
 def test_the_weights_are_small_and_say_what_they_fit():
@@ -51,7 +56,9 @@ def test_latents_have_the_scale_that_the_schedule_expects(photos):
 def test_the_first_stage_reconstructs_photos_that_it_never_saw(photos):
     model = load_model(miniature.WEIGHTS)
     images = torch.cat(list(photos.values()))
-    restored = model.decode_first_stage(model.get_first_stage_encoding(model.encode_first_stage(images).mode()))
+    restored = model.decode_first_stage(
+        model.get_first_stage_encoding(model.encode_first_stage(images).mode())
+    )
     error = ((restored.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
     assert -10 * error.log10().mean() > 24  # dB
 
@@ -70,7 +77,11 @@ def test_its_clip_knows_one_scene_from_another(clip_images, photos):
 def test_pictures_follow_their_prompts(clip_images):
     """Snow is bright, the night is dark, and a red background is red at the border."""
     paint = miniature.Painter(miniature.WEIGHTS)
-    prompts = ["a photo of a cat in the snow", "a photo of a cat at night", "a photo of a cat on a red background"]
+    prompts = [
+        "a photo of a cat in the snow",
+        "a photo of a cat at night",
+        "a photo of a cat on a red background",
+    ]
     snow, night, red = to_tensor(paint(prompts), 64)
     assert snow.mean() > 0.1 > -0.1 > night.mean()
     border = torch.cat([red[:, :6].flatten(1), red[:, :, :4].flatten(1)], 1).mean(1)
@@ -89,14 +100,24 @@ def test_a_picture_does_not_depend_on_its_neighbours():
 def test_the_demo(tmp_path, monkeypatch, capsys):
     """The whole loop with two class images and steps, on a folder of a user's own pictures."""
     config = OmegaConf.load(miniature.CONFIG)
-    config.data.params |= {"num_class_images": 2, "class_images": {"steps": 2, "scale": 4.0, "batch_size": 2}}
+    config.data.params |= {
+        "num_class_images": 2,
+        "class_images": {"steps": 2, "scale": 4.0, "batch_size": 2},
+    }
     OmegaConf.save(config, tmp_path / "quick.yaml")
     monkeypatch.setattr(miniature, "CONFIG", tmp_path / "quick.yaml")
     monkeypatch.setattr(miniature, "RECIPE", Recipe(steps=2, scale=4.0, height=64, width=64))
     (tmp_path / "mug").mkdir()
     for number in range(2):
         Image.new("RGB", (80, 60), (90 * number, 90, 200)).save(tmp_path / "mug" / f"{number}.png")
-    command = ["--subject", str(tmp_path / "mug"), "--steps", "2", "--outdir", str(tmp_path / "out")]
+    command = [
+        "--subject",
+        str(tmp_path / "mug"),
+        "--steps",
+        "2",
+        "--outdir",
+        str(tmp_path / "out"),
+    ]
     assert demo.main(command) == 0
     said = capsys.readouterr().out
     assert "photos of a mug" in said and "scripts/stable_txt2img.py" in said
@@ -112,13 +133,22 @@ def test_a_demo_without_a_subject(caplog):
 
 def test_a_training_that_fails_says_so(tmp_path):
     with pytest.raises(UserError, match=r"training ended with status 1: error: .*batch_sice"):
-        miniature.dreambooth(tmp_path, "dog", tmp_path, tmp_path / "logs", ["data.params.batch_sice=1"])
+        miniature.dreambooth(
+            tmp_path, "dog", tmp_path, tmp_path / "logs", ["data.params.batch_sice=1"]
+        )
 
 
 def test_the_report_holds_every_subject():
     result = dict.fromkeys(
         (
-            *("scenes", "scenes, base", "class kept", "class, base", "nearest training image, dB", "seconds"),
+            *(
+                "scenes",
+                "scenes, base",
+                "class kept",
+                "class, base",
+                "nearest training image, dB",
+                "seconds",
+            ),
             *(
                 f"{encoder}, {name}"
                 for encoder in ("CLIP-I", "EfficientNet-Lite0")
@@ -127,7 +157,9 @@ def test_the_report_holds_every_subject():
         ),
         0.5,
     )
-    runs = {(evaluate.WITH, "dog", seed): result for seed in (1, 2)} | {(evaluate.WITHOUT, "dog", 1): result}
+    runs = {(evaluate.WITH, "dog", seed): result for seed in (1, 2)} | {
+        (evaluate.WITHOUT, "dog", 1): result
+    }
     table = "\n".join(evaluate.run_tables(runs))
     assert table.count("| dog | 50% | 50% | 50% (50%) |") == 2
     assert "Means over seeds 1, 2;" in table and "without prior preservation" in table

@@ -30,7 +30,12 @@ CLIP_PARAMS = {
     "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
     "text_cfg": TEXT,
 }
-TEXT_FIELDS = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT_FIELDS = {
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,9 @@ def world(sprites, length=6, **params):
 # The objective's options
 
 
-@pytest.mark.parametrize("name, divisor", [("eps", lambda snr: snr), ("x0", lambda snr: 1), ("v", lambda snr: snr + 1)])
+@pytest.mark.parametrize(
+    "name, divisor", [("eps", lambda snr: snr), ("x0", lambda snr: 1), ("v", lambda snr: snr + 1)]
+)
 def test_min_snr_weights_are_those_of_the_clean_latent(name, divisor):
     schedule = NoiseSchedule.create(1000, "linear", 0.00085, 0.012)
     t = torch.tensor([0, 200, 500, 999])
@@ -66,14 +73,22 @@ def test_min_snr_weights_are_those_of_the_clean_latent(name, divisor):
 
 
 def batch(captions, seeds=None):
-    images = torch.randn(len(captions), 16, 16, 3, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    return {"image": images, "caption": captions, "noise_seed": torch.tensor(seeds or list(range(len(captions))))}
+    images = torch.randn(
+        len(captions), 16, 16, 3, generator=torch.Generator().manual_seed(0)
+    ).clamp(-1, 1)
+    return {
+        "image": images,
+        "caption": captions,
+        "noise_seed": torch.tensor(seeds or list(range(len(captions)))),
+    }
 
 
 def test_min_snr_weights_the_loss_and_not_the_simple_loss():
     plain, weighted = build(), build(min_snr_gamma=5.0)
     examples = batch(["a dog"] * 12)
-    (_, logged), (loss, logged_weighted) = (m.shared_step(examples, "val") for m in (plain, weighted))
+    (_, logged), (loss, logged_weighted) = (
+        m.shared_step(examples, "val") for m in (plain, weighted)
+    )
     assert logged["val/loss_simple"] == logged["val/loss"] == logged_weighted["val/loss_simple"]
     assert loss == logged_weighted["val/loss"] < logged["val/loss"]
 
@@ -94,12 +109,18 @@ def captions_read(model, examples, prefix, among):
 
 def test_the_text_encoder_reads_each_distinct_caption_once():
     model, seen = build(), []
-    model.get_learned_conditioning = lambda texts: seen.append(list(texts)) or model.cond_stage_model(list(texts))
+    model.get_learned_conditioning = lambda texts: (
+        seen.append(list(texts)) or model.cond_stage_model(list(texts))
+    )
     model.shared_step((batch(["a sks dog"] * 3), batch(["a dog", "a cat", "a dog"])), "train")
     assert seen == [["a sks dog", "a dog", "a cat"]]
     del model.get_learned_conditioning
     examples = batch(["a dog", "a cat", "a dog"])
-    assert captions_read(model, examples, "train", ["a cat", "a dog"]) == ["a dog", "a cat", "a dog"]
+    assert captions_read(model, examples, "train", ["a cat", "a dog"]) == [
+        "a dog",
+        "a cat",
+        "a dog",
+    ]
 
 
 def test_caption_dropout_empties_the_same_captions_whatever_the_batch():
@@ -107,7 +128,9 @@ def test_caption_dropout_empties_the_same_captions_whatever_the_batch():
     captions = [f"a dog {n}" for n in range(16)]
     among = ["", *captions]
     together = captions_read(model, batch(captions), "train", among)
-    second_half = captions_read(model, batch(captions[8:], seeds=list(range(8, 16))), "train", among)
+    second_half = captions_read(
+        model, batch(captions[8:], seeds=list(range(8, 16))), "train", among
+    )
     validation = captions_read(model, batch(captions), "val", among)
     assert 2 <= together.count("") <= 14
     assert together[8:] == second_half
@@ -118,7 +141,12 @@ def test_caption_dropout_empties_the_same_captions_whatever_the_batch():
 def test_with_a_prior_only_its_captions_are_dropped():
     model = build(caption_dropout=1.0)
     pair = (batch(["a sks dog"] * 2), batch(["a dog"] * 2))
-    assert captions_read(model, pair, "train", ["a sks dog", "a dog", ""]) == ["a sks dog", "a sks dog", "", ""]
+    assert captions_read(model, pair, "train", ["a sks dog", "a dog", ""]) == [
+        "a sks dog",
+        "a sks dog",
+        "",
+        "",
+    ]
 
 
 def test_caption_dropout_leaves_the_other_draws_as_they_are():
@@ -127,7 +155,9 @@ def test_caption_dropout_leaves_the_other_draws_as_they_are():
     assert with_dropout.shared_step(examples, "train")[0] == without.shared_step(empty, "train")[0]
 
 
-@pytest.mark.parametrize("wrong", [{"caption_dropout": 1.5}, {"ema_decay": -1.0}, {"min_snr_gamma": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"caption_dropout": 1.5}, {"ema_decay": -1.0}, {"min_snr_gamma": 0.0}]
+)
 def test_options_out_of_their_range(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         build(**wrong)
@@ -150,22 +180,35 @@ def test_the_text_tower_is_the_text_encoder(tmp_path):
     embedder = FrozenCLIPEmbedder(text_config=TEXT_FIELDS)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "clip.ckpt")
     report = load_part(embedder, tmp_path / "clip.ckpt")
-    assert report.missing == ["transformer.text_model.embeddings.position_ids"] and not report.unexpected
+    assert (
+        report.missing == ["transformer.text_model.embeddings.position_ids"]
+        and not report.unexpected
+    )
     captions = ["a photo of a sks dog", ""]
     clip, tokens = model.clip, tokenize(captions)
-    hidden = clip.transformer(clip.token_embedding(tokens) + clip.positional_embedding, attn_mask=clip.attn_mask)
+    hidden = clip.transformer(
+        clip.token_embedding(tokens) + clip.positional_embedding, attn_mask=clip.attn_mask
+    )
     torch.testing.assert_close(embedder(captions), clip.ln_final(hidden))
 
 
 def test_a_checkpoint_without_a_text_tower(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"other\.safetensors: no text tower"):
-        load_parts(FrozenCLIPEmbedder(text_config=TEXT_FIELDS, ckpt_path=str(tmp_path / "other.safetensors")))
+        load_parts(
+            FrozenCLIPEmbedder(
+                text_config=TEXT_FIELDS, ckpt_path=str(tmp_path / "other.safetensors")
+            )
+        )
 
 
 def test_clip_trains_through_the_command(sprites, tmp_path):
     yaml = {
-        "model": {"base_learning_rate": 1e-3, "target": "ldm.tiny.clip.CLIP", "params": CLIP_PARAMS},
+        "model": {
+            "base_learning_rate": 1e-3,
+            "target": "ldm.tiny.clip.CLIP",
+            "params": CLIP_PARAMS,
+        },
         "data": {
             "target": "main.DataModuleFromConfig",
             "params": {"batch_size": 4, "num_workers": 0, "train": world(sprites, size=32)},
@@ -173,12 +216,23 @@ def test_clip_trains_through_the_command(sprites, tmp_path):
         "lightning": {"trainer": {"max_steps": 2, "enable_progress_bar": False}},
     }
     OmegaConf.save(yaml, tmp_path / "clip.yaml")
-    command = ["--base", str(tmp_path / "clip.yaml"), "-t", "-n", "clip", "-l", str(tmp_path / "logs")]
+    command = [
+        "--base",
+        str(tmp_path / "clip.yaml"),
+        "-t",
+        "-n",
+        "clip",
+        "-l",
+        str(tmp_path / "logs"),
+    ]
     assert main.main(command) == 0
     (checkpoint,) = tmp_path.glob("logs/*clip/checkpoints/last.ckpt")
 
     tower = tmp_path / "tower.safetensors"
-    assert convert.main(["--ckpt", str(checkpoint), "--output", str(tower), "--only", "clip.visual."]) == 0
+    assert (
+        convert.main(["--ckpt", str(checkpoint), "--output", str(tower), "--only", "clip.visual."])
+        == 0
+    )
     assert all(key.startswith("clip.visual.") for key in load_file(tower))
     embedder = FrozenCLIPEmbedder(text_config=TEXT_FIELDS, ckpt_path=str(checkpoint))
     load_parts(embedder)
@@ -197,7 +251,11 @@ def cached_config(tmp_path, sprites, **params):
     config.model.params.reg_weight = 0
     config.data.params.train = {
         "target": "ldm.data.latents.CachedLatents",
-        "params": {"path": str(tmp_path / "cache" / "latents.safetensors"), "dataset": world(sprites), **params},
+        "params": {
+            "path": str(tmp_path / "cache" / "latents.safetensors"),
+            "dataset": world(sprites),
+            **params,
+        },
     }
     OmegaConf.save(config, path)
     return path
@@ -233,7 +291,10 @@ def test_the_cache_holds_the_posteriors_of_the_images(sprites, tmp_path):
     assert (len(dataset), dataset[3]["caption"]) == (6, source[3]["caption"])
     image = torch.as_tensor(source[3]["image"]).permute(2, 0, 1)[None]
     torch.testing.assert_close(
-        dataset[3]["moments"].float(), model.encode_first_stage(image).parameters[0], atol=2e-3, rtol=2e-3
+        dataset[3]["moments"].float(),
+        model.encode_first_stage(image).parameters[0],
+        atol=2e-3,
+        rtol=2e-3,
     )
     # A step on the cache and one on the images have about the same loss.
     images = {"image": torch.stack([torch.as_tensor(source[i]["image"]) for i in range(2)])}
@@ -298,15 +359,30 @@ def test_whitening_with_independent_channels_scales_their_deviations():
 
 
 def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
-    ddconfig = {"z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1]}
+    ddconfig = {
+        "z_channels": 4,
+        "resolution": 16,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1],
+    }
     params = {
         "embed_dim": 4,
         "optimizer": "muon",
-        "scheduler_config": {"target": "ldm.optim.schedules.WarmupLinearDecay", "params": {"steps": 3}},
+        "scheduler_config": {
+            "target": "ldm.optim.schedules.WarmupLinearDecay",
+            "params": {"steps": 3},
+        },
         "ddconfig": {**ddconfig, "num_res_blocks": 1, "attn_resolutions": [], "double_z": True},
         "lossconfig": {
             "target": "ldm.modules.losses.LPIPSWithDiscriminator",
-            "params": {"disc_start": 1, "perceptual_weight": 0.0, "disc_ch": 8, "disc_num_layers": 1},
+            "params": {
+                "disc_start": 1,
+                "perceptual_weight": 0.0,
+                "disc_ch": 8,
+                "disc_num_layers": 1,
+            },
         },
     }
     yaml = {
@@ -322,7 +398,15 @@ def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
         "lightning": {"trainer": {"max_steps": 3, "enable_progress_bar": False}},
     }
     OmegaConf.save(yaml, tmp_path / "autoencoder.yaml")
-    command = ["--base", str(tmp_path / "autoencoder.yaml"), "-t", "-n", "ae", "-l", str(tmp_path / "logs")]
+    command = [
+        "--base",
+        str(tmp_path / "autoencoder.yaml"),
+        "-t",
+        "-n",
+        "ae",
+        "-l",
+        str(tmp_path / "logs"),
+    ]
     assert main.main(command) == 0
     (run,) = tmp_path.glob("logs/*_ae")
     rates = [float(row["lr-Muon/pg1"]) for row in runs.csv_rows(run) if row.get("lr-Muon/pg1")]
@@ -330,29 +414,48 @@ def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
 
     output = tmp_path / "first_stage.safetensors"
     checkpoint = run / "checkpoints" / "last.ckpt"
-    assert whiten_latents.main(["--ckpt", str(checkpoint), "--output", str(output), "--images", "8"]) == 0
+    assert (
+        whiten_latents.main(["--ckpt", str(checkpoint), "--output", str(output), "--images", "8"])
+        == 0
+    )
     identity = {"target": "torch.nn.Identity"}
     model = AutoencoderKL(params["ddconfig"], identity, embed_dim=4).eval()
     load_part(model, output)
-    mean, covariance = whiten_latents.statistics(model, CachedLatents("unused", world(sprites)).source, 6)
+    mean, covariance = whiten_latents.statistics(
+        model, CachedLatents("unused", world(sprites)).source, 6
+    )
     np.testing.assert_allclose(mean, 0, atol=1e-3)
     np.testing.assert_allclose(covariance, np.eye(4), atol=1e-2)
 
 
 def test_a_frozen_encoder_keeps_its_latents():
-    ddconfig = {"z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1]}
+    ddconfig = {
+        "z_channels": 4,
+        "resolution": 16,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 32,
+        "ch_mult": [1, 1],
+    }
     ddconfig = {**ddconfig, "num_res_blocks": 1, "attn_resolutions": []}
     loss = {"disc_start": 5, "perceptual_weight": 0.0, "disc_ch": 8, "disc_num_layers": 1}
     lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}
     model = AutoencoderKL(ddconfig, lossconfig, embed_dim=4, freeze_encoder=True, optimizer="muon")
-    trained = {id(p) for group in model.configure_optimizers()[0].param_groups for p in group["params"]}
+    trained = {
+        id(p) for group in model.configure_optimizers()[0].param_groups for p in group["params"]
+    }
     decoder = {id(p) for part in (model.decoder, model.post_quant_conv) for p in part.parameters()}
     assert trained == decoder
 
 
 def test_whitening_something_else(tmp_path, capsys, caplog):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    command = ["--ckpt", str(tmp_path / "other.safetensors"), "--output", str(tmp_path / "out.safetensors")]
+    command = [
+        "--ckpt",
+        str(tmp_path / "other.safetensors"),
+        "--output",
+        str(tmp_path / "out.safetensors"),
+    ]
     assert whiten_latents.main(command) == 1
     assert "does not say what it was trained on" in caplog.text
     assert not (tmp_path / "out.safetensors").exists()

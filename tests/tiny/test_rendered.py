@@ -43,7 +43,10 @@ def test_shards_that_come_later_are_read(toys, tmp_path):
 def test_drawing_goes_on_where_it_was_stopped(toys, tmp_path, capsys):
     arguments = ["--outdir", str(tmp_path / "out"), "--sprites", str(toys), "--count", "5"]
     render_world.main(arguments)
-    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == ["0000.safetensors", "0001.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [
+        "0000.safetensors",
+        "0001.safetensors",
+    ]
     (tmp_path / "out" / "0001.safetensors").unlink()
     capsys.readouterr()
     render_world.main(arguments)
@@ -51,5 +54,7 @@ def test_drawing_goes_on_where_it_was_stopped(toys, tmp_path, capsys):
 
 
 def test_an_empty_folder_names_the_script(tmp_path):
-    with pytest.raises(UserError, match=r"no pictures; draw them with: python scripts/tiny/render_world\.py"):
+    with pytest.raises(
+        UserError, match=r"no pictures; draw them with: python scripts/tiny/render_world\.py"
+    ):
         RenderedWorld(tmp_path)

@@ -24,7 +24,13 @@ def drawn(name, finished, seed=0):
 
 
 def test_there_are_at_least_six():
-    named = {"pencil sketch", "watercolor painting", "ink wash painting", "pixel art", "stained glass window"}
+    named = {
+        "pencil sketch",
+        "watercolor painting",
+        "ink wash painting",
+        "pixel art",
+        "stained glass window",
+    }
     assert named | {"woodblock print", "oil painting"} <= set(STYLES)
 
 
@@ -42,7 +48,9 @@ def test_a_style_changes_the_picture_and_repeats_itself(name, finished):
 def test_no_two_styles_look_alike(finished):
     small = {name: drawn(name, finished) for name in STYLES}
     for name, result in small.items():
-        others = {other: np.abs(result - value).mean() for other, value in small.items() if other != name}
+        others = {
+            other: np.abs(result - value).mean() for other, value in small.items() if other != name
+        }
         assert min(others.values()) > 0.03, f"{name} looks like {min(others, key=others.get)}"
 
 
@@ -70,5 +78,7 @@ def test_coloured_styles_keep_the_things_colour(finished):
 @pytest.mark.parametrize("name", STYLES)
 def test_other_sizes(name, size):
     rng = np.random.default_rng(0)
-    result = STYLES[name](rng.random((size, size, 3), np.float32), np.ones((size, size), np.float32), rng)
+    result = STYLES[name](
+        rng.random((size, size, 3), np.float32), np.ones((size, size), np.float32), rng
+    )
     assert result.shape == (size, size, 3)

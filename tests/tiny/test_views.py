@@ -16,7 +16,14 @@ def seen_from(dataset, view, count=400):
 
 
 def test_the_issues_views_are_there():
-    assert set(VIEWS) == {"facing left", "facing right", "from behind", "from above", "close-up", "far away"}
+    assert set(VIEWS) == {
+        "facing left",
+        "facing right",
+        "from behind",
+        "from above",
+        "close-up",
+        "far away",
+    }
 
 
 def test_backs_and_tops_are_shown_only_where_they_are_said(toys):
@@ -36,7 +43,11 @@ def test_a_class_without_a_back_is_not_shown_from_behind(toys):
 
 
 def test_drawings_in_profile_face_a_side():
-    drawings = [Path("dog/noto-dog.png"), Path("dog/noto-guide-dog.png"), Path("dog/toy-dog00@side.png")]
+    drawings = [
+        Path("dog/noto-dog.png"),
+        Path("dog/noto-guide-dog.png"),
+        Path("dog/toy-dog00@side.png"),
+    ]
     assert fitting("facing left", drawings, "dog", ["*-guide-dog.png"]) == drawings[1:]
     assert fitting("facing left", drawings, "vase", ["*-guide-dog.png"]) == []
 
@@ -52,7 +63,8 @@ def test_a_sprite_is_mirrored_to_face_the_side_that_is_said(toys):
 
 
 @pytest.mark.parametrize(
-    ("view", "smallest", "largest"), [("far away", 0.2, 0.4), ("close-up", 1.2, 1.7), (None, 0.6, 1)]
+    ("view", "smallest", "largest"),
+    [("far away", 0.2, 0.4), ("close-up", 1.2, 1.7), (None, 0.6, 1)],
 )
 def test_distance_is_size(toys, view, smallest, largest):
     dataset, toy = World(toys, size=16), toys / "dog" / "toy-dog00@front.png"

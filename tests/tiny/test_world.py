@@ -1,4 +1,6 @@
-"""The tiny world: scenes, sprites, captions and splits, with sprites drawn here; nothing is fetched."""
+"""The tiny world: scenes, sprites, captions and splits, with sprites drawn here; nothing is
+fetched.
+"""
 
 import json
 from pathlib import Path
@@ -34,7 +36,9 @@ def test_an_example_is_a_function_of_its_generator_alone(sprites):
     assert first["image"].shape == (64, 64, 3) and first["image"].dtype == np.float32
     assert first["image"].min() >= -1 and first["image"].max() <= 1
     np.testing.assert_array_equal(first["image"], second["image"])
-    assert {k: v for k, v in first.items() if k != "image"} == {k: v for k, v in second.items() if k != "image"}
+    assert {k: v for k, v in first.items() if k != "image"} == {
+        k: v for k, v in second.items() if k != "image"
+    }
     assert (first["image"] != picture(dataset, "a", 2)["image"]).any()
     np.testing.assert_array_equal(dataset[3]["image"], again[3]["image"])
     with pytest.raises(IndexError):
@@ -77,18 +81,27 @@ def test_labels_are_left_out_unless_wanted(sprites):
 
 
 def test_batches_collate(sprites):
-    loader = torch.utils.data.DataLoader(World(sprites, size=32, length=4, labels=True), batch_size=4)
+    loader = torch.utils.data.DataLoader(
+        World(sprites, size=32, length=4, labels=True), batch_size=4
+    )
     batch = next(iter(loader))
-    assert batch["image"].shape == (4, 32, 32, 3) and len(batch["caption"]) == len(batch["colour"]) == 4
+    assert (
+        batch["image"].shape == (4, 32, 32, 3)
+        and len(batch["caption"]) == len(batch["colour"]) == 4
+    )
 
 
 def test_the_sprite_is_large_and_a_colour_word_means_the_colour(sprites):
     dataset = World(sprites, classes=["dog"])
     rng = np.random.default_rng(0)
     for colour, channel in (("red", 0), ("green", 1), ("blue", 2)):
-        seen = world.Description("dog", dataset.sprites["dog"][0], "on a white background", colour, "")
+        seen = world.Description(
+            "dog", dataset.sprites["dog"][0], "on a white background", colour, ""
+        )
         middle = dataset._draw(seen, rng)[24:48, 24:40].mean((0, 1))
-        assert middle.argmax() == channel and middle[channel] > np.delete(middle, channel).max() + 0.15
+        assert (
+            middle.argmax() == channel and middle[channel] > np.delete(middle, channel).max() + 0.15
+        )
 
 
 def test_recolouring_keeps_the_outline_and_an_empty_sprite():
@@ -103,16 +116,25 @@ def test_recolouring_keeps_the_outline_and_an_empty_sprite():
 
 def test_splits_share_no_design(sprites):
     train, test = (World(sprites, split=split, held_out=0.3) for split in ("train", "test"))
-    designs = [{design(path) for paths in d.sprites.values() for path in paths} for d in (train, test)]
+    designs = [
+        {design(path) for paths in d.sprites.values() for path in paths} for d in (train, test)
+    ]
     assert designs[0].isdisjoint(designs[1]) and all(designs)
     every = {design(path) for paths in World(sprites).sprites.values() for path in paths}
     assert designs[0] | designs[1] == every
     assert train.classes == ["dog", "glasses", "owl"]
-    assert test.classes == ["dog", "glasses"]  # of the owl there is one design, and training needs it
+    assert test.classes == [
+        "dog",
+        "glasses",
+    ]  # of the owl there is one design, and training needs it
 
 
 def test_renderings_of_a_drawing_are_one_design():
-    assert design(Path("fluent_3d-dog-face.png")) == design(Path("fluent-dog-face.png")) == "fluent-dog-face"
+    assert (
+        design(Path("fluent_3d-dog-face.png"))
+        == design(Path("fluent-dog-face.png"))
+        == "fluent-dog-face"
+    )
     assert design(Path("noto-dog.png")) != design(Path("twemoji-dog.png"))
     assert design(Path("toy-dog03@back.png")) == design(Path("toy-dog03@side.png")) == "toy-dog03"
 
@@ -129,7 +151,10 @@ def test_a_new_design_moves_no_other_between_the_splits(sprites):
 def test_classes_are_chosen(sprites):
     assert World(sprites).classes == ["dog", "glasses", "owl"]
     assert World(sprites, classes="narrow").classes == ["dog", "owl"]
-    config = {"target": "ldm.tiny.world.World", "params": {"sprites": str(sprites), "classes": ["owl"]}}
+    config = {
+        "target": "ldm.tiny.world.World",
+        "params": {"sprites": str(sprites), "classes": ["owl"]},
+    }
     assert instantiate_from_config(config).classes == ["owl"]
 
 
@@ -167,7 +192,9 @@ def test_wrong_parameters_are_named(sprites, params, message):
 
 
 def test_missing_sprites_name_the_script(tmp_path):
-    with pytest.raises(UserError, match=r"no sprites; fetch them with: python scripts/tiny/fetch_sprites\.py"):
+    with pytest.raises(
+        UserError, match=r"no sprites; fetch them with: python scripts/tiny/fetch_sprites\.py"
+    ):
         World(tmp_path / "nowhere")
 
 
@@ -191,7 +218,10 @@ def test_the_sprite_table_has_the_issues_classes():
         "can",
     }
     assert papers | {"toy", "stuffed animal", "penguin", "robot", "car"} <= set(table)
-    assert all(set(entry) <= {"icons", "without", "narrow", "mirror", "sides", "anchors"} for entry in table.values())
+    assert all(
+        set(entry) <= {"icons", "without", "narrow", "mirror", "sides", "anchors"}
+        for entry in table.values()
+    )
     assert 12 <= sum(entry.get("narrow", False) for entry in table.values()) <= 16
 
 
@@ -206,8 +236,12 @@ def test_icons_become_trimmed_sprites(tmp_path, monkeypatch):
     package = tmp_path / "packages" / "iconify-json-noto" / "package"
     package.mkdir(parents=True)
     icon = {"body": '<rect x="4" y="6" width="8" height="4" fill="#f00"/>'}
-    package.joinpath("icons.json").write_text(json.dumps({"icons": {"dog": icon, "poodle": icon}, "height": 16}))
-    package.joinpath("package.json").write_text(json.dumps({"version": "1.2", "license": "Apache-2.0"}))
+    package.joinpath("icons.json").write_text(
+        json.dumps({"icons": {"dog": icon, "poodle": icon}, "height": 16})
+    )
+    package.joinpath("package.json").write_text(
+        json.dumps({"version": "1.2", "license": "Apache-2.0"})
+    )
     info = {"author": {"name": "Google", "url": "u"}, "license": {"title": "Apache 2.0"}}
     package.joinpath("info.json").write_text(json.dumps(info))
     monkeypatch.setattr(fetch_sprites, "FAMILIES", {"noto": "@iconify-json/noto"})
@@ -219,9 +253,21 @@ def test_icons_become_trimmed_sprites(tmp_path, monkeypatch):
     for name in ("noto-gone.png", "toy-dog00@front.png"):
         (outdir / "dog" / name).write_bytes(b"")
     fetch_sprites.main(
-        ["--outdir", str(outdir), "--packages", str(tmp_path / "packages"), "--credits", str(credits), "--size", "64"]
+        [
+            "--outdir",
+            str(outdir),
+            "--packages",
+            str(tmp_path / "packages"),
+            "--credits",
+            str(credits),
+            "--size",
+            "64",
+        ]
     )
-    assert sorted(path.name for path in outdir.glob("*/*")) == ["noto-dog.png", "toy-dog00@front.png"]
+    assert sorted(path.name for path in outdir.glob("*/*")) == [
+        "noto-dog.png",
+        "toy-dog00@front.png",
+    ]
     with Image.open(outdir / "dog" / "noto-dog.png") as sprite:
         assert sprite.mode == "RGBA" and sprite.size == (64, 32)
         assert sprite.getpixel((32, 16)) == (255, 0, 0, 255)

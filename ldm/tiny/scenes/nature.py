@@ -20,14 +20,22 @@ def _jungle(p: Plate) -> None:
         p.put("frond", p.between(0, 1), p.between(0.5, 0.95), p.between(0.35, 0.5))
     for x in (p.between(-0.05, 0.2), p.between(0.8, 1.05), p.between(0, 1)):
         p.put(p.choice("leaf", "frond"), x, p.between(0.35, 0.5), p.between(0.45, 0.6))
-    for x in (p.between(-0.05, 0.12), p.between(0.88, 1.05), p.between(-0.05, 0.2), p.between(0.8, 1.05)):
+    for x in (
+        p.between(-0.05, 0.12),
+        p.between(0.88, 1.05),
+        p.between(-0.05, 0.2),
+        p.between(0.8, 1.05),
+    ):
         p.put(p.choice("leaf", "frond"), x, p.between(0.95, 1.1), p.between(0.35, 0.6))
 
 
 @scene("in the snow")
 def _in_the_snow(p: Plate) -> None:
     horizon = p.between(0.3, 0.5)
-    p.gradient(*p.choice(("#b9cfe8", "#eef4fb"), ("#a3c4ea", "#e9f2fc"), ("#c9d3de", "#eef1f5")), end=horizon + 0.03)
+    p.gradient(
+        *p.choice(("#b9cfe8", "#eef4fb"), ("#a3c4ea", "#e9f2fc"), ("#c9d3de", "#eef1f5")),
+        end=horizon + 0.03,
+    )
     for x in np.linspace(0, 1, 8):
         p.put("fir", x + p.between(-0.06, 0.06), horizon + 0.04, p.between(0.22, 0.48))
     p.ground("snow", horizon, texels=180)
@@ -45,7 +53,12 @@ def _beach(p: Plate) -> None:
     foam = scaled([*zip(x, edge)], p.n)
     ImageDraw.Draw(p.image).line(foam, fill="#ffffff", width=max(2, p.n // 36), joint="curve")
     if p.chance(0.35):
-        p.put("palm", p.choice(p.between(0.05, 0.15), p.between(0.85, 0.95)), shore + 0.12, p.between(0.55, 0.7))
+        p.put(
+            "palm",
+            p.choice(p.between(0.05, 0.15), p.between(0.85, 0.95)),
+            shore + 0.12,
+            p.between(0.55, 0.7),
+        )
 
 
 @scene("with a mountain in the background")
@@ -61,7 +74,10 @@ def _mountains(p: Plate) -> None:
 @scene("on top of a purple rug in a forest")
 def _purple_rug_in_forest(p: Plate) -> None:
     horizon = p.between(0.5, 0.58)
-    p.gradient(*p.choice(("#bfe3a0", "#7fb56a"), ("#a9d6a0", "#5f9f62"), ("#d6e8a8", "#86b35f")), end=horizon + 0.02)
+    p.gradient(
+        *p.choice(("#bfe3a0", "#7fb56a"), ("#a9d6a0", "#5f9f62"), ("#d6e8a8", "#86b35f")),
+        end=horizon + 0.02,
+    )
     _trunks(p, horizon, 6, 0.03, "#7b8f5f")
     p.ground("forest floor", horizon)
     _trunks(p, horizon + 0.05, 5, 0.055, "#5d442e")
@@ -75,7 +91,9 @@ def _trunks(p: Plate, foot: float, count: int, width: float, colour: str) -> Non
     for x in np.linspace(0.02, 0.98, count):
         x, half = x + p.between(-0.07, 0.07), width * p.between(0.7, 1.2) / 2
         for left, tone in ((x - half, 1.0), (x + 0.2 * half, 0.75)):
-            p.polygon([(left, 0), (x + half, 0), (x + half, foot), (left, foot)], shade(colour, tone))
+            p.polygon(
+                [(left, 0), (x + half, 0), (x + half, foot), (left, foot)], shade(colour, tone)
+            )
 
 
 @scene("with a wheat field in the background")
@@ -86,13 +104,21 @@ def _wheat_field(p: Plate) -> None:
     p.ground("wheat", horizon, texels=320)
     for y in (0.62, 0.78, 1.0):
         for x in np.linspace(0, 1, 5):
-            p.put("wheat", x + p.between(-0.06, 0.06), y + p.between(0, 0.04), p.between(0.2, 0.27) * (0.6 + 0.5 * y))
+            p.put(
+                "wheat",
+                x + p.between(-0.06, 0.06),
+                y + p.between(0, 0.04),
+                p.between(0.2, 0.27) * (0.6 + 0.5 * y),
+            )
 
 
 @scene("with a tree and autumn leaves in the background")
 def _autumn(p: Plate) -> None:
     horizon = p.between(0.55, 0.65)
-    p.gradient(*p.choice(("#cfe3f0", "#f7ead2"), ("#e8dcc8", "#f6e3c0"), ("#bcd7ee", "#f2efe0")), end=horizon + 0.02)
+    p.gradient(
+        *p.choice(("#cfe3f0", "#f7ead2"), ("#e8dcc8", "#f6e3c0"), ("#bcd7ee", "#f2efe0")),
+        end=horizon + 0.02,
+    )
     p.hills(horizon, 0.16, p.choice("#d88a3a", "#c9732e", "#d9a441"))
     p.ground("autumn leaves", horizon, texels=200)
     tree = p.choice(p.between(0.05, 0.25), p.between(0.75, 0.95))
@@ -113,7 +139,10 @@ def _on_water(p: Plate) -> None:
 @scene("floating in an ocean of milk")
 def _on_milk(p: Plate) -> None:
     horizon = p.between(0.1, 0.3)
-    p.gradient(*p.choice(("#f3b6c6", "#fbe6dc"), ("#f6c9a0", "#fdf0dc"), ("#c9b7e6", "#f6e8f0")), end=horizon + 0.02)
+    p.gradient(
+        *p.choice(("#f3b6c6", "#fbe6dc"), ("#f6c9a0", "#fdf0dc"), ("#c9b7e6", "#f6e8f0")),
+        end=horizon + 0.02,
+    )
     p.ground("milk", horizon, texels=240)
 
 
@@ -124,7 +153,12 @@ def _sunflowers(p: Plate) -> None:
     p.hills(horizon, 0.08, "#3f8a3f")
     p.ground("grass", horizon)
     for x in np.linspace(0.02, 0.98, 7):
-        p.put("sunflower", x + p.between(-0.05, 0.05), horizon + p.between(0.14, 0.2), p.between(0.28, 0.36))
+        p.put(
+            "sunflower",
+            x + p.between(-0.05, 0.05),
+            horizon + p.between(0.14, 0.2),
+            p.between(0.28, 0.36),
+        )
     for y, inset in ((0.78, 0.12), (1.0, 0.1)):
         for side in (0, 1):
             x = abs(side - p.between(-0.02, inset))
@@ -138,10 +172,21 @@ def _dirt_road(p: Plate) -> None:
     p.hills(horizon, 0.1, p.choice("#5f9a4f", "#7fa65a", "#4f8a55"))
     p.ground("grass", horizon)
     vanish = p.between(0.35, 0.65)
-    road = [(vanish - 0.03, horizon), (vanish + 0.03, horizon), (1.0, 0.85), (1.1, 1), (-0.1, 1), (0.0, 0.85)]
+    road = [
+        (vanish - 0.03, horizon),
+        (vanish + 0.03, horizon),
+        (1.0, 0.85),
+        (1.1, 1),
+        (-0.1, 1),
+        (0.0, 0.85),
+    ]
     p.patch(road, "dirt", horizon, texels=200)
     for foot, width in ((0.28, 0.05), (0.72, 0.05)):
-        rut = [(0.75 * vanish + 0.25 * foot, 0.8 * horizon + 0.2), (foot - width, 1), (foot + width, 1)]
+        rut = [
+            (0.75 * vanish + 0.25 * foot, 0.8 * horizon + 0.2),
+            (foot - width, 1),
+            (foot + width, 1),
+        ]
         p.image.paste("#6b4626", (0, 0, p.n, p.n), p.mask(rut, opacity=70))
 
 
@@ -150,7 +195,12 @@ def _night(p: Plate) -> None:
     horizon = p.between(0.6, 0.7)
     p.gradient("#070b26", p.choice("#1d2a63", "#27245c", "#16305e"), end=horizon + 0.03)
     p.dots(18, (0.007, 0.012), "#fff8dc", 0, horizon - 0.1)
-    p.put("moon", p.choice(p.between(0.1, 0.25), p.between(0.75, 0.9)), p.between(0.2, 0.3), p.between(0.13, 0.18))
+    p.put(
+        "moon",
+        p.choice(p.between(0.1, 0.25), p.between(0.75, 0.9)),
+        p.between(0.2, 0.3),
+        p.between(0.13, 0.18),
+    )
     p.hills(horizon, 0.14, "#0d1738")
     p.gradient("#1d2c5c", "#111a3d", start=horizon)
     p.hills(1.0, 0.16, "#0f1838")

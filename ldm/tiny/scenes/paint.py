@@ -44,7 +44,9 @@ def scaled(points: Points, scale: float = MASTER) -> list[tuple[float, float]]:
     return [(scale * float(x), scale * float(y)) for x, y in points]
 
 
-def leaf_outline(x: float, y: float, length: float, width: float, angle: float, points: int = 24) -> Points:
+def leaf_outline(
+    x: float, y: float, length: float, width: float, angle: float, points: int = 24
+) -> Points:
     """A pointed ellipse around (x, y)."""
     t = np.linspace(0, 2 * math.pi, points, endpoint=False)
     u, v = length * np.cos(t), width * np.sin(t) * np.abs(np.sin(t)) ** 0.4
@@ -53,8 +55,12 @@ def leaf_outline(x: float, y: float, length: float, width: float, angle: float, 
 
 
 @functools.lru_cache(maxsize=64)
-def noise(seed: int, slope: float = 1.5, across: float = 1.0, along: float = 1.0, size: int = TILE) -> Array:
-    """Periodic noise (size, size) of mean 0 and deviation 1, coarser for a larger `slope`, stretched along an axis."""
+def noise(
+    seed: int, slope: float = 1.5, across: float = 1.0, along: float = 1.0, size: int = TILE
+) -> Array:
+    """Periodic noise (size, size) of mean 0 and deviation 1, coarser for a larger `slope`,
+    stretched along an axis.
+    """
     fy, fx = np.meshgrid(np.fft.fftfreq(size) * along, np.fft.fftfreq(size) * across, indexing="ij")
     frequency = np.hypot(fx, fy)
     frequency[0, 0] = np.inf

@@ -16,7 +16,12 @@ Scene = Callable[[np.random.Generator, int], Array]
 
 SCENES: dict[str, Scene] = {}
 SUPERSAMPLING = 2  # a scene is drawn larger and averaged, so that its edges are smooth
-SKIES = (("#5ea9ec", "#d7edfb"), ("#4b97e4", "#bfe0f8"), ("#7fb9e8", "#f0f4f2"), ("#6f9fe0", "#f6dfc8"))
+SKIES = (
+    ("#5ea9ec", "#d7edfb"),
+    ("#4b97e4", "#bfe0f8"),
+    ("#7fb9e8", "#f0f4f2"),
+    ("#6f9fe0", "#f6dfc8"),
+)
 
 
 class Plate:
@@ -38,7 +43,9 @@ class Plate:
     def gradient(self, top: Paint, bottom: Paint, *, start: float = 0.0, end: float = 1.0) -> None:
         """Fill the rows from `start` to `end` from the colour `top` to the colour `bottom`."""
         first, last = round(start * self.n), round(end * self.n)
-        rows = mix(shade(top, 1), shade(bottom, 1), np.linspace(0, 1, max(1, last - first))[:, None])
+        rows = mix(
+            shade(top, 1), shade(bottom, 1), np.linspace(0, 1, max(1, last - first))[:, None]
+        )
         strip = Image.fromarray(np.clip(rows * 255, 0, 255).astype(np.uint8)[:, None])
         self.image.paste(strip.resize((self.n, strip.height)), (0, first))
 
@@ -50,15 +57,23 @@ class Plate:
             self.put("cloud", self.between(0, 1), y, self.between(0.08, 0.18))
 
     def ground(self, kind: str, horizon: float, texels: float = 240, tilt: float = 1.6) -> None:
-        """A tile laid out from the horizon (negative: above the picture) on; `texels` of it span the lower edge."""
-        columns, rows, level, far = perspective(self.n, round(horizon * 32) * self.n // 32, texels, tilt)
+        """A tile laid out from the horizon (negative: above the picture) on; `texels` of it span
+        the lower edge.
+        """
+        columns, rows, level, far = perspective(
+            self.n, round(horizon * 32) * self.n // 32, texels, tilt
+        )
         du, dv = self.rng.integers(TILE, size=2)
         if kind not in REGULAR:  # else the periods would show as rays that meet on the horizon
             du = du + (far * self.rng.integers(TILE, size=far.shape)).astype(np.int32)
         row, column = ((rows + dv) & (TILE - 1)) >> level, ((columns + du) & (TILE - 1)) >> level
-        index = (MIP_START[level] + row * (TILE >> level)).astype(np.int32) + column.astype(np.int32)
+        index = (MIP_START[level] + row * (TILE >> level)).astype(np.int32) + column.astype(
+            np.int32
+        )
         pixels = mipmaps(kind, int(self.rng.integers(VARIANTS))).take(index)
-        strip = Image.frombuffer("RGBA", (self.n, len(pixels)), pixels.view(np.uint8), "raw", "RGBA", 0, 1)
+        strip = Image.frombuffer(
+            "RGBA", (self.n, len(pixels)), pixels.view(np.uint8), "raw", "RGBA", 0, 1
+        )
         self.image.paste(strip, (0, self.n - len(pixels)))
 
     def mask(self, outline: Points, opacity: int = 255) -> Image.Image:
@@ -77,7 +92,9 @@ class Plate:
         """Some variant of a prop with the middle of its lower edge at (x, y)."""
         pixels = max(2, round(height * 48) * self.n // 48)  # in steps, so that the cache has it
         image = prop(kind, int(self.rng.integers(VARIANTS)), pixels, self.chance(0.5))
-        self.image.paste(image, (round(x * self.n - image.width / 2), round(y * self.n) - image.height), image)
+        self.image.paste(
+            image, (round(x * self.n - image.width / 2), round(y * self.n) - image.height), image
+        )
 
     def polygon(self, points: Points, colour: Paint) -> None:
         ImageDraw.Draw(self.image).polygon(scaled(points, self.n), fill=to_hex(colour))
@@ -88,12 +105,23 @@ class Plate:
         a, b, c = self.rng.uniform(0, 6.3, 3)
         waves = 0.3 * np.sin(5 * x + a) + 0.15 * np.sin(11 * x + b) + 0.05 * np.sin(23 * x + c)
         ridge = horizon - height * (0.55 + waves)
-        self.polygon([(0, horizon + 0.03), *zip(x.tolist(), ridge.tolist()), (1, horizon + 0.03)], colour)
+        self.polygon(
+            [(0, horizon + 0.03), *zip(x.tolist(), ridge.tolist()), (1, horizon + 0.03)], colour
+        )
 
-    def dots(self, count: int, radius: tuple[float, float], colour: str, low: float = 0.0, high: float = 1.0) -> None:
+    def dots(
+        self,
+        count: int,
+        radius: tuple[float, float],
+        colour: str,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> None:
         """Snowflakes or stars between the rows `low` and `high`."""
         draw = ImageDraw.Draw(self.image)
-        for x, y, r in self.rng.uniform((0, low, radius[0]), (1, high, radius[1]), (count, 3)) * self.n:
+        for x, y, r in (
+            self.rng.uniform((0, low, radius[0]), (1, high, radius[1]), (count, 3)) * self.n
+        ):
             draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
 
     def finish(self) -> Array:

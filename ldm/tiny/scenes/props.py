@@ -13,7 +13,18 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ldm.tiny.scenes.paint import AUTUMN, MASTER, Paint, Points, leaf_outline, noise, pick, scaled, shade, to_hex
+from ldm.tiny.scenes.paint import (
+    AUTUMN,
+    MASTER,
+    Paint,
+    Points,
+    leaf_outline,
+    noise,
+    pick,
+    scaled,
+    shade,
+    to_hex,
+)
 
 PROPS: dict[str, Callable[[np.random.Generator], Image.Image]] = {}
 
@@ -43,7 +54,7 @@ def prop(kind: str, variant: int, height: int, mirrored: bool) -> Image.Image:
 
 
 class Sketch:
-    """A transparent drawing; lengths are in units of its height's first MASTER pixels, y downwards."""
+    """A transparent drawing; lengths are in units of MASTER pixels, y downwards."""
 
     def __init__(self, width: float = 1.0, height: float = 1.0):
         self.image = Image.new("RGBA", (round(width * MASTER), round(height * MASTER)))
@@ -59,9 +70,13 @@ class Sketch:
         self._draw.rectangle([MASTER * v for v in (left, top, right, bottom)], fill=to_hex(colour))
 
     def disc(self, x: float, y: float, rx: float, ry: float, colour: Paint) -> None:
-        self._draw.ellipse([MASTER * v for v in (x - rx, y - ry, x + rx, y + ry)], fill=to_hex(colour))
+        self._draw.ellipse(
+            [MASTER * v for v in (x - rx, y - ry, x + rx, y + ry)], fill=to_hex(colour)
+        )
 
-    def leaf(self, x: float, y: float, length: float, width: float, angle: float, colour: Paint) -> None:
+    def leaf(
+        self, x: float, y: float, length: float, width: float, angle: float, colour: Paint
+    ) -> None:
         self.polygon(leaf_outline(x, y, length, width, angle), colour)
 
     def erase(self, points: Points) -> None:
@@ -71,7 +86,10 @@ class Sketch:
 @prop_of("cloud")
 def _cloud(rng: np.random.Generator) -> Image.Image:
     sketch = Sketch(2.4, 1.0)
-    puffs = [(x, 0.62 - 0.3 * math.sin(1.75 * (x - 0.3)) * rng.uniform(0.5, 1)) for x in np.linspace(0.4, 2.0, 7)]
+    puffs = [
+        (x, 0.62 - 0.3 * math.sin(1.75 * (x - 0.3)) * rng.uniform(0.5, 1))
+        for x in np.linspace(0.4, 2.0, 7)
+    ]
     for dy, colour in ((0.08, "#cfdcec"), (0.0, "#ffffff")):
         for x, y in puffs:
             r = rng.uniform(0.17, 0.26)
@@ -86,11 +104,20 @@ def _fir(rng: np.random.Generator) -> Image.Image:
     sketch.box(0.36, 0.85, 0.44, 1.0, "#5b4632")
     for k in range(4):
         top, foot, half = 0.02 + 0.19 * k, 0.36 + 0.18 * k, 0.15 + 0.075 * k
-        sketch.polygon([(middle, top), (middle - half, foot), (middle + half, foot)], shade(green, 1 - 0.05 * k))
-        sketch.polygon([(middle, top), (middle, foot), (middle + half, foot)], shade(green, 0.8 - 0.04 * k))
+        sketch.polygon(
+            [(middle, top), (middle - half, foot), (middle + half, foot)],
+            shade(green, 1 - 0.05 * k),
+        )
+        sketch.polygon(
+            [(middle, top), (middle, foot), (middle + half, foot)], shade(green, 0.8 - 0.04 * k)
+        )
         if snowy:
             drop, reach = top + 0.5 * (foot - top), 0.5 * half
-            jag = [(middle + reach, drop), (middle + 0.3 * reach, 0.25 * top + 0.75 * drop), (middle, drop)]
+            jag = [
+                (middle + reach, drop),
+                (middle + 0.3 * reach, 0.25 * top + 0.75 * drop),
+                (middle, drop),
+            ]
             sketch.polygon([(middle, top), *jag, (middle - reach, drop)], "#f4f8ff")
     return sketch.image
 
@@ -102,9 +129,15 @@ def broad_leaved(rng: np.random.Generator, colours: Sequence[str]) -> Image.Imag
     sketch.line([(0.55, 0.85), (0.32, 0.5)], trunk, 0.05)
     sketch.line([(0.55, 0.8), (0.8, 0.5)], shade(trunk, 0.9), 0.05)
     for k in range(90):
-        angle, reach, r = rng.uniform(0, 2 * math.pi), math.sqrt(rng.uniform(0, 1)), rng.uniform(0.05, 0.11)
+        angle, reach, r = (
+            rng.uniform(0, 2 * math.pi),
+            math.sqrt(rng.uniform(0, 1)),
+            rng.uniform(0.05, 0.11),
+        )
         x, y = 0.55 + 0.42 * reach * math.cos(angle), 0.44 + 0.34 * reach * math.sin(angle)
-        sketch.disc(x, y, r, 0.9 * r, shade(pick(rng, *colours), 0.72 + 0.28 * k / 90 + 0.18 * (0.44 - y)))
+        sketch.disc(
+            x, y, r, 0.9 * r, shade(pick(rng, *colours), 0.72 + 0.28 * k / 90 + 0.18 * (0.44 - y))
+        )
     return sketch.image
 
 
@@ -130,7 +163,9 @@ def _palm(rng: np.random.Generator) -> Image.Image:
     for angle in np.linspace(-0.35, math.pi + 0.35, 8):
         for lift, tone in ((0.0, 0.85), (0.025, 1.05)):
             x, y = 0.6 + 0.5 * np.cos(angle) * t, 0.35 - 0.3 * np.sin(angle) * t + 0.3 * t**2 - lift
-            sketch.polygon([*zip(x, y - width), *zip(x[::-1], (y + width)[::-1])], shade("#3f9a3c", tone))
+            sketch.polygon(
+                [*zip(x, y - width), *zip(x[::-1], (y + width)[::-1])], shade("#3f9a3c", tone)
+            )
     return sketch.image
 
 
@@ -143,13 +178,23 @@ def _leaf(rng: np.random.Generator) -> Image.Image:
     sketch.leaf(0.5, 0.5, length, width, angle, shade(green, 0.62))
     sketch.leaf(0.49, 0.48, 0.94 * length, 0.86 * width, angle, green)
     for t in np.linspace(-0.75, 0.6, 7):
-        x, y, reach = 0.5 + c * t * length, 0.5 + s * t * length, 0.75 * width * math.sqrt(1 - t * t)
+        x, y, reach = (
+            0.5 + c * t * length,
+            0.5 + s * t * length,
+            0.75 * width * math.sqrt(1 - t * t),
+        )
         for side in (-reach, reach):
             sketch.line(
-                [(x, y), (x + 0.5 * reach * c - side * s, y + 0.5 * reach * s + side * c)], shade(green, 0.72), 0.01
+                [(x, y), (x + 0.5 * reach * c - side * s, y + 0.5 * reach * s + side * c)],
+                shade(green, 0.72),
+                0.01,
             )
     tip, stem = 0.9 * length, -length
-    sketch.line([(0.5 + c * stem, 0.5 + s * stem), (0.5 + c * tip, 0.5 + s * tip)], shade(green, 1.45), 0.026)
+    sketch.line(
+        [(0.5 + c * stem, 0.5 + s * stem), (0.5 + c * tip, 0.5 + s * tip)],
+        shade(green, 1.45),
+        0.026,
+    )
     return sketch.image
 
 
@@ -159,11 +204,17 @@ def _frond(rng: np.random.Generator) -> Image.Image:
     sketch, green = Sketch(), pick(rng, "#3fae45", "#27933f", "#63bd4c")
     angle = rng.uniform(-1.0, 1.0) - math.pi / 2
     for t in np.linspace(-0.9, 0.9, 13):
-        x, y, reach = 0.5 + 0.45 * t * math.cos(angle), 0.5 + 0.45 * t * math.sin(angle), 0.3 * math.cos(1.2 * t)
+        x, y, reach = (
+            0.5 + 0.45 * t * math.cos(angle),
+            0.5 + 0.45 * t * math.sin(angle),
+            0.3 * math.cos(1.2 * t),
+        )
         for side in (-1, 1):
             turn = angle + 0.95 * side
             x_leaf, y_leaf = x + 0.5 * reach * math.cos(turn), y + 0.5 * reach * math.sin(turn)
-            sketch.leaf(x_leaf, y_leaf, 0.55 * reach, 0.15 * reach, turn, shade(green, 0.9 + 0.15 * side))
+            sketch.leaf(
+                x_leaf, y_leaf, 0.55 * reach, 0.15 * reach, turn, shade(green, 0.9 + 0.15 * side)
+            )
     return sketch.image
 
 
@@ -176,7 +227,14 @@ def _sunflower(rng: np.random.Generator) -> Image.Image:
     for ring, (reach, colour) in enumerate(((0.3, "#f0a818"), (0.26, "#ffd22e"))):
         for k in range(14):
             angle = 2 * math.pi * (k + 0.5 * ring + turn) / 14
-            sketch.leaf(0.45 + reach * math.cos(angle), 0.44 + reach * math.sin(angle), 0.15, 0.07, angle, colour)
+            sketch.leaf(
+                0.45 + reach * math.cos(angle),
+                0.44 + reach * math.sin(angle),
+                0.15,
+                0.07,
+                angle,
+                colour,
+            )
     sketch.disc(0.45, 0.44, 0.20, 0.20, "#5a3414")
     sketch.disc(0.44, 0.43, 0.12, 0.12, "#7a4a1d")
     return sketch.image
@@ -186,7 +244,11 @@ def _sunflower(rng: np.random.Generator) -> Image.Image:
 def _wheat_clump(rng: np.random.Generator) -> Image.Image:
     sketch = Sketch(1.2, 1.0)
     for _ in range(34):
-        foot, top, colour = rng.uniform(0.05, 1.15), rng.uniform(0.08, 0.5), pick(rng, "#e3b548", "#d39d35", "#f3d06a")
+        foot, top, colour = (
+            rng.uniform(0.05, 1.15),
+            rng.uniform(0.08, 0.5),
+            pick(rng, "#e3b548", "#d39d35", "#f3d06a"),
+        )
         tip = foot + rng.uniform(-0.12, 0.12)
         sketch.line([(foot, 1.0), (tip, top)], shade(colour, 0.85), 0.016)
         sketch.leaf(tip, top, 0.11, 0.034, math.atan2(top - 1, tip - foot), shade(colour, 1.1))
@@ -204,12 +266,16 @@ def _fallen_leaf(rng: np.random.Generator) -> Image.Image:
 @prop_of("mountain")
 def _mountain(rng: np.random.Generator) -> Image.Image:
     sketch, rock = Sketch(2.2, 1.0), pick(rng, "#6d7a96", "#7b7f93", "#5f7190", "#81756f")
-    peaks = sorted(((rng.uniform(0.05, 0.4), rng.uniform(0.45, 1.75)) for _ in range(3)), reverse=True)
+    peaks = sorted(
+        ((rng.uniform(0.05, 0.4), rng.uniform(0.45, 1.75)) for _ in range(3)), reverse=True
+    )
     zigzag = ((1, 0), (0.5, -0.3), (0.2, 0.15), (-0.15, -0.25), (-0.5, 0.1), (-1, 0))
     for top, x in peaks:
         reach, share = (1 - top) * rng.uniform(0.75, 0.95), rng.uniform(0.3, 0.4)
         sketch.polygon([(x, top), (x - reach, 1.0), (x + reach, 1.0)], shade(rock, 1.12))
-        sketch.polygon([(x, top), (x - 0.08, 0.55), (x + 0.05, 1.0), (x + reach, 1.0)], shade(rock, 0.75))
+        sketch.polygon(
+            [(x, top), (x - 0.08, 0.55), (x + 0.05, 1.0), (x + reach, 1.0)], shade(rock, 0.75)
+        )
         snow = share * (1 - top)
         line = [(x + share * reach * u, top + snow * (1 + v)) for u, v in zigzag]
         sketch.polygon([(x, top), *line], "#ffffff")
@@ -220,7 +286,10 @@ def _mountain(rng: np.random.Generator) -> Image.Image:
 @prop_of("tower block")
 def _tower_block(rng: np.random.Generator) -> Image.Image:
     width = rng.uniform(0.24, 0.46)
-    sketch, wall = Sketch(width, 1.0), pick(rng, "#6f7f9a", "#8a8fa3", "#5c6b86", "#a08f86", "#7d96a8", "#9b7f77")
+    sketch, wall = (
+        Sketch(width, 1.0),
+        pick(rng, "#6f7f9a", "#8a8fa3", "#5c6b86", "#a08f86", "#7d96a8", "#9b7f77"),
+    )
     sketch.box(0, 0.05, width, 1.0, wall)
     sketch.box(0.72 * width, 0.05, width, 1.0, shade(wall, 0.8))
     if rng.random() < 0.5:
@@ -235,7 +304,10 @@ def _tower_block(rng: np.random.Generator) -> Image.Image:
 @prop_of("blue house")
 def _blue_house(rng: np.random.Generator) -> Image.Image:
     sketch, wall = Sketch(1.35, 1.0), pick(rng, "#2f6fd0", "#3b82dd", "#2a5fb8", "#4a8fe0")
-    roof, door = pick(rng, "#8a3d2a", "#a24a33", "#5f4339", "#7b2f2f"), pick(rng, "#8a4b2d", "#c0392b", "#f0e6d2")
+    roof, door = (
+        pick(rng, "#8a3d2a", "#a24a33", "#5f4339", "#7b2f2f"),
+        pick(rng, "#8a4b2d", "#c0392b", "#f0e6d2"),
+    )
     sketch.box(0.12, 0.4, 1.23, 1.0, wall)
     for y in np.arange(0.44, 1.0, 0.055):
         sketch.line([(0.12, y), (1.23, y)], shade(wall, 0.88), 0.01)
@@ -277,7 +349,10 @@ def _eiffel_tower(rng: np.random.Generator) -> Image.Image:
     sketch.polygon([*zip(middle + 0.3 * half, y), *right], shade(iron, 0.78))
 
     # What one sees through: the arch, and a wedge between each pair of platforms.
-    arch = [(middle + 0.24 * math.cos(t), 1.64 - 0.34 * math.sin(t)) for t in np.linspace(0, math.pi, 24)]
+    arch = [
+        (middle + 0.24 * math.cos(t), 1.64 - 0.34 * math.sin(t))
+        for t in np.linspace(0, math.pi, 24)
+    ]
     sketch.erase(arch)
     sketch.erase([(middle, 0.86), (middle - 0.055, 1.1), (middle + 0.055, 1.1)])
     sketch.line([(middle, 0.4), (middle, 0.8)], shade(iron, 0.6), 0.02)
@@ -287,7 +362,9 @@ def _eiffel_tower(rng: np.random.Generator) -> Image.Image:
     return sketch.image
 
 
-def _rug(rng: np.random.Generator, rings: Sequence[tuple[float, Paint]], pile: float) -> Image.Image:
+def _rug(
+    rng: np.random.Generator, rings: Sequence[tuple[float, Paint]], pile: float
+) -> Image.Image:
     """An oval rug as seen at an angle, its pile rough at the edge."""
     sketch = Sketch(2.6, 1.0)
     for angle in np.linspace(0, 2 * math.pi, 150):
@@ -296,7 +373,9 @@ def _rug(rng: np.random.Generator, rings: Sequence[tuple[float, Paint]], pile: f
     for reach, colour in rings:
         sketch.disc(1.3, 0.5, 1.22 * reach, 0.45 * reach, colour)
     pixels = np.array(sketch.image)
-    rough = np.tile(noise(int(rng.integers(1000)), 0.8), (1, 2))[: pixels.shape[0], : pixels.shape[1], None]
+    rough = np.tile(noise(int(rng.integers(1000)), 0.8), (1, 2))[
+        : pixels.shape[0], : pixels.shape[1], None
+    ]
     pixels[..., :3] = np.clip(pixels[..., :3] * (1 + 0.035 * rough), 0, 255)
     return Image.fromarray(pixels)
 
@@ -320,7 +399,9 @@ def _mirror(rng: np.random.Generator) -> Image.Image:
     for reach, colour in ((1.0, "#9a6a18"), (0.97, "#e2b13c"), (0.9, "#8fb4c8"), (0.88, "#c4e2f0")):
         sketch.disc(1.3, 0.5, 1.28 * reach, 0.48 * reach, colour)
     for left in (0.55, 1.5):
-        sketch.polygon([(left, 0.75), (left + 0.5, 0.2), (left + 0.66, 0.2), (left + 0.16, 0.75)], "#e9f7fd")
+        sketch.polygon(
+            [(left, 0.75), (left + 0.5, 0.2), (left + 0.66, 0.2), (left + 0.16, 0.75)], "#e9f7fd"
+        )
     return sketch.image
 
 
@@ -331,14 +412,19 @@ def _person(rng: np.random.Generator) -> Image.Image:
         Sketch(0.5, 1.0),
         pick(rng, "#c0392b", "#2f6fd0", "#e8b92e", "#3c8a50", "#8a45c0", "#e07a3a", "#3a4150"),
     )
-    skin, hair = pick(rng, "#f1c9a5", "#c68d5e", "#8d5a3a"), pick(rng, "#2a1d16", "#6b4222", "#d9b25a")
+    skin, hair = (
+        pick(rng, "#f1c9a5", "#c68d5e", "#8d5a3a"),
+        pick(rng, "#2a1d16", "#6b4222", "#d9b25a"),
+    )
     for x in (0.17, 0.28):
         sketch.box(x, 0.62, x + 0.09, 0.99, "#2d3340")
     sketch.polygon([(0.12, 0.7), (0.16, 0.28), (0.36, 0.28), (0.42, 0.7)], coat)
     sketch.line([(0.15, 0.34), (0.08, 0.58)], shade(coat, 0.8), 0.07)
     sketch.line([(0.38, 0.34), (0.45, 0.58)], shade(coat, 0.8), 0.07)
     sketch.disc(0.26, 0.15, 0.1, 0.12, skin)
-    sketch.polygon([(0.15, 0.15), (0.17, 0.04), (0.26, 0.01), (0.36, 0.05), (0.37, 0.15), (0.26, 0.08)], hair)
+    sketch.polygon(
+        [(0.15, 0.15), (0.17, 0.04), (0.26, 0.01), (0.36, 0.05), (0.37, 0.15), (0.26, 0.08)], hair
+    )
     return sketch.image
 
 

@@ -1,4 +1,5 @@
-"""Tiles: periodic textures (TILE, TILE, 3) from 0 to 1 that are laid out in perspective as a ground.
+"""Tiles: periodic textures (TILE, TILE, 3) from 0 to 1 that are laid out in perspective as a
+ground.
 
 Their rows recede from the viewer. `mipmaps` caches them, the same in every process.
 """
@@ -12,11 +13,30 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.tiny.scenes.paint import AUTUMN, TILE, Array, grain, leaf_outline, mix, noise, pick, rgb, shade, to_hex
+from ldm.tiny.scenes.paint import (
+    AUTUMN,
+    TILE,
+    Array,
+    grain,
+    leaf_outline,
+    mix,
+    noise,
+    pick,
+    rgb,
+    shade,
+    to_hex,
+)
 
 MIPS = 6  # ever smaller copies of a tile, for what is far away
-MIP_START = np.cumsum([0] + [(TILE >> k) ** 2 for k in range(MIPS - 1)])  # where they begin in `mipmaps`
-REGULAR = {"wood", "dark wood", "pavement", "cobblestone"}  # tiles whose pattern has to run straight
+MIP_START = np.cumsum(
+    [0] + [(TILE >> k) ** 2 for k in range(MIPS - 1)]
+)  # where they begin in `mipmaps`
+REGULAR = {
+    "wood",
+    "dark wood",
+    "pavement",
+    "cobblestone",
+}  # tiles whose pattern has to run straight
 
 TILES: dict[str, Callable[[np.random.Generator, int], Array]] = {}
 
@@ -38,7 +58,11 @@ def _grass(rng: np.random.Generator, seed: int) -> Array:
 
 @tile_of("sand")
 def _sand(rng: np.random.Generator, seed: int) -> Array:
-    return grain(pick(rng, "#e8cf98", "#dfc085", "#efd9a7"), 0.03 * noise(seed, 0.3), 0.045 * noise(seed + 1, 1.8))
+    return grain(
+        pick(rng, "#e8cf98", "#dfc085", "#efd9a7"),
+        0.03 * noise(seed, 0.3),
+        0.045 * noise(seed + 1, 1.8),
+    )
 
 
 @tile_of("snow")
@@ -112,7 +136,8 @@ def _dark_wood(rng: np.random.Generator, seed: int) -> Array:
 
 
 def cells(rng: np.random.Generator, count: int, jitter: float) -> tuple[Array, Array, Array]:
-    """A periodic Voronoi pattern over `count` x `count` cells: distance to the edge, to the centre, cell number.
+    """A periodic Voronoi pattern over `count` x `count` cells: distance to the edge, to the centre,
+    cell number.
 
     Distances are in cells; every second row is moved by half a cell.
     """
@@ -124,7 +149,10 @@ def cells(rng: np.random.Generator, count: int, jitter: float) -> tuple[Array, A
         for right in (-2, -1, 0, 1):
             row, column = y.astype(int) + down, x.astype(int) + right
             number = row % count, column % count
-            centre_y, centre_x = row + 0.5 + offset[0][number], column + 0.5 * (row % 2) + 0.5 + offset[1][number]
+            centre_y, centre_x = (
+                row + 0.5 + offset[0][number],
+                column + 0.5 * (row % 2) + 0.5 + offset[1][number],
+            )
             distance = np.hypot(x - centre_x, y - centre_y)
             second = np.minimum(second, np.maximum(distance, nearest))
             cell = np.where(distance < nearest, number[0] * count + number[1], cell)
@@ -160,16 +188,19 @@ def _autumn_leaves(rng: np.random.Generator, seed: int) -> Array:
 def mipmaps(kind: str, variant: int) -> Array:
     """A tile and its ever smaller copies, one after the other, as a flat array of packed pixels."""
     rng = np.random.default_rng([variant, *kind.encode()])
-    level = Image.fromarray(np.clip(TILES[kind](rng, 1000 + 10 * variant) * 255, 0, 255).astype(np.uint8)).convert(
-        "RGBA"
-    )
+    level = Image.fromarray(
+        np.clip(TILES[kind](rng, 1000 + 10 * variant) * 255, 0, 255).astype(np.uint8)
+    ).convert("RGBA")
     levels = [np.asarray(level if k == 0 else level.reduce(1 << k)) for k in range(MIPS)]
     return np.concatenate([pixels.reshape(-1).view(np.uint32) for pixels in levels])
 
 
 @functools.lru_cache(maxsize=512)
-def perspective(n: int, horizon: int, texels: float, tilt: float) -> tuple[Array, Array, Array, Array]:
-    """Where the pixels below the horizon lie on a tile: columns (y, n), rows (y, 1), mip level (y, 1), and how far
+def perspective(
+    n: int, horizon: int, texels: float, tilt: float
+) -> tuple[Array, Array, Array, Array]:
+    """Where the pixels below the horizon lie on a tile: columns (y, n), rows (y, 1), mip level (y,
+    1), and how far
     away they are (y, 1), from 0 to 1."""
     y = np.arange(max(horizon, 0), n, dtype=np.float32)[:, None]
     z = (n - horizon) / (y - horizon + 0.5)  # depth: 1 at the lower edge of the picture
@@ -191,6 +222,8 @@ def folds(variant: int, size: int = 2 * TILE) -> Array:
     for frequency, weight in ((rng.uniform(3, 4.5), 0.65), (rng.uniform(6, 8), 0.35)):
         angle = lean + rng.uniform(-0.15, 0.15)
         phase = (frequency * (math.cos(angle) * x + math.sin(angle) * y + warp)) % 1
-        light += weight * np.where(phase < 0.75, phase / 0.75, (1 - phase) / 0.25)  # slow rise, steep fall
+        light += weight * np.where(
+            phase < 0.75, phase / 0.75, (1 - phase) / 0.25
+        )  # slow rise, steep fall
     light = (light - light.min()) / np.ptp(light)
     return (0.2 + 0.8 * light).astype(np.float32)

@@ -27,7 +27,10 @@ def _pink_fabric(p: Plate) -> None:
     top, left = p.rng.integers(len(cloth) - length + 1, size=2)
     crop = Image.fromarray(cloth[top : top + length, left : left + length])
     light = np.asarray(crop.resize((p.n, p.n), Image.Resampling.BILINEAR))[..., None]
-    dark, bright = (rgb(c) for c in p.choice(("#d9538f", "#ffb3d4"), ("#e06a9f", "#ffc6dd"), ("#cf4a86", "#ff9cc8")))
+    dark, bright = (
+        rgb(c)
+        for c in p.choice(("#d9538f", "#ffb3d4"), ("#e06a9f", "#ffc6dd"), ("#cf4a86", "#ff9cc8"))
+    )
     pixels = np.full((p.n, p.n, 4), 255, np.uint8)
     pixels[..., :3] = (mix(dark, bright, light) * 255).astype(np.uint8)
     p.image = Image.fromarray(pixels)
@@ -59,7 +62,12 @@ def _house(p: Plate) -> None:
     p.sky(horizon)
     p.hills(horizon, 0.14, "#4f9a4a")
     p.ground("grass", horizon)
-    p.put("blue house", p.choice(p.between(0.2, 0.34), p.between(0.66, 0.8)), horizon + 0.04, p.between(0.58, 0.68))
+    p.put(
+        "blue house",
+        p.choice(p.between(0.2, 0.34), p.between(0.66, 0.8)),
+        horizon + 0.04,
+        p.between(0.58, 0.68),
+    )
 
 
 @scene("with the Eiffel Tower in the background")
@@ -102,6 +110,11 @@ def _crowded_street(p: Plate) -> None:
         p.put("facade", x, horizon, 0.5)
     p.ground("pavement", horizon, texels=160)
     for x in np.linspace(0.05, 0.95, 8):
-        p.put("person", x + p.between(-0.04, 0.04), horizon + p.between(0.08, 0.16), p.between(0.32, 0.4))
+        p.put(
+            "person",
+            x + p.between(-0.04, 0.04),
+            horizon + p.between(0.08, 0.16),
+            p.between(0.32, 0.4),
+        )
     for x in (p.between(0.0, 0.14), p.between(0.86, 1.0)):
         p.put("person", x, horizon + p.between(0.24, 0.34), p.between(0.48, 0.56))

@@ -1,4 +1,6 @@
-"""Toy animals: one way to build a head, a standing and a sitting body, and what makes each kind itself."""
+"""Toy animals: one way to build a head, a standing and a sitting body, and what makes each kind
+itself.
+"""
 
 from __future__ import annotations
 
@@ -34,26 +36,34 @@ def near(rng: Random, value: float, spread: float = 0.15) -> float:
     return float(value * rng.uniform(1 - spread, 1 + spread))
 
 
-# ---- heads: parts around a centre (0, y, z), `s` times the size of a head of radius 0.45 -----------
+# ---- heads: parts around a centre (0, y, z), `s` times the size of a head of radius 0.45 ---------
 
 
 def floppy_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
     """Hang the ears of a dog."""
-    ear = capsule((0.42 * s, y + 0.16 * s, z - 0.04 * s), (0.54 * s, y - 0.24 * s, z), 0.1 * s, 0.17 * s)
+    ear = capsule(
+        (0.42 * s, y + 0.16 * s, z - 0.04 * s), (0.54 * s, y - 0.24 * s, z), 0.1 * s, 0.17 * s
+    )
     return [Part(ear, c.mark, blend=0.04, mirror=True)]
 
 
 def pointed_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
     """Put up the ears of a cat or a fox."""
-    ear = capsule((0.27 * s, y + 0.24 * s, z - 0.04), (0.38 * s, y + 0.62 * s, z - 0.06), 0.17 * s, 0.03 * s)
+    ear = capsule(
+        (0.27 * s, y + 0.24 * s, z - 0.04), (0.38 * s, y + 0.62 * s, z - 0.06), 0.17 * s, 0.03 * s
+    )
     inner = ellipsoid((0.32 * s, y + 0.4 * s, z + 0.12 * s), (0.08 * s, 0.17 * s, 0.12 * s))
     return [Part(ear, c.mark, blend=0.04, mirror=True), Part(inner, PINK, mirror=True, paint=True)]
 
 
 def long_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
     """Put up the ears of a rabbit."""
-    ear = capsule((0.16 * s, y + 0.3 * s, z - 0.05), (0.27 * s, y + 1.05 * s, z - 0.12), 0.1 * s, 0.12 * s)
-    inner = capsule((0.18 * s, y + 0.5 * s, z + 0.08 * s), (0.27 * s, y + 1.0 * s, z + 0.03), 0.07 * s)
+    ear = capsule(
+        (0.16 * s, y + 0.3 * s, z - 0.05), (0.27 * s, y + 1.05 * s, z - 0.12), 0.1 * s, 0.12 * s
+    )
+    inner = capsule(
+        (0.18 * s, y + 0.5 * s, z + 0.08 * s), (0.27 * s, y + 1.0 * s, z + 0.03), 0.07 * s
+    )
     return [Part(ear, c.fur, blend=0.05, mirror=True), Part(inner, PINK, mirror=True, paint=True)]
 
 
@@ -61,12 +71,17 @@ def round_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
     """Put up the ears of a bear."""
     ear = ellipsoid((0.33 * s, y + 0.35 * s, z - 0.03), (0.17 * s, 0.17 * s, 0.09 * s))
     inner = ellipsoid((0.33 * s, y + 0.35 * s, z + 0.08 * s), (0.09 * s, 0.09 * s, 0.08 * s))
-    return [Part(ear, c.mark, blend=0.03, mirror=True), Part(inner, c.light, mirror=True, paint=True)]
+    return [
+        Part(ear, c.mark, blend=0.03, mirror=True),
+        Part(inner, c.light, mirror=True, paint=True),
+    ]
 
 
 def long_muzzle(y: float, z: float, s: float, c: Coat) -> list[Part]:
     """Add the snout of a dog or a fox, with its nose."""
-    snout = capsule((0, y - 0.1 * s, z + 0.25 * s), (0, y - 0.15 * s, z + 0.62 * s), 0.2 * s, 0.12 * s)
+    snout = capsule(
+        (0, y - 0.1 * s, z + 0.25 * s), (0, y - 0.15 * s, z + 0.62 * s), 0.2 * s, 0.12 * s
+    )
     nose = ellipsoid((0, y - 0.08 * s, z + 0.73 * s), (0.1 * s, 0.075 * s, 0.07 * s))
     return [Part(snout, c.light, blend=0.08), Part(nose, DARK)]
 
@@ -89,17 +104,28 @@ def eyes(y: float, z: float, s: float, white: bool, apart: float = 0.2) -> list[
     """Add a pair of eyes, dark ones or (`white`) dark on white."""
     x, front = apart * s, z + 0.37 * s
     dark = Part(sphere((x, y + 0.08 * s, front + 0.03 * s), 0.085 * s), DARK, mirror=True)
-    glint = Part(sphere((x + 0.02 * s, y + 0.12 * s, front + 0.1 * s), 0.03 * s), WHITE, mirror=True)
+    glint = Part(
+        sphere((x + 0.02 * s, y + 0.12 * s, front + 0.1 * s), 0.03 * s), WHITE, mirror=True
+    )
     if not white:
         return [dark, glint]
-    ball = Part(ellipsoid((x, y + 0.08 * s, front - 0.02 * s), (0.13 * s, 0.14 * s, 0.1 * s)), WHITE, mirror=True)
-    return [ball, Part(sphere((x - 0.01, y + 0.08 * s, front + 0.06 * s), 0.065 * s), DARK, mirror=True)]
+    ball = Part(
+        ellipsoid((x, y + 0.08 * s, front - 0.02 * s), (0.13 * s, 0.14 * s, 0.1 * s)),
+        WHITE,
+        mirror=True,
+    )
+    return [
+        ball,
+        Part(sphere((x - 0.01, y + 0.08 * s, front + 0.06 * s), 0.065 * s), DARK, mirror=True),
+    ]
 
 
 Feature = Callable[[float, float, float, Coat], list[Part]]
 
 
-def head(rng: Random, y: float, z: float, s: float, c: Coat, ears: Feature, muzzle: Feature) -> tuple[list[Part], Head]:
+def head(
+    rng: Random, y: float, z: float, s: float, c: Coat, ears: Feature, muzzle: Feature
+) -> tuple[list[Part], Head]:
     """Build a head and say where it wears things."""
     skull = ellipsoid((0, y, z), (near(rng, 0.47, 0.08) * s, near(rng, 0.42, 0.06) * s, 0.41 * s))
     parts = [Part(skull, c.fur, blend=0.06)]
@@ -114,10 +140,12 @@ def head(rng: Random, y: float, z: float, s: float, c: Coat, ears: Feature, muzz
     return parts, places
 
 
-# ---- bodies ---------------------------------------------------------------------------------------
+# ---- bodies --------------------------------------------------------------------------------------
 
 
-def standing(rng: Random, c: Coat, ears: Feature, muzzle: Feature, tail: list[Vec], thick: float = 0.1) -> Toy:
+def standing(
+    rng: Random, c: Coat, ears: Feature, muzzle: Feature, tail: list[Vec], thick: float = 0.1
+) -> Toy:
     """Build an animal on four legs."""
     leg, girth, back = near(rng, 0.48, 0.3), near(rng, 0.32), near(rng, 0.5, 0.25)
     paw = pick(rng, c.fur, c.light)
@@ -129,7 +157,9 @@ def standing(rng: Random, c: Coat, ears: Feature, muzzle: Feature, tail: list[Ve
     for z in (0.34, -back - 0.04):
         shank = capsule((0.2, leg + 0.1, z), (0.22, 0.12, z + 0.05), 0.135)
         parts.append(Part(shank, c.fur, blend=0.08, mirror=True))
-        parts.append(Part(ellipsoid((0.22, 0.1, z + 0.1), (0.16, 0.1, 0.2)), paw, blend=0.04, mirror=True))
+        parts.append(
+            Part(ellipsoid((0.22, 0.1, z + 0.1), (0.16, 0.1, 0.2)), paw, blend=0.04, mirror=True)
+        )
     end = [(x, y + 0.1 + up, -back - 0.2 - out) for x, up, out in tail]
     parts.append(Part(tube(end, thick, 0.7 * thick, JOINTS), c.fur, blend=0.08))
     if rng.random() < 0.5:
@@ -139,14 +169,20 @@ def standing(rng: Random, c: Coat, ears: Feature, muzzle: Feature, tail: list[Ve
     return Toy(parts + face + collar(rng, places), near(rng, 0.15, 0.5), places)
 
 
-def sitting(rng: Random, c: Coat, ears: Feature, muzzle: Feature, tail: list[Vec], thick: float = 0.1) -> Toy:
+def sitting(
+    rng: Random, c: Coat, ears: Feature, muzzle: Feature, tail: list[Vec], thick: float = 0.1
+) -> Toy:
     """Build an animal that sits and looks ahead."""
     girth, tall = near(rng, 0.46), near(rng, 0.62)
     parts = [
         Part(ellipsoid((0, tall, -0.12), (girth, tall, 0.48)), c.fur),
         Part(ellipsoid((0, tall, 0.3), (0.55 * girth, 0.8 * tall, 0.25)), c.light, paint=True),
-        Part(ellipsoid((0.8 * girth, 0.22, 0.05), (0.2, 0.22, 0.34)), c.fur, blend=0.06, mirror=True),
-        Part(capsule((0.15, tall, 0.26), (0.16, 0.14, 0.42), 0.115), c.fur, blend=0.04, mirror=True),
+        Part(
+            ellipsoid((0.8 * girth, 0.22, 0.05), (0.2, 0.22, 0.34)), c.fur, blend=0.06, mirror=True
+        ),
+        Part(
+            capsule((0.15, tall, 0.26), (0.16, 0.14, 0.42), 0.115), c.fur, blend=0.04, mirror=True
+        ),
         Part(ellipsoid((0.16, 0.1, 0.5), (0.14, 0.1, 0.17)), c.light, blend=0.04, mirror=True),
     ]
     end = [(x, 0.15 + up, -0.45 - out) for x, up, out in tail]
@@ -161,9 +197,16 @@ def plush(rng: Random, c: Coat, ears: Feature, muzzle: Feature) -> Toy:
     parts = [
         Part(ellipsoid((0, 0.55, 0), (girth, 0.55, 0.42)), c.fur),
         Part(ellipsoid((0, 0.55, 0.3), (0.6 * girth, 0.4, 0.25)), c.light, paint=True),
-        Part(capsule((0.3, 0.2, 0.1), (0.42, 0.2, 0.55), 0.19, 0.21), c.fur, blend=0.05, mirror=True),
+        Part(
+            capsule((0.3, 0.2, 0.1), (0.42, 0.2, 0.55), 0.19, 0.21), c.fur, blend=0.05, mirror=True
+        ),
         Part(ellipsoid((0.43, 0.2, 0.78), (0.14, 0.14, 0.06)), c.light, mirror=True, paint=True),
-        Part(capsule((0.42, 0.82, 0.08), (0.66, 0.42, 0.3), 0.15, 0.17), c.fur, blend=0.05, mirror=True),
+        Part(
+            capsule((0.42, 0.82, 0.08), (0.66, 0.42, 0.3), 0.15, 0.17),
+            c.fur,
+            blend=0.05,
+            mirror=True,
+        ),
         Part(sphere((0, 0.25, -0.45), 0.14), c.light, blend=0.03),
     ]
     face, places = head(rng, 1.4, 0.05, near(rng, 1.05, 0.1), c, ears, muzzle)
@@ -178,7 +221,12 @@ def upright(rng: Random, c: Coat, ears: Feature, muzzle: Feature) -> Toy:
         Part(ellipsoid((0, 0.75, 0.32), (0.62 * girth, 0.45, 0.25)), c.light, paint=True),
         Part(capsule((0.24, 0.4, 0), (0.26, 0.14, 0.05), 0.2), c.mark, blend=0.05, mirror=True),
         Part(ellipsoid((0.26, 0.1, 0.16), (0.2, 0.1, 0.26)), c.mark, blend=0.04, mirror=True),
-        Part(capsule((0.42, 1.12, 0), (0.68, 0.62, 0.18), 0.16, 0.15), c.mark, blend=0.05, mirror=True),
+        Part(
+            capsule((0.42, 1.12, 0), (0.68, 0.62, 0.18), 0.16, 0.15),
+            c.mark,
+            blend=0.05,
+            mirror=True,
+        ),
         Part(sphere((0, 0.5, -0.44), 0.13), c.fur, blend=0.03),
     ]
     face, places = head(rng, 1.62, 0.05, near(rng, 1.05, 0.1), c, ears, muzzle)
@@ -195,7 +243,7 @@ def collar(rng: Random, places: Head) -> list[Part]:
     return [Part(ring, colour), Part(sphere((0, y - 0.1, z + 0.24), 0.07), "#ffc91f")]
 
 
-# ---- kinds ----------------------------------------------------------------------------------------
+# ---- kinds ---------------------------------------------------------------------------------------
 
 CURL: list[Vec] = [(0, 0, 0), (0, 0.1, 0.4), (0, 0.6, 0.25)]
 THIN: list[Vec] = [(0, 0, 0), (0, 0.05, 0.5), (0.1, 0.9, 0.35)]
@@ -290,7 +338,11 @@ def panda(rng: Random) -> Toy:
     toy = build(rng, coat, round_ears, round_muzzle)
     middle = toy.head.eyes
     spot = ellipsoid((0.2, middle[1], middle[2]), (0.15, 0.17, 0.25))
-    first_eye = next(n for n, part in enumerate(toy.parts) if part.mirror and part.colour in (DARK, WHITE) and n > 6)
+    first_eye = next(
+        n
+        for n, part in enumerate(toy.parts)
+        if part.mirror and part.colour in (DARK, WHITE) and n > 6
+    )
     toy.parts.insert(first_eye, Part(spot, black, mirror=True, paint=True))
     if build is plush:
         for n in (2, 4):
@@ -310,7 +362,9 @@ def stuffed_animal(rng: Random) -> Toy:
         ("#d7c2a0", "#f8efdf"),
         ("#c9a7dd", "#f3e8fa"),
     )
-    ears, muzzle = pick(rng, (round_ears, round_muzzle), (round_ears, round_muzzle), (long_ears, small_muzzle))
+    ears, muzzle = pick(
+        rng, (round_ears, round_muzzle), (round_ears, round_muzzle), (long_ears, small_muzzle)
+    )
     toy = plush(rng, Coat(fur, light, fur), ears, muzzle)
     if rng.random() < 0.5:
         assert toy.head is not None
@@ -322,15 +376,28 @@ def stuffed_animal(rng: Random) -> Toy:
 
 def penguin(rng: Random) -> Toy:
     """Build a penguin."""
-    back, beak = pick(rng, "#22242c", "#2c3550", "#3a3f4c", "#1f3f7a"), pick(rng, "#f59a1b", "#ffb52e", "#f2711c")
+    back, beak = (
+        pick(rng, "#22242c", "#2c3550", "#3a3f4c", "#1f3f7a"),
+        pick(rng, "#f59a1b", "#ffb52e", "#f2711c"),
+    )
     girth, tall = near(rng, 0.52, 0.12), near(rng, 0.72, 0.1)
     y = 2 * tall + 0.12
     parts = [
         Part(ellipsoid((0, tall, 0), (girth, tall, 0.48)), back),
         Part(ellipsoid((0, y, 0.02), (0.42, 0.4, 0.39)), back, blend=0.15),
-        Part(ellipsoid((0, tall - 0.05, 0.35), (0.72 * girth, 0.82 * tall, 0.3)), "#ffffff", paint=True),
-        Part(ellipsoid((0.14, y - 0.03, 0.36), (0.19, 0.24, 0.2)), "#ffffff", mirror=True, paint=True),
-        Part(capsule((girth - 0.05, tall + 0.35, 0), (girth + 0.2, tall - 0.3, 0.05), 0.1, 0.08), back, mirror=True),
+        Part(
+            ellipsoid((0, tall - 0.05, 0.35), (0.72 * girth, 0.82 * tall, 0.3)),
+            "#ffffff",
+            paint=True,
+        ),
+        Part(
+            ellipsoid((0.14, y - 0.03, 0.36), (0.19, 0.24, 0.2)), "#ffffff", mirror=True, paint=True
+        ),
+        Part(
+            capsule((girth - 0.05, tall + 0.35, 0), (girth + 0.2, tall - 0.3, 0.05), 0.1, 0.08),
+            back,
+            mirror=True,
+        ),
         Part(capsule((0, y - 0.08, 0.36), (0, y - 0.12, 0.58), 0.11, 0.03), beak),
         Part(ellipsoid((0.2, 0.06, 0.25), (0.19, 0.07, 0.28)), beak, mirror=True),
         Part(sphere((0.15, y + 0.06, 0.35), 0.07), DARK, mirror=True),
@@ -357,7 +424,12 @@ def owl(rng: Random) -> Toy:
         Part(ellipsoid((0, tall, 0), (girth, tall, 0.48)), fur),
         Part(ellipsoid((0, 0.75 * tall, 0.35), (0.6 * girth, 0.6 * tall, 0.3)), belly, paint=True),
         Part(ellipsoid((0.22, y, 0.38), (0.24, 0.26, 0.22)), belly, mirror=True, paint=True),
-        Part(capsule((0.3, y + 0.35, 0.1), (0.42, y + 0.68, 0.12), 0.12, 0.02), fur, blend=0.05, mirror=True),
+        Part(
+            capsule((0.3, y + 0.35, 0.1), (0.42, y + 0.68, 0.12), 0.12, 0.02),
+            fur,
+            blend=0.05,
+            mirror=True,
+        ),
         Part(ellipsoid((girth, 0.9 * tall, -0.02), (0.12, 0.55 * tall, 0.32)), fur, mirror=True),
         Part(ellipsoid((0.21, y, 0.36), (0.17, 0.17, 0.1)), iris, mirror=True),
         Part(sphere((0.2, y, 0.42), 0.085), DARK, mirror=True),

@@ -1,4 +1,6 @@
-"""Toy things: vessels, clothes, vehicles and the robot; every function varies colours and proportions."""
+"""Toy things: vessels, clothes, vehicles and the robot; every function varies colours and
+proportions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,18 @@ from ldm.tiny.shapes import (
 from ldm.tiny.toys.animals import DARK, JOINTS, WHITE, near, pick
 
 Random = np.random.Generator
-BRIGHT = ("#e0392f", "#f28c1d", "#f6c927", "#38a84a", "#2c8fd6", "#3a57c9", "#8a45c0", "#ee6fa5", "#f4f1ea", "#12a5a0")
+BRIGHT = (
+    "#e0392f",
+    "#f28c1d",
+    "#f6c927",
+    "#38a84a",
+    "#2c8fd6",
+    "#3a57c9",
+    "#8a45c0",
+    "#ee6fa5",
+    "#f4f1ea",
+    "#12a5a0",
+)
 METAL = "#b8bec8"
 
 
@@ -40,12 +53,14 @@ def decorate(rng: Random, parts: list[Part], middle: float, colour: str) -> None
     if pattern == "rings":
         parts.append(Part(stripes(1, near(rng, 0.35), 0.35), colour, paint=True))
     if pattern == "dots":
-        parts.append(Part(dots((0, middle, 0), int(rng.integers(7, 11)), 0.45, 0.15), colour, paint=True))
+        parts.append(
+            Part(dots((0, middle, 0), int(rng.integers(7, 11)), 0.45, 0.15), colour, paint=True)
+        )
     if pattern == "band":
         parts.append(Part(box((0, middle, 0), (3, near(rng, 0.15), 3), 0), colour, paint=True))
 
 
-# ---- vessels --------------------------------------------------------------------------------------
+# ---- vessels -------------------------------------------------------------------------------------
 
 
 def teapot(rng: Random) -> Toy:
@@ -55,7 +70,13 @@ def teapot(rng: Random) -> Toy:
     shapes = (
         ellipsoid((0, tall + 0.05, 0), (wide, tall, wide)),
         lathe(
-            [(0.9 * wide, 0.05), (wide, 0.5 * tall), (0.8 * wide, 1.5 * tall), (0.5 * wide, 2 * tall)], rounding=0.05
+            [
+                (0.9 * wide, 0.05),
+                (wide, 0.5 * tall),
+                (0.8 * wide, 1.5 * tall),
+                (0.5 * wide, 2 * tall),
+            ],
+            rounding=0.05,
         ),
     )
     parts = [Part(pick(rng, *shapes), body)]
@@ -106,12 +127,21 @@ def vase(rng: Random) -> Toy:
     decorate(rng, parts, 0.9, accent)
     parts.append(Part(torus((0, 1.96, 0), (0, 1, 0), outline[-1][0], 0.05), accent))
     if rng.random() < 0.35:
-        ear = tube([(0.5, 1.0, 0), (1.05, 1.1, 0), (0.9, 1.75, 0), (0.3, 1.65, 0)], 0.07, joints=JOINTS)
+        ear = tube(
+            [(0.5, 1.0, 0), (1.05, 1.1, 0), (0.9, 1.75, 0), (0.3, 1.65, 0)], 0.07, joints=JOINTS
+        )
         parts.append(Part(ear, accent, mirror=True))
     if rng.random() < 0.3:
         for x, lean in ((0.0, 0.1), (0.25, 0.5), (-0.25, -0.5)):
-            parts.append(Part(tube([(0, 1.6, 0), (0.3 * lean, 2.1, 0), (x, 2.4, 0)], 0.03, joints=JOINTS), "#3f9a3c"))
-            parts.append(Part(sphere((x, 2.42, 0), 0.15), pick(rng, "#f2557f", "#f6c927", "#e0392f")))
+            parts.append(
+                Part(
+                    tube([(0, 1.6, 0), (0.3 * lean, 2.1, 0), (x, 2.4, 0)], 0.03, joints=JOINTS),
+                    "#3f9a3c",
+                )
+            )
+            parts.append(
+                Part(sphere((x, 2.42, 0), 0.15), pick(rng, "#f2557f", "#f6c927", "#e0392f"))
+            )
     return Toy(parts, near(rng, 0.4, 0.7))
 
 
@@ -119,12 +149,26 @@ def bowl(rng: Random) -> Toy:
     """Build a bowl, empty or with fruit."""
     body, accent = two_colours(rng)
     wide, tall = near(rng, 1.0, 0.1), near(rng, 0.75, 0.2)
-    outline = [(0.42 * wide, 0.1), (0.8 * wide, 0.4 * tall), (0.95 * wide, 0.75 * tall), (wide, tall)]
-    parts = [Part(lathe([(0.45 * wide, 0.0), (0.4 * wide, 0.14)]), accent), Part(lathe(outline, wall=0.08), body)]
+    outline = [
+        (0.42 * wide, 0.1),
+        (0.8 * wide, 0.4 * tall),
+        (0.95 * wide, 0.75 * tall),
+        (wide, tall),
+    ]
+    parts = [
+        Part(lathe([(0.45 * wide, 0.0), (0.4 * wide, 0.14)]), accent),
+        Part(lathe(outline, wall=0.08), body),
+    ]
     decorate(rng, parts, 0.6 * tall, accent)
     if rng.random() < 0.5:
         fruit = pick(rng, "#e0392f", "#f6c927", "#f28c1d", "#7ab83a", "#6a3fa0")
-        for x, y, z in ((0.35, 0, 0.2), (-0.3, 0, 0.3), (0, 0.04, -0.35), (0.0, 0.22, 0.05), (-0.45, 0, -0.2)):
+        for x, y, z in (
+            (0.35, 0, 0.2),
+            (-0.3, 0, 0.3),
+            (0, 0.04, -0.35),
+            (0.0, 0.22, 0.05),
+            (-0.45, 0, -0.2),
+        ):
             parts.append(Part(sphere((x * wide, 0.9 * tall + y, z * wide), 0.3), fruit))
     return Toy(parts, near(rng, 0.35, 0.7))
 
@@ -146,9 +190,18 @@ def can(rng: Random) -> Toy:
     if motif == "stripe":
         parts.append(Part(box((0, 0.5 * tall, 0), (2, 0.12, 2), 0), accent, paint=True))
     if motif == "leaf":
-        parts.append(Part(capsule((-0.25, 0.35 * tall, wide), (0.25, 0.65 * tall, wide), 0.16), accent, paint=True))
+        parts.append(
+            Part(
+                capsule((-0.25, 0.35 * tall, wide), (0.25, 0.65 * tall, wide), 0.16),
+                accent,
+                paint=True,
+            )
+        )
     rim = side[-1][0]
-    parts += [Part(torus((0, y, 0), (0, 1, 0), r, 0.04), METAL) for y, r in ((0.05, side[0][0]), (tall, rim))]
+    parts += [
+        Part(torus((0, y, 0), (0, 1, 0), r, 0.04), METAL)
+        for y, r in ((0.05, side[0][0]), (tall, rim))
+    ]
     parts.append(Part(ellipsoid((0.1, tall + 0.04, 0.1), (0.16, 0.03, 0.1)), "#8d949f"))
     return Toy(parts, near(rng, 0.6, 0.4))
 
@@ -177,12 +230,14 @@ def candle(rng: Random) -> Toy:
     return Toy(parts, 0.2)
 
 
-# ---- clothes --------------------------------------------------------------------------------------
+# ---- clothes -------------------------------------------------------------------------------------
 
 
 def boot(rng: Random) -> Toy:
     """Build a boot: a shaft, a foot, a sole, perhaps laces or fur."""
-    leather = pick(rng, "#8a4f2a", "#5a3a24", "#2e2c30", "#b9783a", "#c0392b", "#3f6fb0", "#d9b23a", "#3c8a50")
+    leather = pick(
+        rng, "#8a4f2a", "#5a3a24", "#2e2c30", "#b9783a", "#c0392b", "#3f6fb0", "#d9b23a", "#3c8a50"
+    )
     sole, tall = pick(rng, "#2b2420", "#e8dcc4", "#5a4030"), near(rng, 1.4, 0.25)
     parts = [
         Part(lathe([(0.36, 0.25), (0.36, 0.7), (near(rng, 0.42), tall)], wall=0.06), leather),
@@ -195,7 +250,9 @@ def boot(rng: Random) -> Toy:
         for y, z in ((0.62, 0.5), (0.8, 0.4), (0.98, 0.37)):
             parts.append(Part(capsule((-0.2, y, z), (0.2, y + 0.04, z), 0.045), "#f2d98a"))
     if trim == "cuff":
-        parts.append(Part(torus((0, tall, 0), (0, 1, 0), 0.42, 0.12), pick(rng, "#f6f1e6", "#d9c2a0")))
+        parts.append(
+            Part(torus((0, tall, 0), (0, 1, 0), 0.42, 0.12), pick(rng, "#f6f1e6", "#d9c2a0"))
+        )
     if trim == "strap":
         parts.append(Part(torus((0, 0.62, 0.02), (0, 1, 0), 0.37, 0.05), "#d9b23a"))
     return Toy(parts, near(rng, 0.25, 0.7))
@@ -210,7 +267,9 @@ def sneaker(rng: Random) -> Toy:
         Part(capsule((0, 0.45, -0.3), (0, 0.74, -0.34), 0.36, 0.3), body, blend=0.15),
         Part(box((0, -0.1, 0.2), (1, 0.2, 2), 0), WHITE, paint=True),
         Part(ellipsoid((0, 1.06, -0.3), (0.22, 0.2, 0.26)), DARK, paint=True),
-        Part(ellipsoid((0, 0.2, 0.35 + long), (0.4, 0.3, 0.35)), pick(rng, WHITE, accent), paint=True),
+        Part(
+            ellipsoid((0, 0.2, 0.35 + long), (0.4, 0.3, 0.35)), pick(rng, WHITE, accent), paint=True
+        ),
         Part(capsule((0.4, 0.25, -0.1), (0.36, 0.55, 0.35), 0.07), accent, mirror=True, paint=True),
         Part(slab((0, 0.1, 0.25), (0.4, 0.1, long + 0.12)), WHITE),
         Part(ellipsoid((0, 0.72, -0.62), (0.12, 0.14, 0.06)), accent),
@@ -222,7 +281,9 @@ def sneaker(rng: Random) -> Toy:
 
 def glasses(rng: Random) -> Toy:
     """Build glasses: two rims with lenses, a bridge, and arms that reach back."""
-    rim = pick(rng, "#22222a", "#8a4f2a", "#d0342c", "#e86fa8", "#2f6fd0", "#e8b92e", "#f2f0ea", "#38a84a")
+    rim = pick(
+        rng, "#22222a", "#8a4f2a", "#d0342c", "#e86fa8", "#2f6fd0", "#e8b92e", "#f2f0ea", "#38a84a"
+    )
     lens = pick(rng, "#2a2f3a", "#3f3a55", "#bfe3f7", "#9fd0f2", "#c58fe0", "#f2c14e", "#6a4a34")
     x, wide, tall = 0.5, near(rng, 0.4, 0.1), near(rng, 0.32, 0.25)
     rounded = rng.random() < 0.5
@@ -233,9 +294,17 @@ def glasses(rng: Random) -> Toy:
         parts.append(Part(ellipsoid((x, y, 0), (wide, wide, 0.04)), lens, mirror=True))
     else:
         parts.append(Part(box((x, y, 0), (wide + 0.06, tall + 0.06, 0.05), 0.04), rim, mirror=True))
-        parts.append(Part(box((x, y, 0.03), (wide - 0.03, tall - 0.03, 0.05), 0.03), lens, mirror=True))
+        parts.append(
+            Part(box((x, y, 0.03), (wide - 0.03, tall - 0.03, 0.05), 0.03), lens, mirror=True)
+        )
     parts.append(Part(capsule((-0.12, y + 0.08, 0), (0.12, y + 0.08, 0), 0.06), rim))
-    parts.append(Part(capsule((x + wide, y + 0.1, 0), (x + wide + 0.03, y + 0.08, -1.1), 0.055), rim, mirror=True))
+    parts.append(
+        Part(
+            capsule((x + wide, y + 0.1, 0), (x + wide + 0.03, y + 0.08, -1.1), 0.055),
+            rim,
+            mirror=True,
+        )
+    )
     return Toy(parts, near(rng, 0.5, 0.5))
 
 
@@ -255,7 +324,9 @@ def backpack(rng: Random) -> Toy:
     extra = pick(rng, "flap", "sides", "band", "badge")
     if extra == "flap":
         parts.append(Part(box((0, 1.75 * tall, 0.14), (wide + 0.03, 0.3, 0.3), 0.2), accent))
-        parts.append(Part(box((0.3, 1.4 * tall, 0.42), (0.06, 0.25, 0.05), 0.03), "#d9b23a", mirror=True))
+        parts.append(
+            Part(box((0.3, 1.4 * tall, 0.42), (0.06, 0.25, 0.05), 0.03), "#d9b23a", mirror=True)
+        )
     if extra == "sides":
         parts.append(Part(box((wide, 0.42, 0), (0.14, 0.32, 0.24), 0.12), accent, mirror=True))
     if extra == "band":
@@ -265,13 +336,19 @@ def backpack(rng: Random) -> Toy:
     return Toy(parts, near(rng, 0.15, 0.5))
 
 
-# ---- vehicles and machines ------------------------------------------------------------------------
+# ---- vehicles and machines -----------------------------------------------------------------------
 
 
 def wheels(x: float, places: tuple[float, ...], radius: float) -> list[Part]:
     """Add a pair of wheels at every z."""
-    tyres = [Part(capsule((x, radius, z), (x + 0.1, radius, z), radius), "#26262b", mirror=True) for z in places]
-    hubs = [Part(sphere((x + 0.32, radius, z), 0.55 * radius), METAL, mirror=True, paint=True) for z in places]
+    tyres = [
+        Part(capsule((x, radius, z), (x + 0.1, radius, z), radius), "#26262b", mirror=True)
+        for z in places
+    ]
+    hubs = [
+        Part(sphere((x + 0.32, radius, z), 0.55 * radius), METAL, mirror=True, paint=True)
+        for z in places
+    ]
     return tyres + hubs
 
 
@@ -290,7 +367,9 @@ def disc_wheels(x: float, places: tuple[float, ...], radius: float) -> list[Part
     parts = []
     for z in places:
         parts.append(Part(cut_wheel(x, z, radius), "#26262b", mirror=True))
-        parts.append(Part(sphere((x + 0.16, radius, z), 0.5 * radius), METAL, mirror=True, paint=True))
+        parts.append(
+            Part(sphere((x + 0.16, radius, z), 0.5 * radius), METAL, mirror=True, paint=True)
+        )
     return parts
 
 
@@ -325,7 +404,12 @@ def bus(rng: Random) -> Toy:
     parts = [
         Part(box((0, middle, 0), (0.55, tall, long), 0.12), body),
         Part(box((0, middle - 0.35 * tall, 0), (2, 0.09, 3), 0), accent, paint=True),
-        Part(box((0.55, middle + 0.35 * tall, 0), (0.2, 0.3 * tall, long - 0.15), 0), glass, mirror=True, paint=True),
+        Part(
+            box((0.55, middle + 0.35 * tall, 0), (0.2, 0.3 * tall, long - 0.15), 0),
+            glass,
+            mirror=True,
+            paint=True,
+        ),
         Part(box((0, middle + 0.25 * tall, long), (0.42, 0.42 * tall, 0.2), 0), glass, paint=True),
         Part(box((0, middle + 0.35 * tall, -long), (0.4, 0.3 * tall, 0.2), 0), glass, paint=True),
     ]
@@ -359,7 +443,9 @@ def clock(rng: Random) -> Toy:
     parts.append(Part(flat_disc(y, 0.62, z), face))
     for k in range(12):
         angle = np.pi * k / 6
-        tick = sphere((0.51 * np.sin(angle), y + 0.51 * np.cos(angle), z), 0.055 if k % 3 == 0 else 0.035)
+        tick = sphere(
+            (0.51 * np.sin(angle), y + 0.51 * np.cos(angle), z), 0.055 if k % 3 == 0 else 0.035
+        )
         parts.append(Part(tick, DARK))
     for angle, reach, thick in ((hour, 0.3, 0.05), (minute, 0.44, 0.036)):
         tip = (reach * float(np.sin(angle)), y + reach * float(np.cos(angle)), z + 0.03)
@@ -390,7 +476,9 @@ def robot(rng: Random) -> Toy:
     parts = [
         Part(box((0, 0.95, 0), (wide, 0.4, 0.32), near(rng, 0.12, 0.5)), body),
         Part(capsule((0, 1.3, 0), (0, 1.5, 0), 0.12), METAL),
-        Part(box((0, y, 0), (head_wide, 0.34, 0.34), near(rng, 0.12, 0.5)), pick(rng, body, accent)),
+        Part(
+            box((0, y, 0), (head_wide, 0.34, 0.34), near(rng, 0.12, 0.5)), pick(rng, body, accent)
+        ),
         Part(box((0, y + 0.02, 0.31), (0.82 * head_wide, 0.22, 0.06), 0.05), "#1b2230"),
         Part(sphere((0.18, y + 0.05, 0.34), near(rng, 0.1)), lamp, mirror=True),
         Part(capsule((-0.14, y - 0.12, 0.37), (0.14, y - 0.12, 0.37), 0.025), lamp),
@@ -410,7 +498,9 @@ def robot(rng: Random) -> Toy:
         parts.append(Part(capsule((0, 2.05, 0), (0, 2.35, 0), 0.035), METAL))
         parts.append(Part(sphere((0, 2.4, 0), 0.1), lamp))
     if crown == "ears":
-        parts.append(Part(capsule((head_wide, y, 0), (head_wide + 0.12, y, 0), 0.14), accent, mirror=True))
+        parts.append(
+            Part(capsule((head_wide, y, 0), (head_wide + 0.12, y, 0), 0.14), accent, mirror=True)
+        )
     if crown == "two":
         parts.append(Part(capsule((0.2, 2.05, 0), (0.36, 2.35, 0), 0.03), METAL, mirror=True))
         parts.append(Part(sphere((0.37, 2.38, 0), 0.08), lamp, mirror=True))
@@ -418,20 +508,27 @@ def robot(rng: Random) -> Toy:
     return Toy(parts, near(rng, 0.5, 0.4), places)
 
 
-# ---- others ---------------------------------------------------------------------------------------
+# ---- others --------------------------------------------------------------------------------------
 
 
 def cactus(rng: Random) -> Toy:
     """Build a cactus with ribs and arms, in a pot or not."""
     green = pick(rng, "#3f9a4a", "#2f7f45", "#6aa84f", "#4fa86a")
-    pot, flower = pick(rng, "#c8693a", "#d9a15a", *BRIGHT), pick(rng, "#f2557f", "#f6c927", "#ffffff")
+    pot, flower = (
+        pick(rng, "#c8693a", "#d9a15a", *BRIGHT),
+        pick(rng, "#f2557f", "#f6c927", "#ffffff"),
+    )
     floor, tall = pick(rng, 0.0, 0.55, 0.55), near(rng, 1.35, 0.15)
     top = floor + tall
     parts = [Part(capsule((0, floor + 0.2, 0), (0, top, 0), near(rng, 0.3)), green)]
     for side in (1, -1):
         if rng.random() < 0.8:
             y = floor + float(rng.uniform(0.45, 0.75)) * tall
-            arm = tube([(0, y - 0.15, 0), (0.75 * side, y - 0.25, 0), (0.7 * side, y + 0.55, 0)], 0.16, joints=JOINTS)
+            arm = tube(
+                [(0, y - 0.15, 0), (0.75 * side, y - 0.25, 0), (0.7 * side, y + 0.55, 0)],
+                0.16,
+                joints=JOINTS,
+            )
             parts.append(Part(arm, green, blend=0.05))
     if rng.random() < 0.6:
         parts.append(Part(ribs(7), "#2c6b38", paint=True))
@@ -456,7 +553,7 @@ def ribs(count: int) -> Shape:
 
 
 def toy(rng: Random) -> Toy:
-    """Build a toy of another kind: a duck, a spinning top, a rocket, a monster or a rocking horse."""
+    """Build a toy of another kind: a duck, a spinning top, a rocket, a monster or blocks."""
     return pick(rng, duck, duck, top, rocket, monster, monster, blocks)(rng)
 
 
@@ -479,7 +576,9 @@ def top(rng: Random) -> Toy:
     body, accent = two_colours(rng)
     cone = lathe([(0.04, 0.0), (0.3, 0.35), (0.85, 0.8), (0.85, 0.95), (0.2, 1.25)])
     bands = Part(stripes(1, 0.4, 0.5, offset=0.1), accent, paint=True)
-    return Toy([Part(cone, body), bands, Part(capsule((0, 1.2, 0), (0, 1.75, 0), 0.09), accent)], 0.5)
+    return Toy(
+        [Part(cone, body), bands, Part(capsule((0, 1.2, 0), (0, 1.75, 0), 0.09), accent)], 0.5
+    )
 
 
 def rocket(rng: Random) -> Toy:
@@ -504,7 +603,9 @@ def monster(rng: Random) -> Toy:
         Part(ellipsoid((0, y, 0), (wide, y, 0.5)), body),
         Part(ellipsoid((0, 0.6 * y, 0.4), (0.6 * wide, 0.4, 0.25)), accent, paint=True),
         Part(capsule((0.3, 1.8 * y, 0), (0.48, 2.25 * y, 0), 0.12, 0.02), accent, mirror=True),
-        Part(capsule((wide, y, 0), (wide + 0.3, 0.6 * y, 0.15), 0.12), body, blend=0.05, mirror=True),
+        Part(
+            capsule((wide, y, 0), (wide + 0.3, 0.6 * y, 0.15), 0.12), body, blend=0.05, mirror=True
+        ),
         Part(ellipsoid((0.26, 0.08, 0.2), (0.2, 0.09, 0.28)), accent, mirror=True),
     ]
     if rng.random() < 0.5:
@@ -515,7 +616,11 @@ def monster(rng: Random) -> Toy:
         parts.append(Part(sphere((0.21, 1.45 * y, 0.48), 0.08), DARK, mirror=True))
     mouth = ellipsoid((0, 1.05 * y, 0.5), (0.3, 0.08, 0.12))
     parts.append(Part(mouth, DARK, paint=True))
-    return Toy(parts, 0.3, Head((0, 1.5 * y, 0), 0.5 * wide + 0.1, 1.95 * y, (0, 1.45 * y, 0.5), (0, 0.95 * y, 0.4)))
+    return Toy(
+        parts,
+        0.3,
+        Head((0, 1.5 * y, 0), 0.5 * wide + 0.1, 1.95 * y, (0, 1.45 * y, 0.5), (0, 0.95 * y, 0.4)),
+    )
 
 
 def blocks(rng: Random) -> Toy:
