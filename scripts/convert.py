@@ -87,6 +87,9 @@ def convert(args: argparse.Namespace) -> None:
         checkpoint = with_autoencoder(checkpoint, args.vae)
     if args.lora:
         checkpoint = with_lora(checkpoint, args.lora, args.strength)
+
+    # What the config determines is in the file, for programs that do not build it.
+    checkpoint = checkpoint.complete()
     write(checkpoint, args)
 
 

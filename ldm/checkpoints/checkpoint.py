@@ -252,7 +252,7 @@ class Checkpoint:
             UserError: the disk is too small, or a folder is there already or cannot be made of this model.
         """
         if path.suffix in SUFFIXES:
-            write_weights(path, in_dtype(self.complete().state, dtype), self.config, self.facts, title)
+            write_weights(path, in_dtype(self.state, dtype), self.config, self.facts, title)
             return
         config = self.fitting_config()
         model, _ = self.with_state(in_dtype(self.state, dtype)).build(config=config)

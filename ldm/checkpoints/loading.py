@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,12 @@ class LoadReport:
     used: list[str]
     missing: list[str]
     unexpected: list[str]
+    built: list[str] = field(default_factory=list)  # missing, and determined by the config
 
     def __str__(self) -> str:
         parts = [f"{len(self.used)} tensors used"]
+        if self.built:
+            parts.append(f"{len(self.built)} built from the config")
         for name, keys in (("missing", self.missing), ("unexpected", self.unexpected)):
             if keys:
                 first = ", ".join(keys[:3] + ["..."] * (len(keys) > 3))
@@ -63,12 +66,12 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ign
     ignore = tuple(ignore)
     wanted = {key: value for key, value in model.state_dict().items() if not (ignore and key.startswith(ignore))}
     used = [key for key in wanted if key in state]
-    missing = [key for key in wanted if key not in state]
+    of_config = config_keys(model)
+    built = [key for key in wanted if key not in state and key in of_config]
+    missing = [key for key in wanted if key not in state and key not in of_config]
     unexpected = [key for key in state if key not in wanted]
     optional = OPTIONAL_PREFIXES + _optional_keys(model)
-    made = config_keys(model)
     needed = [key for key in missing if not (key.endswith(OPTIONAL_SUFFIXES) or key.startswith(optional))]
-    needed = [key for key in needed if key not in made]
     wrong = [key for key in used if state[key].shape != wanted[key].shape]
     more = [key for key in unexpected if key.startswith(UNET)] if any(key.startswith(UNET) for key in wanted) else []
 
@@ -92,7 +95,7 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ign
             f"{path}: the UNet in it has {len(more)} tensors that the config's model has no place for, first "
             f"'{more[0]}': {_advice(state)}"
         )
-    return LoadReport(used, missing, unexpected)
+    return LoadReport(used, missing, unexpected, built)
 
 
 def _optional_keys(model: nn.Module) -> tuple[str, ...]:
@@ -196,8 +199,7 @@ def instantiate_filled(
     with EmptyInit():
         model = instantiate_from_config(config, "model")
     state = fitted(model, state, path)
-    made = config_keys(model)
-    missing = [key for key in compare(model, state, path).missing if key not in made]
+    missing = compare(model, state, path).missing
     if any(not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(OPTIONAL_PREFIXES) for key in missing):
         model = instantiate_from_config(config, "model")
     report = adopt_state(model, state, path, dtype)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.checkpoints.families import CONFIGS
@@ -45,6 +47,18 @@ def params(family: str) -> dict[str, Any]:
         unet["in_channels"] = 9
         found["conditioning_key"] = "hybrid"
     return {**found, "unet_config": {"target": found["unet_config"]["target"], "params": unet}}
+
+
+def config(family: str = "v1") -> dict[str, Any]:
+    """Return a whole config of such a model."""
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params(family)}}
+
+
+def yaml(folder: Path, family: str = "v1") -> Path:
+    """Write such a config to a folder, for weights that do not carry it; return its path."""
+    path = folder / f"{family}.yaml"
+    OmegaConf.save(config(family), path)
+    return path
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
