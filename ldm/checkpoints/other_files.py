@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.checkpoints.layouts import unwrapped
 from ldm.checkpoints.unpickle import is_module
 
 AGAIN = "download it again"
@@ -330,9 +331,7 @@ def of_content(content: Mapping[Any, Any]) -> str | None:
     for key, value in content.items():
         if is_module(value):
             return f"not weights: its '{key}' is a whole pickled module: save its state_dict() instead"
-    has_weights = any(
-        isinstance(content.get(key), Mapping) and content[key] for key in ("state_dict", "model", "module")
-    )
+    has_weights = unwrapped(content) is not content
     optimizer = {"param_groups", "optimizer_states", "optimizer_state_dict", "optimizer"} & set(content)
     if optimizer and not has_weights and not any(isinstance(value, Tensor) for value in content.values()):
         return OPTIMIZER

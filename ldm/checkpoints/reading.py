@@ -114,14 +114,15 @@ def _parsed(text: str | None) -> dict[str, Any] | None:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Read a file that `torch.save` wrote, in either of its formats."""
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": False, "pickle_module": SAFE_PICKLE}
     try:
-        content = torch.load(
-            path,
-            map_location="cpu",
-            mmap=_is_plain_zip(path),
-            weights_only=False,
-            pickle_module=SAFE_PICKLE,
-        )
+        can_be_mapped = _is_plain_zip(path)
+        if path.suffix == ".safetensors":
+            # torch goes by this name, so that it gets the open file, which cannot be mapped.
+            with open(path, "rb") as file:
+                content = torch.load(file, **options)
+        else:
+            content = torch.load(path, mmap=can_be_mapped, **options)
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can cause any
