@@ -9,6 +9,7 @@ from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.ema import has_averages
 from ldm.checkpoints.layouts import ema_name, with_our_names
 from ldm.checkpoints.loading import instantiate_filled
+from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.schedule import NoiseSchedule
@@ -119,7 +120,7 @@ def test_every_layout_is_the_same_model_and_what_it_writes_we_read(layout, state
 @pytest.mark.parametrize("layout", ["three networks", "older CLIP under DDP", "rounded positions"])
 def test_a_training_starts_from_every_layout(layout, state, tmp_path):
     config = small_models.config()
-    found, report = build_model(config, Start(write(state, layout, tmp_path)), resumes=False)
+    found, report = build_model(RunConfig(config), Start(write(state, layout, tmp_path)), resumes=False)
     assert same(dict(found.state_dict()), state)
     assert ("12 built from the config" in report) == (layout == "three networks")
 
