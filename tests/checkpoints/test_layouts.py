@@ -16,7 +16,7 @@ from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.sampling.text_to_image import load_model
 from ldm.training.train import Start, build_model
 from scripts import convert
-from tests.support import golden, small_models
+from tests.support import families, golden
 from tests.support.runs import same
 
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
@@ -26,7 +26,7 @@ UNET = "model.diffusion_model."
 
 @pytest.fixture(scope="module")
 def model():
-    found = LatentDiffusion(**small_models.params("v1"))
+    found = LatentDiffusion(**families.params("v1"))
     golden.load_golden_weights(found)
     return found.eval().requires_grad_(False)
 
@@ -38,7 +38,7 @@ def state(model):
 
 @pytest.fixture(scope="module")
 def yaml(tmp_path_factory):
-    return small_models.yaml(tmp_path_factory.mktemp("config"))
+    return families.yaml(tmp_path_factory.mktemp("config"))
 
 
 def renamed(state, old, new):
@@ -119,7 +119,7 @@ def test_every_layout_is_the_same_model_and_what_it_writes_we_read(layout, state
 
 @pytest.mark.parametrize("layout", ["three networks", "older CLIP under DDP", "rounded positions"])
 def test_a_training_starts_from_every_layout(layout, state, tmp_path):
-    config = small_models.config()
+    config = families.config()
     found, report = build_model(RunConfig(config), Start(write(state, layout, tmp_path)), resumes=False)
     assert same(dict(found.state_dict()), state)
     assert ("12 built from the config" in report) == (layout == "three networks")
@@ -167,7 +167,7 @@ def test_counters_of_averages_are_no_averages(state, yaml, tmp_path, caplog):
 
 
 def test_averages_start_with_the_configs_decay(state):
-    params = {**small_models.params("v1"), "use_ema": True, "ema_decay": 0.5}
+    params = {**families.params("v1"), "use_ema": True, "ema_decay": 0.5}
     target = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
     found, _ = instantiate_filled(target, state, "x.ckpt")
     assert found.model_ema.decay == 0.5
@@ -180,7 +180,7 @@ def test_positions_are_numbers_whatever_they_were_stored_as(stored, state, model
     found = with_our_names(damaged, "x")
     assert found[POSITIONS].dtype == torch.int64 and torch.equal(found[POSITIONS], state[POSITIONS])
     # Where a state dict is loaded without its names being looked at, it is rounded.
-    filled, _ = instantiate_filled({**small_models.config()["model"]}, damaged, "x.ckpt")
+    filled, _ = instantiate_filled({**families.config()["model"]}, damaged, "x.ckpt")
     prompts = ["photo of a sks dog"]
     expected = model.get_learned_conditioning(prompts)
     torch.testing.assert_close(filled.eval().get_learned_conditioning(prompts), expected)
@@ -230,7 +230,7 @@ def test_a_part_of_another_schedule_is_refused(state, yaml, tmp_path):
 
 @pytest.mark.parametrize("layout", ["three networks", "a rounded schedule", "of the schedule, alphas_cumprod"])
 def test_zero_terminal_snr_is_the_configs(layout, state):
-    params = {**small_models.params("v1"), "parameterization": "v", "zero_terminal_snr": True}
+    params = {**families.params("v1"), "parameterization": "v", "zero_terminal_snr": True}
     target = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
     found, _ = instantiate_filled(target, LAYOUTS[layout](state), "x.ckpt")
     assert found.alphas_cumprod[-1] == 0
@@ -242,7 +242,7 @@ def test_zero_terminal_snr_is_the_configs(layout, state):
 
 @pytest.fixture(scope="module")
 def second():
-    found = LatentDiffusion(**small_models.params("v2"))
+    found = LatentDiffusion(**families.params("v2"))
     golden.load_golden_weights(found)
     return found.eval().requires_grad_(False)
 
@@ -255,14 +255,14 @@ def test_version_2_with_names_of_transformers(second, tmp_path):
     text = open_clip_to_transformers(part(state, OPEN_CLIP_TEXT))
     rest = {key: value for key, value in state.items() if not key.startswith(OPEN_CLIP_TEXT)}
     torch.save({**rest, **{CLIP_TEXT + key: value for key, value in text.items()}}, tmp_path / "x.ckpt")
-    found = load_model(tmp_path / "x.ckpt", small_models.yaml(tmp_path, "v2"))
-    expected = second.get_learned_conditioning(small_models.PROMPTS)
-    assert torch.equal(found.get_learned_conditioning(small_models.PROMPTS), expected)
+    found = load_model(tmp_path / "x.ckpt", families.yaml(tmp_path, "v2"))
+    expected = second.get_learned_conditioning(families.PROMPTS)
+    assert torch.equal(found.get_learned_conditioning(families.PROMPTS), expected)
 
 
 @pytest.mark.parametrize("layout", ["generative-models", "DDP", "three networks"])
 def test_version_2_in_other_layouts(layout, second, tmp_path):
     state = {key: value.clone() for key, value in second.state_dict().items()}
     torch.save(LAYOUTS[layout](state), tmp_path / "x.ckpt")
-    found = load_model(tmp_path / "x.ckpt", small_models.yaml(tmp_path, "v2"))
+    found = load_model(tmp_path / "x.ckpt", families.yaml(tmp_path, "v2"))
     assert same(dict(found.state_dict()), state)

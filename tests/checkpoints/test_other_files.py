@@ -15,7 +15,7 @@ from ldm.checkpoints.other_files import of_weights
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.errors import UserError
 from scripts import convert
-from tests.support import small_models
+from tests.support import families
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 4265380512\n"
 
@@ -80,7 +80,7 @@ def test_the_command_names_them_wherever_they_are_given(command, tmp_path, caplo
     given = {
         "convert": ["--ckpt", pointer],
         "base": ["--ckpt", good, "--lora_base", pointer],
-        "vae": ["--ckpt", good, "--vae", pointer, "--config", small_models.yaml(tmp_path)],
+        "vae": ["--ckpt", good, "--vae", pointer, "--config", families.yaml(tmp_path)],
     }
     output = tmp_path / "out.safetensors"
     assert convert.main([*map(str, given[command]), "--output", str(output)]) == 1
@@ -124,7 +124,7 @@ STRANGERS = {
 @pytest.mark.parametrize("kind", STRANGERS)
 def test_weights_of_something_else_are_named_when_a_model_is_needed(kind, tmp_path):
     save_file({key: TENSOR.clone() for key in STRANGERS[kind]}, tmp_path / "x.safetensors")
-    checkpoint = Checkpoint.open(tmp_path / "x.safetensors", small_models.config())
+    checkpoint = Checkpoint.open(tmp_path / "x.safetensors", families.config())
     with pytest.raises(UserError, match=rf"x\.safetensors: {kind.strip()}.*: ") as raised:
         checkpoint.build()
     assert "tensors are missing" not in str(raised.value)
@@ -149,7 +149,7 @@ def test_no_model_of_ours_is_taken_for_something_else():
 
     for family in ("v1", "v2", "v1-inpainting"):
         with torch.device("meta"):
-            assert of_weights(LatentDiffusion(**small_models.params(family)).state_dict()) is None
+            assert of_weights(LatentDiffusion(**families.params(family)).state_dict()) is None
 
 
 CONTENTS = {

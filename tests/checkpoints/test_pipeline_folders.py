@@ -15,7 +15,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.text_to_image import load_model
 from ldm.training.train import Start, build_model
 from scripts import convert
-from tests.support import golden, small_models
+from tests.support import families, golden
 from tests.support.runs import same
 
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"
@@ -28,7 +28,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def model():
-    found = LatentDiffusion(**small_models.params("v1"))
+    found = LatentDiffusion(**families.params("v1"))
     golden.load_golden_weights(found)
     return found.eval().requires_grad_(False)
 
@@ -41,13 +41,13 @@ def state(model):
 @pytest.fixture(scope="module")
 def pipeline(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "pipeline"
-    save_pipeline(model, small_models.params("v1"), path)
+    save_pipeline(model, families.params("v1"), path)
     return path
 
 
 @pytest.fixture(scope="module")
 def yaml(tmp_path_factory):
-    return small_models.yaml(tmp_path_factory.mktemp("config"))
+    return families.yaml(tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_pointer_in_a_folder_is_named(folder, yaml):
 
 
 def test_a_training_and_a_lora_start_from_a_folder(folder, state, yaml, tmp_path):
-    found, report = build_model(RunConfig(small_models.config()), Start(folder), resumes=False)
+    found, report = build_model(RunConfig(families.config()), Start(folder), resumes=False)
     assert same(dict(found.state_dict()), state) and str(folder) in report
     key = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     torch.save({**state, key: state[key] + 1}, tuned := tmp_path / "tuned.ckpt")
