@@ -23,7 +23,12 @@ from tests.support import golden
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "configs/stable-diffusion/profiles"  # each goes over another file
-YAMLS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent != PROFILES)
+PROMPTS = ROOT / "configs" / "prompts"
+YAMLS = sorted(
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent != PROFILES and PROMPTS not in path.parents
+)
 FINETUNE = ROOT / "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
 INFERENCE = ROOT / "configs/stable-diffusion/v1-inference.yaml"
 
