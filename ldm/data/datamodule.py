@@ -133,9 +133,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     @property
     def prior(self) -> Any:
-        """Return the dataset of the class images, or of as many as there are; None if there are
-        none.
-        """
+        """Return the dataset of the class images that there are; None if there are none."""
         return self.datasets.get("reg", self._unfinished)
 
     def _check_class_images(self) -> None:

@@ -51,6 +51,8 @@ def make_class_images(
             Guidance leads away from the unconditional model: where fine-tuning moves that towards
             the subject, it moves the class away from it.
     """
+    # These pictures show what the model knows of the class before it is trained, which is what the
+    # prior's loss preserves. So they have to come before the first step.
     folder.mkdir(parents=True, exist_ok=True)
     first = next_number(folder)
     log.info("making %d class images in %s: %s", count, folder, ", ".join(prompts))
@@ -68,10 +70,12 @@ def make_class_images(
     batches = [*_in_batches(of_class, batch_size), *_in_batches(of_nothing, batch_size)]
     recipe = Recipe(steps, scale, height=size, width=size, seed=seed)
 
+    # The model is borrowed: it gets its device and mode back, also after an error.
     home, was_training = model.device, model.training
     model.to(device).eval()
     try:
         for batch in tqdm(batches, desc="class images"):
+            # Guidance leads from the empty prompt to the given one. Here both would be the same.
             how = recipe if texts[batch[0]] else replace(recipe, scale=1.0)
             seeds = [image_seed(seed, number) for number in batch]
             images = text_to_image(model, [texts[number] for number in batch], seeds, how)
@@ -103,6 +107,8 @@ def check_class(
     Raises:
         UserError: an image was made from the same template with another class word.
     """
+    # A folder of class images may be left from another subject. Images of another class would teach
+    # the class word a wrong meaning.
     others: dict[str, list[Path]] = {}
     for image in images:
         prompt = _prompt_of(image)
@@ -111,6 +117,8 @@ def check_class(
     for prompt, paths in others.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         made_as = f"{paths[0]}{more}: made as '{prompt}', and the class word is '{class_word}'"
+        # The same template with another word is a mistake. Any other prompt may be meant, so it is
+        # only warned of.
         other = class_word_of(prompt, templates)
         if other is not None:
             raise UserError(
@@ -130,6 +138,7 @@ def _prompt_of(image: Path) -> str | None:
 
 def _names(prompt: str, class_word: str) -> bool:
     """Tell whether a prompt names a class, in the singular or the plural."""
+    # Whole words only: "cat" is not named by "catalog".
     return (
         re.search(rf"\b{re.escape(class_word.strip())}(e?s)?\b", prompt, re.IGNORECASE) is not None
     )

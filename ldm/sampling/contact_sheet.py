@@ -27,8 +27,10 @@ def contact_sheet(
         raise UserError(
             f"a contact sheet needs rows and a cell of 1 pixel or more, got {len(rows)} and {cell}"
         )
+    # All sizes follow from the cell, so that a sheet looks alike at any scale.
     gap = max(2, cell // 16)
     large, medium, small = (ImageFont.load_default(max(10, round(cell / n))) for n in (6, 8, 10))
+    # Measure everything first: a Pillow image cannot grow.
     headings = [(title or "", large)] + [(label, medium) for label, _ in rows]
     columns = max(len(entries) for _, entries in rows)
     width = max(
@@ -37,6 +39,7 @@ def contact_sheet(
     top = gap + (_line(large) + gap if title else 0)
     heights = [_line(medium) + _pictures_height(entries, cell, gap, small) for _, entries in rows]
 
+    # Draw the rows from the top, each at the height that was measured for it.
     sheet = Image.new("RGB", (gap + width + gap, top + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), title or "", INK, large)
@@ -69,11 +72,13 @@ def _paste_fitted(
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     fitted = image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
     place = (corner[0] + (cell - size[0]) // 2, corner[1] + (cell - size[1]) // 2)
+    # The picture's own alpha is the mask, so that transparent parts show the paper.
     sheet.paste(fitted, place, mask=fitted)
 
 
 def _line(font: Font) -> int:
     """Return the height of a line of text, with some air below it."""
+    # These letters reach highest and lowest.
     return round(1.3 * font.getbbox("Ág")[3])
 
 

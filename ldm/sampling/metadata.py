@@ -45,6 +45,7 @@ def picture_texts(
             `model_sha256`.
         more: goes into our own entry alone.
     """
+    # The first entry is for other programs, which know its form. Ours is complete.
     everything = {"prompt": prompt, **asdict(recipe), "negative_prompt": negative_prompt, **more}
     return {
         INFOTEXT: infotext(prompt, recipe, negative_prompt, model, model_sha256),
@@ -60,6 +61,7 @@ def infotext(
     model_sha256: str | None = None,
 ) -> str:
     """Return the recipe in the form of AUTOMATIC1111's web UI: prompts, then one line of fields."""
+    # The names are the web UI's: its parser fills the settings by them.
     fields: dict[str, Any] = {
         "Steps": recipe.steps,
         "Sampler": SAMPLER_NAMES.get(recipe.sampler, recipe.sampler),
@@ -68,6 +70,7 @@ def infotext(
         "Seed": recipe.seed,
         "Size": f"{recipe.width}x{recipe.height}",
     }
+    # What is not known has no field: the parser would take an empty one for a setting.
     if model_sha256:
         fields["Model hash"] = model_sha256[:SHORT_HASH]
     if model:
@@ -83,6 +86,7 @@ def infotext(
 
 def quoted(value: Any) -> str:
     """Return a field's value as text, in quotation marks if it holds what separates fields."""
+    # The web UI quotes in the same way, with JSON.
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
 
@@ -96,6 +100,7 @@ def read_recipe(picture: str | Path | Image.Image) -> dict[str, Any] | None:
         with Image.open(picture) as opened:
             return read_recipe(opened)
     texts: Mapping[str, Any] = getattr(picture, "text", {})
+    # The web UI's `parameters` are no JSON, and so are passed over.
     for key in (OURS, INFOTEXT):
         try:
             found = json.loads(texts.get(key, ""))

@@ -31,8 +31,10 @@ def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = N
     info = PngInfo()
     for key, text in (texts or {}).items():
         info.add_text(key, text)  # iTXt, unless Latin-1 has all its letters
+    # A picture may have cost much time: no other one replaces it.
     if path.exists():
         raise UserError(f"{path}: is there already, and is not overwritten")
+    # A run that is cut short leaves no damaged picture under this name.
     write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
 
 
@@ -53,6 +55,7 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     """Return the pictures in rows, with small gaps."""
     gap = 2
     width, height = images[0].size
+    # Few pictures leave no empty columns; the last row may be shorter than the others.
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap))

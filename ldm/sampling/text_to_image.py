@@ -37,6 +37,7 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "mps"
         else:
             name = "cpu"
+    # Only an allocation shows whether a device is there: `torch.device` accepts any index.
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -65,6 +66,7 @@ def load_model(
     Raises:
         UserError: a file that cannot be read, or a config that does not fit the checkpoint.
     """
+    # Adapters are merged into the weights, so that what is sampled is always the plain network.
     opened = Checkpoint.open(checkpoint, config).merged()
     log.info("%s", opened)
     model, _ = opened.for_sampling(weights).build(dtype)
@@ -105,6 +107,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def check_size(model: LatentDiffusion, height: int, width: int) -> None:
     """Raise a `UserError` if the UNet cannot halve a latent of this size as often as it does."""
     unet = model.model.diffusion_model
+    # Each downsampling layer of the UNet has a convolution `op` that halves the latent.
     levels = sum(1 for name, _ in unet.named_modules() if name.endswith(".op"))
     step = model.downsampling * 2**levels
     if height < step or width < step or height % step or width % step:
@@ -165,6 +168,7 @@ def text_to_image(
 
         # Decode. Half precision may overflow, which would be drawn as black.
         images = model.decode_first_stage(latents)
+    # A black picture would look like a result, so it is an error unless the caller wants it.
     if not may_fail and not torch.isfinite(images).all():
         raise UserError(
             "the model made values that are no numbers instead of a picture: sample in full "

@@ -239,7 +239,7 @@ def _total(kept: dict[int, Tensor], without: set[int]) -> int:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Return the bytes of the device's memory that nothing uses; None where the system does not say."""
+    """Return the device memory that nothing uses, in bytes; None where the system does not say."""
     if device.type == CUDA:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

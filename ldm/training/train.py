@@ -82,6 +82,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     """
     start = start or Start()
     quiet_lightning()
+    # A run that goes on is first compared with its own past: that reads no tensor.
     resumed = check_resume(config, run) if run.resume_from else None
 
     # Every random choice is a function of the seed and the position in the run.
@@ -132,13 +133,16 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
     """Raise a `UserError` for what a training of this model on this data would end with at its
     start.
     """
+    # Sharding and the callbacks know best what they cannot work with. They are asked here, not in
+    # their first step.
     if is_sharded(trainer):
         check_shardable(model)
     for callback in trainer.callbacks:
         if hasattr(callback, "check"):
             callback.check(model, data)
     if isinstance(model, LatentDiffusion):
-        # Of other tensors, which a training changes no more than these.
+        # Make the optimizer and its schedule once, of a small layer: wrong options show now, and
+        # nothing is kept of it.
         stand_in = torch.nn.Linear(1, 1)
         with under("model.params"):
             optimizer = make_optimizer(model.optimizer, [stand_in], model.learning_rate)
@@ -164,6 +168,7 @@ def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
     try:
         trainer.fit(model, datamodule=data, weights_only=False)
     except BaseException as error:
+        # Whatever ended the run, its user has to know what is saved.
         left = summary.left(_keeper(trainer), run)
         if isinstance(error, signals.Interrupted):
             error.advice = left
@@ -181,24 +186,28 @@ def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
 
 def _as_user_error(error: BaseException, trainer: Any, model: Any) -> str:
     """Return the one line that says what a user can do about an error, or nothing."""
-    if isinstance(
-        error, ParameterError
-    ):  # of one of the model's hooks, unless it says its whole path
+    # The model's hooks name a parameter without its path in the config, so the path is added where
+    # it is not there.
+    if isinstance(error, ParameterError):
         located = error.parameter.partition(".")[0] in SECTIONS[""]
         return str(error if located else error.under("model.params"))
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, MisconfigurationException):
         return f"lightning.trainer: {' '.join(str(error).split())}"
+    # Memory follows from the config, so the advice names the settings that need less.
     if memory.is_out_of_memory(error) and hasattr(model, "objective"):
         step, device = trainer.global_step + 1, trainer.strategy.root_device
         return f"{device}: out of memory in step {step}. {memory.advice(trainer, model)}"
+    # In a group, the first failure ends the other processes, too. Their own errors are not the
+    # cause.
     said = failure_of_others() if isinstance(error, Exception) else ""
     return f"stopped, for another process ended: {said}" if said else ""
 
 
 def _finish(trainer: Any, model: Any, data: Any, config: RunConfig, run: Run) -> None:
     """Write the adapters and the export that are asked for, and say what there is now."""
+    # Every process takes part in gathering sharded weights; only the first one writes.
     state = whole_state(trainer) if config.export else None
     if not trainer.is_global_zero:
         return
@@ -209,6 +218,7 @@ def _finish(trainer: Any, model: Any, data: Any, config: RunConfig, run: Run) ->
         _write_adapters(model, keeper, config, run, steps, images)
         exported = None if state is None else _export(state, config, run, steps, images)
     except UserError as error:
+        # The training itself is done: its weights are not lost with the export.
         raise UserError(f"{error}; {summary.trained_already(keeper, config)}") from error
     prompts = found["subject_prompts"]
     log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None, exported))
@@ -225,6 +235,7 @@ def _write_adapters(
     """Write the adapters of a LoRA run alone, beside its last checkpoint."""
     if not getattr(model, "lora", None) or keeper is None or not keeper.last_path.exists():
         return
+    # This small file is what other programs load; the checkpoint is there to go on from.
     path, adapted = keeper.last_path.with_name(summary.LORA), model.state_dict()
     tuned = Checkpoint.of_run(path, adapted, config.content, steps, images)
     tuned.as_lora(adapters_alone(adapted, model.lora.alpha)).save(path, title=run.folder.name)
@@ -236,6 +247,7 @@ def _with_base_model(config: RunConfig, start: Start) -> RunConfig:
     """
     if start.weights is None:
         return config
+    # A file may be renamed; its hash still says which base model a result belongs to.
     base = {"file": start.weights.name}
     if start.weights.is_file():
         base["sha256"] = sha256(start.weights)
@@ -249,6 +261,7 @@ def _export(
     precision = str(config.export)
     path = run.checkpoints / f"{run.folder.name}-{precision}.safetensors"
     weights = Checkpoint.of_run(path, state, config.content, steps, images)
+    # What other programs expect: no adapters, and one set of weights.
     weights.merged().for_sampling().save(path, DTYPES[precision])
     return path
 
@@ -270,6 +283,7 @@ class _Announcement(pl.Callback):
         self.parameters = ""
 
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before the strategy shards the weights, so that all of them are counted.
         self.parameters = summary.parameters(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
@@ -291,9 +305,11 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
     """
+    # A run that goes on gets its weights from Lightning, together with the optimizer's state.
     if resumes:
         return instantiate_from_config(config.model, "model"), ""
     if start.weights is None:
+        # Training from scratch, but for networks whose config names a file of their own.
         model, report = instantiate_from_config(config.model, "model"), "newly initialised"
         load_parts(model)
     else:
@@ -302,9 +318,11 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
         checkpoint = Checkpoint.open(
             start.weights, config.content if start.weights.is_dir() else None
         ).merged()
+        # EMA weights come along only for a model that goes on averaging them.
         keeps_ema = bool(config.get("model.params.use_ema", True))
         model, loaded = checkpoint.for_training(start.take, keeps_ema).build(config=config.content)
         report = f"{checkpoint}; {loaded}"
+    # Last, because these replace rows of the embedding table that was just read.
     if start.embeddings or start.init_word:
         report += _write_embeddings(model, start, config.identifier)
     return model, report
@@ -337,6 +355,7 @@ def set_learning_rates(model: Any, config: RunConfig, trainer: pl.Trainer, batch
     model.learning_rate = base = config.base_learning_rate
     if not config.scale_lr:
         return
+    # As LDM does: a step over n times as many images gets n times the rate.
     factors = (trainer.accumulate_grad_batches, trainer.world_size, batch_size)
     model.learning_rate = math.prod(factors, start=base)
     if text_training := getattr(model, "text_training", None):

@@ -31,7 +31,9 @@ def as_mapping(cond: Cond | None, conditioning_key: str) -> dict[str, list[Tenso
     if not isinstance(cond, Mapping):
         # A hybrid model's bare tensors are its text.
         cond = {read[-1]: cond}
+    # From here on there is one form, whichever a script or a web UI passed.
     parts = {name: tensors(cond.get(name)) for name in read}
+    # Without these channels the UNet's first convolution would fail, with an error about shapes.
     if "c_concat" in read and not parts["c_concat"]:
         raise ValueError(f"conditioning: a model of key {conditioning_key} needs c_concat")
     return {name: part for name, part in parts.items() if part}
@@ -45,12 +47,15 @@ def tensors(cond: Any) -> list[Tensor]:
         return [cond]
     if isinstance(cond, str) or not isinstance(cond, (Mapping, Sequence)):
         raise ValueError(f"conditioning: expected tensors, got {cond!r}")
+    # A conditioning may be nested: a dict of lists is the usual case.
     parts = cond.values() if isinstance(cond, Mapping) else cond
     return [tensor for part in parts for tensor in tensors(part)]
 
 
 def concat_batches(first: Cond | None, second: Cond | None) -> Any:
     """Return one conditioning for both batches, in that order; the two must have the same form."""
+    # Guidance runs two conditionings in one pass of the UNet. Only equal forms can be joined entry
+    # by entry.
     if first is None and second is None:
         return None
     if isinstance(first, Tensor) and isinstance(second, Tensor):
@@ -72,6 +77,7 @@ def _form(cond: Any) -> str:
 
 def batch_size(cond: Cond | None) -> int | None:
     """Return how many samples a conditioning is for; None if it holds no tensor."""
+    # Every tensor of a conditioning has the batch as its first dimension, so one is enough.
     found = tensors(cond)
     return len(found[0]) if found else None
 

@@ -16,7 +16,9 @@ class DDIMSampler(Sampler):
     def step(
         self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        # What noise and clean latent the model sees in x, and both put together with less noise.
+        # The model's output says what in x_t is noise, and so what x_0 is (DDIM, eq. 9).
         output = denoise(x, self._batch_of(index, x))
         eps, pred_x0 = self._predictions(x, index, output)
+
+        # Both are put together again with the smaller noise of the step before (DDIM, eq. 12).
         return self._ddim_update(index, eps, pred_x0, noise), pred_x0

@@ -111,7 +111,7 @@ class LatentDiffusion(CompVisInterface):
         image_size: int = 64,
     ):
         super().__init__()
-        # The loss, the schedule and what is trained check themselves, before any network is built.
+        # Check the values first: to build the networks takes much longer.
         self.objective = Objective(
             parameterization=parameterization,
             loss_type=loss_type,
@@ -136,23 +136,30 @@ class LatentDiffusion(CompVisInterface):
         self.first_stage_key, self.cond_stage_key = first_stage_key, cond_stage_key
         self.scale_factor, self.image_size, self.monitor = scale_factor, image_size, monitor
 
+        # The schedule's tensors become buffers: CompVis checkpoints hold them under the same names.
         schedule = NoiseSchedule.create(
             timesteps, beta_schedule, linear_start, linear_end, cosine_s, zero_terminal_snr
         )
         self.register_schedule(schedule)
 
+        # The three networks of latent diffusion (Rombach et al., figure 3): denoiser, autoencoder
+        # and text encoder.
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config")
         self.cond_stage_model = instantiate_from_config(cond_stage_config, "cond_stage_config")
+        # The autoencoder is never trained: the latents would change their meaning under the UNet.
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
+        # Find out what `freeze` leaves out of the training, and refuse patterns that fit nothing.
+        # With adapters, the weights are frozen only when the adapters are added, in
+        # `configure_model`.
         if self.lora:
             check_adaptable(self.cond_stage_model if cond_stage_trainable else None, use_ema)
         adapted = self._adapted_layers() if self.lora else None
         self._frozen = names_to_freeze(self, self.freeze_patterns, adapted)
         if not self.lora:
             freeze_parameters(self, self._frozen)
-        # Of what is trained, so after the freezing.
+        # The EMA is one of the trained parameters alone, so it comes after the freezing.
         self.model_ema = LitEma(self.model, ema_decay) if use_ema else None
         self.train(self.training)
 
@@ -166,6 +173,8 @@ class LatentDiffusion(CompVisInterface):
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set the mode of what is trained; frozen networks stay in evaluation mode."""
         super().train(mode)
+        # Lightning sets the mode of the whole model. Dropout in a network that does not learn would
+        # only disturb the others.
         self.first_stage_model.eval()
         self.cond_stage_model.train(mode and self.text_trains)
         return self
@@ -181,6 +190,8 @@ class LatentDiffusion(CompVisInterface):
         weights: Float[Tensor, "b h w"] | None = None,
     ) -> dict[str, Tensor]:
         """Return each sample's losses, (b,), see `Objective.losses`."""
+        # Go to time step t at once (DDPM, eq. 4), then let the UNet predict with the help of the
+        # text (Rombach et al., eq. 3).
         schedule = self.schedule
         output = self.apply_model(schedule.q_sample(x_start, t, noise), t, cond)
         vlb_weights = self.lvlb_weights
@@ -190,6 +201,8 @@ class LatentDiffusion(CompVisInterface):
         self, x_start: Latent, cond: Cond, t: Steps, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of one batch of scaled latents, and its parts for the log."""
+        # Scripts of the LDM family call this with latents of their own. These have no seeds, so the
+        # noise comes from torch's global generator.
         noise = torch.randn_like(x_start) if noise is None else noise
         prefix = "train" if self.training else "val"
         losses = self._losses(x_start, cond, t, noise)
@@ -199,12 +212,15 @@ class LatentDiffusion(CompVisInterface):
 
     def shared_step(self, batch: RawBatch, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a subject, or of a (subject, prior) pair, and what to log of it."""
+        # The subject's examples and, with prior preservation, those of its class, which keep the
+        # model from forgetting what else the class word means (Ruiz et al., eq. 2).
         examples = Batch.of(batch, self.first_stage_key, self.cond_stage_key)
 
         # Every network runs once, over subject and prior together: faster than twice.
         posterior = self._posterior(examples)
 
-        # What is random depends on the examples' seeds alone, so that a resumed run repeats it.
+        # Draw time steps and noise (DDPM, algorithm 1). They depend on the examples' seeds alone,
+        # so that a resumed run repeats them.
         shape = posterior.mean.shape[1:]
         parts = [
             self.objective.draw(part, shape, self.num_timesteps, self.device)
@@ -212,15 +228,19 @@ class LatentDiffusion(CompVisInterface):
         ]
         draws = Draws.joined(parts)
 
-        # The posterior is sampled anew in every step, also where the latents are cached.
+        # The posterior is sampled anew in every step, also where the latents are cached: a cache
+        # holds its mean and variance, not a sample.
         x_start = self.get_first_stage_encoding(posterior, draws.eps)
         weights = self.objective.place_weights(examples, draws.eps)
 
-        # Only training empties captions, so that validation losses compare.
+        # Some captions are left empty, so that the UNet also learns the unconditional model that
+        # guidance needs (Ho & Salimans, algorithm 1). Not in validation, whose losses have to
+        # compare.
         trains = prefix == "train"
         captions = self.objective.captions(examples) if trains else examples.captions
         cond = self._embeddings(captions)
 
+        # The error of each example, then the subject's mean and the prior's, weighted.
         losses = self._losses(x_start, cond, draws.t, draws.noise, weights)
         loss, logged = self.objective.total(examples, losses)
         return loss, {f"{prefix}/{name}": value for name, value in logged.items()}
@@ -228,6 +248,7 @@ class LatentDiffusion(CompVisInterface):
     def _posterior(self, batch: Batch) -> DiagonalGaussianDistribution:
         """Return the posterior of a batch's images: encoded now, or when latents were cached."""
         moments, images = batch.moments, batch.images
+        # With cached latents the autoencoder does not run in a training step.
         if moments is not None:
             return DiagonalGaussianDistribution(moments.float())
         if images is None:
@@ -251,6 +272,8 @@ class LatentDiffusion(CompVisInterface):
         unet = self.model.diffusion_model
         if isinstance(unet, UNetModel):
             unet.use_memory_format()
+        # Lightning calls this at the start of a training and of a test; the adapters are added
+        # once.
         if self.lora is not None and not self._adapted:
             adapt(self, self._adapted_layers(), self.lora, self._frozen)
             self._adapted = True
@@ -264,6 +287,8 @@ class LatentDiffusion(CompVisInterface):
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise a `UserError` if a run goes on with other parameters than its checkpoint trains."""
+        # An optimizer's state goes by position. For another set of parameters it would fit by
+        # accident or not at all.
         count = sum(parameter.requires_grad for parameter in self.parameters())
         names = group_names(self._parts())
         check_same_parameters(checkpoint, names, count, self.freeze_patterns)
@@ -274,6 +299,8 @@ class LatentDiffusion(CompVisInterface):
 
     def training_step(self, batch: RawBatch, batch_idx: int) -> Tensor:
         loss, logged = self.shared_step(batch, "train")
+        # The progress bar has the two losses to watch, of the subject and of the prior; the log has
+        # all. The size is given, because Lightning would have to guess it from a nested batch.
         size = self._size(batch)
         shown = [key for key in ("train/loss", "train/loss_prior") if key in logged]
         self.log_dict({key: logged.pop(key) for key in shown}, prog_bar=True, batch_size=size)
@@ -289,6 +316,8 @@ class LatentDiffusion(CompVisInterface):
     @torch.no_grad()
     def _evaluation_step(self, batch: RawBatch, prefix: str) -> None:
         """Log the losses, and those of the EMA weights behind `_ema` (the same without an EMA)."""
+        # Validation examples carry the seeds of their noise, so both sets of weights see the same
+        # noise and their losses compare.
         _, logged = self.shared_step(batch, prefix)
         smoothed = logged
         if self.model_ema:
@@ -308,6 +337,8 @@ class LatentDiffusion(CompVisInterface):
         return len(named_parts(batch)["subject"][self.cond_stage_key])
 
     def on_train_batch_start(self, batch: RawBatch, batch_idx: int) -> None:
+        # The text encoder's training may end before the UNet's. A run that is resumed behind that
+        # step has to stop it as well, so the step is compared with `>=`.
         stop = self.text_training.stop
         if self.text_trains and stop is not None and self.global_step >= stop:
             self._text_encoder_stopped = True
@@ -332,10 +363,12 @@ class LatentDiffusion(CompVisInterface):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make one optimizer over the UNet and, if it is trained, the text encoder."""
         trainer = self._trainer
+        # Fused Adam unscales fp16's gradients itself, which must not happen twice.
         options = {}
         if self.optimizer in ("adam", "adamw") and _clips_scaled(trainer):
             options["fused"] = False
         optimizer = make_optimizer(self.optimizer, self._parts(), self.learning_rate, **options)
+        # A schedule that decays has to know where the run ends.
         max_steps = -1 if trainer is None else trainer.max_steps
         return with_schedule(optimizer, self.scheduler_config, max_steps)
 
@@ -351,6 +384,8 @@ class LatentDiffusion(CompVisInterface):
         seed: int = 0,
     ) -> dict[str, Images]:
         """Return pictures of up to `N` images of each part: inputs, reconstructions, samples."""
+        # Inputs and reconstructions show the best that the autoencoder allows; samples show what
+        # the UNet has learned.
         shown = Batch.of(batch, self.first_stage_key, self.cond_stage_key).first(N)
         posterior = self._posterior(shown)
         pictures = preview(self, shown, posterior)

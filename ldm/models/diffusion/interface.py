@@ -74,6 +74,8 @@ class CompVisInterface(pl.LightningModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state; rescale its schedule where the config asks for zero terminal SNR."""
+        # A base model's file brings its own betas, which would undo the rescaling. If its last beta
+        # is 1, its schedule was rescaled before.
         betas = state_dict.get(f"{prefix}betas")
         if self.zero_terminal_snr and betas is not None and betas[-1] < 1:
             rescaled = with_zero_terminal_snr(betas.double().cpu().numpy())
@@ -92,6 +94,8 @@ class CompVisInterface(pl.LightningModule):
         self, posterior: DiagonalGaussianDistribution | Tensor, noise: Tensor | None = None
     ) -> Latent:
         """Return a scaled latent: a sample of the posterior, with `noise` if given, or a tensor."""
+        # The scale brings latents to about unit variance, which the noise schedule is made for.
+        # LDM's scripts also pass latents that are sampled already.
         z = posterior if isinstance(posterior, Tensor) else posterior.sample(noise)
         return self.scale_factor * z
 
@@ -102,6 +106,7 @@ class CompVisInterface(pl.LightningModule):
 
     def get_learned_conditioning(self, c: str | Sequence[str]) -> Float[Tensor, "b n d"]:
         """Return embeddings of captions, with gradients if the text encoder is trained."""
+        # LDM's scripts may pass one caption as a bare string.
         captions = [c] if isinstance(c, str) else list(c)
         with nullcontext() if self.text_trains else torch.no_grad():
             return self.cond_stage_model(captions)
@@ -110,18 +115,23 @@ class CompVisInterface(pl.LightningModule):
         self, x_noisy: Latent, t: Steps | Float[Tensor, " b"], cond: Cond | None
     ) -> Latent:
         """Return the UNet's output for noisy latents at time steps, which may lie between two."""
+        # Scripts pass a conditioning in any of LDM's forms; the UNet takes two lists.
         return self.model(x_noisy, t, **as_mapping(cond, self.model.conditioning_key))
 
     def get_unconditional_conditioning(
         self, batch_size: int, null_label: str | None = None
     ) -> Float[Tensor, "b n d"]:
         """Return the empty caption's embedding, or that of `null_label`, once for each sample."""
+        # Guidance leads away from the empty caption, which is what caption dropout trains (Ho &
+        # Salimans). One row stands for all samples, without copies.
         embedding = self.get_learned_conditioning([null_label or ""])
         return embedding.expand(batch_size, -1, -1)
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
         """Give the UNet its EMA weights inside, if there are any; `context` is for the log."""
+        # DDPM samples from an average of the weights too (appendix B). A model without one is
+        # sampled from as it is, so callers need not ask.
         if self.model_ema is None:
             yield
             return
@@ -139,6 +149,7 @@ class CompVisInterface(pl.LightningModule):
 
     @parameterization.setter
     def parameterization(self, name: str) -> None:
+        # The weights in the variational bound depend on what is predicted, so they follow.
         self.objective = replace(self.objective, parameterization=name)
         self.lvlb_weights = self.objective.prediction.vlb_weights(self.schedule)
 

@@ -66,6 +66,7 @@ class Objective:
             accepted = ", ".join(PARAMETERIZATIONS)
             problem = f"unknown '{self.parameterization}'; accepted: {accepted}"
             raise ParameterError("parameterization", problem)
+        # Raises for a name that it does not know.
         pixel_loss(self.loss_type)
         for name in ("reg_weight", "original_elbo_weight", "offset_noise"):
             value = getattr(self, name)
@@ -83,8 +84,7 @@ class Objective:
             raise ParameterError(
                 "zero_terminal_snr",
                 f"needs parameterization: v, got {self.parameterization}: of noise alone, "
-                "its noise "
-                "is known and says nothing about the image",
+                "its noise is known and says nothing about the image",
             )
 
     @property
@@ -103,12 +103,17 @@ class Objective:
             latent_shape: of one example, without the batch.
             steps: of the noise schedule.
         """
+        # With seeds, each example has a random stream of its own: its noise depends neither on the
+        # batch nor on the number of devices.
         count = len(examples)
         random = SampleRandom(examples.seeds, device)
-        # In this order, in which the reference draws from torch's global generator.
+        # The order of the draws is the reference's: without seeds, torch's global generator gives
+        # the same numbers there and here. Time steps are uniform (DDPM, algorithm 1).
         eps = random.randn((count, *latent_shape))
         t = random.randint(steps, count)
         noise = random.randn((count, *latent_shape))
+        # Offset noise shifts a whole channel at random. The model learns from it to change an
+        # image's mean brightness, which plain noise hardly touches.
         return Draws(eps, t, with_offset(noise, self.offset_noise, examples.seeds))
 
     def captions(self, batch: Batch) -> list[str]:
@@ -132,6 +137,8 @@ class Objective:
 
     def place_weights(self, batch: Batch, latents: Latent) -> Float[Tensor, "b h w"] | None:
         """Return how much each place of the latents counts; None if the batch has no masks."""
+        # A mask lowers the weight of what surrounds the subject, so that the background is not
+        # learned along with it.
         masks = [part.masks for part in batch.parts]
         return place_weights(masks, batch.split(latents), self.unmasked_weight)
 
@@ -153,14 +160,16 @@ class Objective:
             vlb_weights: of each time step, from `Parameterization.vlb_weights`.
             weights: of places; with them, all losses are of weighted means.
         """
-        # The simple loss (DDPM, eq. 14), of whatever the UNet predicts.
+        # The simple loss (DDPM, eq. 14), of whatever the UNet predicts. It stays one number for
+        # each sample, because the weights below depend on the sample's time step.
         target = self.prediction.target(schedule, x_start, t, noise)
         simple = per_sample_loss(output, target, self.loss_type, weights)
         # Its term of the variational bound (DDPM, eq. 12) is always logged, and seldom minimised.
         vlb = vlb_weights[t] * simple
         weighted = simple
         if self.min_snr_gamma is not None:
-            # Steps of little noise are easy and many: they no longer outvote the others.
+            # A loss on noise or v weights the error of x_0 by SNR or SNR + 1, which is very large
+            # where little noise is left. Min-SNR bounds that weight (Hang et al., 2303.09556).
             weighted = simple * self.prediction.min_snr_weight(schedule, t, self.min_snr_gamma)
         return {
             "loss_simple": simple,
@@ -170,6 +179,7 @@ class Objective:
 
     def combine(self, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
         """Return subject + reg_weight * prior (DreamBooth, section 3.2), or the subject's alone."""
+        # The prior's term keeps what the model knows of the class while it learns the subject.
         subject, *prior = losses
         return subject + self.reg_weight * prior[0] if prior else subject
 
@@ -179,10 +189,13 @@ class Objective:
         """Return the loss to minimise, and what to log: the subject's means, the prior's, the
         total.
         """
+        # Subject and prior have separate means: their numbers of examples do not shift the balance,
+        # which is `reg_weight` alone.
         means = {
             name: [part.mean() for part in batch.split(value)] for name, value in losses.items()
         }
         loss = self.combine(means["loss"])
+        # `loss` is the subject's, as in a run without a prior, so that curves of both compare.
         logged = {name: parts[0] for name, parts in means.items()}
         if batch.prior is not None:
             logged["loss_prior"] = means["loss"][1]

@@ -32,6 +32,7 @@ class Parameterization(Protocol):
 
 def signal_to_noise(schedule: NoiseSchedule, t: Steps) -> Float[Tensor, " b"]:
     """Return SNR(t) = acp / (1 - acp)."""
+    # The squared factors of signal and noise (DDPM, eq. 4), for latents of unit variance.
     acp = schedule.alphas_cumprod[t]
     return acp / (1 - acp)
 
@@ -46,6 +47,7 @@ class Eps:
         return output
 
     def to_start(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent:
+        # DDPM, eq. 15.
         return schedule.start_from_noise(x_t, t, output)
 
     def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
@@ -93,6 +95,7 @@ class X0:
         self, schedule: NoiseSchedule, t: Steps, gamma: float
     ) -> Float[Tensor, " b"]:
         """Return min(SNR, gamma) (Hang et al., 2303.09556)."""
+        # A loss on x_0 has weight 1 at every step, so the weight is the clamped SNR itself.
         return signal_to_noise(schedule, t).clamp(max=gamma)
 
 
@@ -100,6 +103,8 @@ class V:
     """The velocity (Salimans & Ho 2022, appendix D)."""
 
     def target(self, schedule: NoiseSchedule, x_start: Latent, t: Steps, noise: Latent) -> Latent:
+        # v mixes noise and x_0, so it is worth predicting at both ends: where one of the two is
+        # almost known, v is almost the other.
         return schedule.velocity(x_start, t, noise)
 
     def to_noise(self, schedule: NoiseSchedule, x_t: Latent, t: Steps, output: Latent) -> Latent:
@@ -110,6 +115,7 @@ class V:
 
     def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
         """Return ones: the bound is not used with v, only logged."""
+        # A placeholder, as in the reference: no bound is derived for v.
         return torch.ones_like(schedule.betas)
 
     def min_snr_weight(

@@ -34,6 +34,7 @@ def samples(
     count = len(captions)
     # A seed for each picture: those of one run compare, whatever is sampled beside them.
     random = SampleRandom(range(seed, seed + count), model.device)
+    # As users will sample: with the EMA weights and with guidance.
     with model.ema_scope("samples"):
         latents, _ = DDIMSampler(model).sample(
             steps,

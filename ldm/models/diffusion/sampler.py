@@ -73,6 +73,8 @@ class Sampler(ABC):
 
     def timesteps(self, steps: int) -> Tensor:
         """Return the time steps to visit, ascending, (steps,)."""
+        # With zero terminal SNR, training reaches the last step, so sampling starts there (Lin et
+        # al., section 3.3). Stable Diffusion's own steps start earlier.
         if self.schedule.ends_in_noise:
             return trailing_timesteps(steps, len(self.schedule))
         return uniform_timesteps(steps, len(self.schedule))
@@ -100,6 +102,7 @@ class Sampler(ABC):
         Sets `ddim_timesteps`, `ddim_alphas`, `ddim_alphas_prev`, `ddim_sigmas` and
         `ddim_sqrt_one_minus_alphas`, each (ddim_num_steps,), ascending in time.
         """
+        # LDM's arguments are accepted, but not a value that asks for what this sampler cannot do.
         if ddim_discretize != "uniform":
             raise UserError(f"ddim_discretize: unknown '{ddim_discretize}'; accepted: uniform")
         if ddim_eta and not self.supports_eta:
@@ -108,14 +111,17 @@ class Sampler(ABC):
         # The model's schedule as it is now: a checkpoint may have brought another.
         self.schedule = self.model.schedule
         acp = self.schedule.alphas_cumprod
+        # The visited steps are a subsequence of the schedule's (DDIM, section 4.2).
         self.ddim_timesteps = self.timesteps(ddim_num_steps).to(acp.device)
         self.ddim_alphas = acp[self.ddim_timesteps]
         # The last step ends at the schedule's first, with the little noise that is left there.
         self.ddim_alphas_prev = torch.cat([acp[:1], self.ddim_alphas[:-1]])
-        # In float64, because 1 - a_t / a_prev cancels; on the CPU, because MPS has none.
+        # Sigma (DDIM, eq. 16) in float64, because 1 - a_t / a_prev cancels; on the CPU, because MPS
+        # has no float64.
         exact, visited = acp.cpu().double().numpy(), self.ddim_timesteps.cpu().numpy()
         sigmas, _, _ = make_ddim_sampling_parameters(exact, visited, ddim_eta)
         self.ddim_sigmas = torch.from_numpy(sigmas).to(acp)
+        # Not read here, but by scripts of the LDM family.
         self.ddim_sqrt_one_minus_alphas = (1 - self.ddim_alphas).sqrt()
 
     @torch.no_grad()
@@ -156,6 +162,7 @@ class Sampler(ABC):
             UserError: more steps than the schedule has, or an eta that the sampler does not know.
             ValueError: a conditioning of another batch size, or a mask without `x0`.
         """
+        # A conditioning of another size would be broadcast, or fail deep inside the UNet.
         for cond in (conditioning, unconditional_conditioning):
             found = conditions.batch_size(cond)
             if found not in (None, batch_size):
@@ -164,15 +171,16 @@ class Sampler(ABC):
         if (mask is None) != (x0 is None):
             raise ValueError("mask and x0 belong together: give both or neither")
 
-        # Which time steps are visited, and how much noise there is at each.
+        # Choose the time steps, and compute how much signal and noise there is at each.
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
 
-        # Where the way begins. The order of draws is part of what a seed means.
+        # Start from noise, which is what x_T is close to (DDPM, algorithm 2, line 1). It is the
+        # first draw: the order of draws is part of what a seed means.
         device = self.schedule.betas.device
         random = random or SampleRandom(device=device)
         x = random.randn((batch_size, *shape)) if x_T is None else x_T.to(device)
 
-        # Both conditionings in one batch, and one output that leans to the first.
+        # Guide the model towards the prompt. The loop sees one model and one output.
         apply_model, scale = self.model.apply_model, unconditional_guidance_scale
         denoise = guided(apply_model, conditioning, unconditional_conditioning, scale)
         return self._run(
@@ -204,7 +212,9 @@ class Sampler(ABC):
         img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Run through the first `steps` time steps, from the noisiest to the cleanest."""
+        # One object may sample many times. Nothing of an earlier run may reach this one.
         self.reset()
+        # Both lists begin with the noise itself, as LDM's do.
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         indices, shape = range(steps)[::-1], x.shape
 
@@ -213,7 +223,8 @@ class Sampler(ABC):
 
         name = type(self).__name__
         for number, index in enumerate(tqdm(indices, desc=name, disable=not verbose, leave=False)):
-            # Inpainting: what is kept has, at every step, x0 with that step's noise.
+            # Inpainting: put x0 with this step's noise (DDPM, eq. 4) where the mask is 1, so that
+            # the model fills in the rest to fit it.
             if mask is not None and x0 is not None:
                 known = self.schedule.q_sample(x0, self._batch_of(index, x), random.randn(x.shape))
                 x = mask * known + (1 - mask) * x
@@ -221,7 +232,8 @@ class Sampler(ABC):
             # One update, which is all that samplers differ in.
             x, pred_x0 = self.step(x, index, denoise, draw)
 
-            # Who watches sees the prediction; what is kept is the noisiest step and every so many.
+            # Callbacks get the predicted x_0, in which a picture shows long before it does in x_t.
+            # Only the noisiest step and every `log_every_t`-th one are kept, to save memory.
             if callback:
                 callback(number)
             if img_callback:
@@ -240,6 +252,7 @@ class Sampler(ABC):
 
     def _predictions(self, x: Tensor, index: int, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return noise and clean latent of an output at the `index`-th visited time step."""
+        # Updates are written in noise and x_0, so that each sampler serves every parameterization.
         t = self._batch_of(index, x)
         prediction = PARAMETERIZATIONS[self.model.parameterization]
         noise = prediction.to_noise(self.schedule, x, t, output)
@@ -254,6 +267,8 @@ class Sampler(ABC):
         Args:
             use_original_steps: `t` counts all of the schedule's time steps.
         """
+        # Image to image, first part (SDEdit, Meng et al., 2108.01073): noise hides the details of
+        # an image and leaves its coarse layout. A larger `t` leaves less of it.
         noise = torch.randn_like(x0) if noise is None else noise
         steps = t if use_original_steps else self.ddim_timesteps[t]
         return self.schedule.q_sample(x0, steps, noise)
@@ -273,6 +288,8 @@ class Sampler(ABC):
 
         Call `make_schedule` first.
         """
+        # Image to image, second part: the usual loop, started in the middle, draws new details that
+        # fit the text.
         apply_model, scale = self.model.apply_model, unconditional_guidance_scale
         denoise = guided(apply_model, cond, unconditional_conditioning, scale)
         random = random or SampleRandom(device=x_latent.device)
@@ -283,8 +300,11 @@ class Sampler(ABC):
     ) -> Tensor:
         """Return x at the time step before, from its predicted noise and x_0 (DDIM, eq. 12)."""
         a_prev, sigma = self.ddim_alphas_prev[index], self.ddim_sigmas[index]
-        # Of the noise's variance 1 - a_prev, sigma squared is drawn anew. From noise alone with eta
-        # 1 nothing else is left, but for rounding.
+        # Noise has the variance 1 - a_prev here. Sigma squared of it is drawn anew; the rest keeps
+        # the predicted noise. From pure noise with eta 1 the rest is 0, and may be below by
+        # rounding.
         kept = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
+        # The predicted x_0, the direction that points to x_t, and random noise: the three terms of
+        # eq. 12.
         x_prev = a_prev.sqrt() * pred_x0 + kept * eps
         return x_prev + sigma * noise() if sigma > 0 else x_prev

@@ -79,7 +79,7 @@ class NoiseSchedule:
         """
         betas = np.empty(0)
         if timesteps > 0 and min(linear_start, linear_end) > 0:
-            # Not for others: there would be roots of negative numbers.
+            # The schedule `linear` takes roots of its ends. Other values are refused below.
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         if not (betas.size and (betas > 0).all() and (betas < 1).all()):
             raise ParameterError(
@@ -89,6 +89,8 @@ class NoiseSchedule:
             )
         if zero_terminal_snr and timesteps < 2:
             raise ParameterError("zero_terminal_snr", f"needs 2 timesteps or more, got {timesteps}")
+        # Stable Diffusion's last step keeps some signal, from which training learns an image's mean
+        # brightness; sampling from pure noise then lacks it (Lin et al., 2305.08891).
         if zero_terminal_snr:
             betas = with_zero_terminal_snr(betas)
         return cls.of_betas(betas)
@@ -102,7 +104,7 @@ class NoiseSchedule:
         # Where no signal is left, x_0 does not follow from x_t: factors of 0 instead of infinity.
         signal = acp > 0
         recip = 1 / np.where(signal, acp, 1.0)
-        # DDPM, eq. 7
+        # The posterior's variance (DDPM, eq. 7), which the reverse process uses for its own.
         variance = betas * (1 - acp_prev) / (1 - acp)
         values = {
             "betas": betas,
@@ -116,6 +118,7 @@ class NoiseSchedule:
             "posterior_variance": variance,
             # The variance is 0 at the first step, whose logarithm would not be finite.
             "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+            # The two factors of the posterior's mean (DDPM, eq. 7).
             "posterior_mean_coef1": betas * np.sqrt(acp_prev) / (1 - acp),
             "posterior_mean_coef2": (1 - acp_prev) * np.sqrt(1 - betas) / (1 - acp),
         }

@@ -33,6 +33,7 @@ class TextEncoderTraining:
 
     def scaled(self, *factors: int) -> TextEncoderTraining:
         """Return the same with another learning rate, if it has its own."""
+        # `scale_lr` scales all rates alike, so that their ratio stays.
         return self if self.lr is None else replace(self, lr=math.prod(factors, start=self.lr))
 
     def check(self, trainable: bool) -> None:
@@ -54,6 +55,8 @@ def check_strategy(strategy: Strategy) -> None:
     """Raise a `UserError` if processes wait for gradients of all that was trained at the start."""
     if not isinstance(strategy, DDPStrategy):
         return
+    # In each backward pass DDP waits for every parameter that had a gradient at the start. After
+    # `text_encoder_stop` those of the text encoder never come.
     if not strategy._ddp_kwargs.get("find_unused_parameters"):
         problem = "needs --strategy ddp_find_unused_parameters_true with ddp"
         raise ParameterError("text_encoder_stop", problem)
@@ -97,6 +100,7 @@ def names_to_freeze(
     """
     names = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trained = {name for name, trains in names.items() if trains}
+    # The adapters are not there yet, so the patterns go by the weights that will get one.
     if adapted is not None:
         trained = set()
         for prefix, endings in adapted.items():
@@ -120,6 +124,7 @@ def fitting(
     if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
         raise ParameterError("freeze", f"expected a list of patterns, got {patterns!r}")
     found: set[str] = set()
+    # A pattern that fits nothing is most likely a typing error, and would have no effect.
     for pattern in patterns:
         new = {name for name in trained if fnmatchcase(name, pattern)}
         if not new:
@@ -140,6 +145,7 @@ def _why_nothing(pattern: str, trained: Collection[str], others: Collection[str]
 def freeze_parameters(module: nn.Module, names: Collection[str]) -> None:
     """Take parameters out of the training; adapters go by the name of the weight they change."""
     for name, parameter in module.named_parameters():
+        # The adapter `x.lora_A.default.weight` changes the weight `x.weight`.
         layer, found, _ = name.partition(ADAPTER)
         weight = f"{layer}.weight" if found else name
         if weight in names:
@@ -158,6 +164,8 @@ def adapt(
         layers: the networks that get adapters, and the endings of their layers' names.
         frozen: weights whose adapters are not trained.
     """
+    # LoRA (Hu et al., 2106.09685): the weights stay as they are, and low-rank changes to them are
+    # trained.
     model.requires_grad_(False)
     for network, endings in layers.items():
         add_adapters(model.get_submodule(network), endings, options)
@@ -167,6 +175,7 @@ def adapt(
 def stop_training(module: nn.Module) -> None:
     """Leave a network as it is from here on: what has no gradient, every optimizer leaves alone."""
     module.requires_grad_(False).eval()
+    # A gradient that is left from before would still be applied once.
     for parameter in module.parameters():
         parameter.grad = None
 
@@ -189,9 +198,12 @@ def check_same_parameters(
             one.
     """
     states = checkpoint.get("optimizer_states") or []
+    # There is nothing to compare in a file that holds weights alone.
     if len(states) != 1 or "param_groups" not in states[0]:
         return
     saved = states[0]["param_groups"]
+    # An optimizer's state has no parameter names. What can be compared are its groups, the number
+    # of their tensors, and the patterns that the run was started with.
     names = {_plain_name(group.get("name")) for group in saved}
     found = sum(len(group["params"]) for group in saved)
     frozen = _saved_patterns(checkpoint, patterns)
