@@ -219,7 +219,7 @@ _locks: set[int] = set()
 
 
 def _drop_locks() -> None:
-    """Release a forked worker's copies of the locks, which would outlive the trainer's own."""
+    """Release a forked worker's copies of the locks: it may outlive the process that trains."""
     while _locks:
         os.close(_locks.pop())
 

@@ -130,9 +130,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
 
 
 def check_training(model: Any, data: Any, trainer: Any) -> None:
-    """Raise a `UserError` for what a training of this model on this data would end with at its
-    start.
-    """
+    """Raise a `UserError` for what would end a training of this model on this data at its start."""
     # Sharding and the callbacks know best what they cannot work with. They are asked here, not in
     # their first step.
     if is_sharded(trainer):
@@ -158,8 +156,9 @@ def _check_goes_on(model: Any, path: Path) -> None:
 
 
 def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
-    """Train; an error says which step is saved and, where it is an allocator's, what helps against
-    it.
+    """Train; an error says which step is saved.
+
+    If memory runs out, it also says what needs less.
     """
     # Autocast would keep a copy of each weight until the forward pass ends, though none is read
     # twice in it.
@@ -242,9 +241,7 @@ def _write_adapters(
 
 
 def _with_base_model(config: RunConfig, start: Start) -> RunConfig:
-    """Return the config with the file that the run starts from, for the header of what it will
-    export.
-    """
+    """Return the config with the file that the run starts from, for the header of its export."""
     if start.weights is None:
         return config
     # A file may be renamed; its hash still says which base model a result belongs to.
@@ -300,8 +297,7 @@ class _Announcement(pl.Callback):
 
 
 def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:
-    """Build the model with its initial weights; return it with a line that says where they are
-    from.
+    """Return the model with its initial weights, and a line that says where they are from.
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
     """
@@ -349,8 +345,9 @@ def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
 
 
 def set_learning_rates(model: Any, config: RunConfig, trainer: pl.Trainer, batch_size: int) -> None:
-    """Give the model `base_learning_rate`; with `scale_lr` all rates times accumulated batches,
-    devices, batch size.
+    """Give the model `base_learning_rate`.
+
+    With `scale_lr`, multiply all rates by accumulated batches, devices and batch size.
     """
     model.learning_rate = base = config.base_learning_rate
     if not config.scale_lr:

@@ -142,17 +142,15 @@ class LatentDiffusion(CompVisInterface):
         )
         self.register_schedule(schedule)
 
-        # The three networks of latent diffusion (Rombach et al., figure 3): denoiser, autoencoder
-        # and text encoder.
+        # The three networks of latent diffusion (Rombach et al., figure 3).
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         self.first_stage_model = instantiate_from_config(first_stage_config, "first_stage_config")
         self.cond_stage_model = instantiate_from_config(cond_stage_config, "cond_stage_config")
         # The autoencoder is never trained: the latents would change their meaning under the UNet.
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
-        # Find out what `freeze` leaves out of the training, and refuse patterns that fit nothing.
-        # With adapters, the weights are frozen only when the adapters are added, in
-        # `configure_model`.
+        # Refuse patterns of `freeze` that fit nothing. With adapters, `configure_model` freezes
+        # later.
         if self.lora:
             check_adaptable(self.cond_stage_model if cond_stage_trainable else None, use_ema)
         adapted = self._adapted_layers() if self.lora else None
@@ -173,8 +171,7 @@ class LatentDiffusion(CompVisInterface):
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set the mode of what is trained; frozen networks stay in evaluation mode."""
         super().train(mode)
-        # Lightning sets the mode of the whole model. Dropout in a network that does not learn would
-        # only disturb the others.
+        # Lightning sets the mode of all; dropout in a frozen network would only disturb the others.
         self.first_stage_model.eval()
         self.cond_stage_model.train(mode and self.text_trains)
         return self
@@ -233,9 +230,8 @@ class LatentDiffusion(CompVisInterface):
         x_start = self.get_first_stage_encoding(posterior, draws.eps)
         weights = self.objective.place_weights(examples, draws.eps)
 
-        # Some captions are left empty, so that the UNet also learns the unconditional model that
-        # guidance needs (Ho & Salimans, algorithm 1). Not in validation, whose losses have to
-        # compare.
+        # Empty captions teach the unconditional model that guidance needs (Ho & Salimans, algorithm
+        # 1). Validation keeps all captions, so that its losses compare.
         trains = prefix == "train"
         captions = self.objective.captions(examples) if trains else examples.captions
         cond = self._embeddings(captions)
@@ -272,8 +268,7 @@ class LatentDiffusion(CompVisInterface):
         unet = self.model.diffusion_model
         if isinstance(unet, UNetModel):
             unet.use_memory_format()
-        # Lightning calls this at the start of a training and of a test; the adapters are added
-        # once.
+        # Lightning calls this for a training and for a test; the adapters are added once.
         if self.lora is not None and not self._adapted:
             adapt(self, self._adapted_layers(), self.lora, self._frozen)
             self._adapted = True
@@ -316,8 +311,7 @@ class LatentDiffusion(CompVisInterface):
     @torch.no_grad()
     def _evaluation_step(self, batch: RawBatch, prefix: str) -> None:
         """Log the losses, and those of the EMA weights behind `_ema` (the same without an EMA)."""
-        # Validation examples carry the seeds of their noise, so both sets of weights see the same
-        # noise and their losses compare.
+        # Validation examples carry seeds, so both sets of weights see the same noise.
         _, logged = self.shared_step(batch, prefix)
         smoothed = logged
         if self.model_ema:
@@ -384,8 +378,7 @@ class LatentDiffusion(CompVisInterface):
         seed: int = 0,
     ) -> dict[str, Images]:
         """Return pictures of up to `N` images of each part: inputs, reconstructions, samples."""
-        # Inputs and reconstructions show the best that the autoencoder allows; samples show what
-        # the UNet has learned.
+        # Reconstructions show what the autoencoder allows; samples show what the UNet has learned.
         shown = Batch.of(batch, self.first_stage_key, self.cond_stage_key).first(N)
         posterior = self._posterior(shown)
         pictures = preview(self, shown, posterior)

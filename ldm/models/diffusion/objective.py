@@ -186,9 +186,7 @@ class Objective:
     def total(
         self, batch: Batch, losses: Mapping[str, Float[Tensor, " b"]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise, and what to log: the subject's means, the prior's, the
-        total.
-        """
+        """Return the loss to minimise, and what to log of the subject, the prior and both."""
         # Subject and prior have separate means: their numbers of examples do not shift the balance,
         # which is `reg_weight` alone.
         means = {

@@ -68,8 +68,7 @@ def check_strategy(strategy: Strategy) -> None:
 def parts_to_train(
     unet: nn.Module, text_encoder: nn.Module | None, text_lr: float | None
 ) -> Sequence[Part]:
-    """Return what an optimizer gets: a parameter group, or two if the text encoder has its own
-    rate.
+    """Return what an optimizer gets: two groups if the text encoder has its own rate, else one.
 
     Args:
         text_encoder: None if it is not trained.
