@@ -63,10 +63,13 @@ def write_atomically(
 
 
 def give_usual_permissions(path: Path) -> None:
-    """Give a file the permissions of any new one: safetensors makes files that nobody else may
-    read.
+    """Give a file the permissions of any new one.
+
+    Without this, nobody else may read a file of safetensors.
     """
-    os.umask(umask := os.umask(0))
+    # The mask can only be read by setting it.
+    umask = os.umask(0)
+    os.umask(umask)
     path.chmod(0o666 & ~umask)
 
 

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--weights",
         choices=WEIGHTS,
-        help="which of the checkpoint's (default: the averaged ones, if it has them)",
+        help="which of the checkpoint's (default: the EMA weights, if it has them)",
     )
     add("--embedding_path", help="textual-inversion embeddings to add")
     add("--outdir", default="outputs/txt2img-samples", help="default: %(default)s")

@@ -71,7 +71,8 @@ class CheckpointKeeper(ModelCheckpoint):
             stamp = datetime.datetime.fromtimestamp(last.stat().st_mtime).strftime(
                 "%Y-%m-%dT%H-%M-%S"
             )
-            os.link(last, kept := last.with_name(f"last-of-{stamp}.ckpt"))
+            kept = last.with_name(f"last-of-{stamp}.ckpt")
+            os.link(last, kept)
             log.info("%s is kept as %s", last, kept.name)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

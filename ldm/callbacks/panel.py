@@ -85,7 +85,8 @@ class Panel:
         It draws nothing from torch's global generator. The EMA weights are used, if the model keeps
         any.
         """
-        if not (prompts := self.prompts(trainer.datamodule)):  # type: ignore[attr-defined]
+        prompts = self.prompts(trainer.datamodule)  # type: ignore[attr-defined]
+        if not prompts:
             return None
         self._side = self._side or _side(model, batch)
         recipe = Recipe(self.steps, self.scale, height=self._side, width=self._side, seed=self.seed)

@@ -39,7 +39,8 @@ class StepProgress(ProgressBar):
         batch_idx: int,
     ) -> None:
         assert self._bar is not None
-        if (new := trainer.global_step - self._bar.n) > 0:
+        new = trainer.global_step - self._bar.n
+        if new > 0:
             names = {
                 name.rpartition("/")[2]: value
                 for name, value in trainer.progress_bar_metrics.items()

@@ -62,7 +62,7 @@ TRAINER: dict[str, Any] = {
     "use_distributed_sampler": False,
 }
 
-# Lightning refuses a barebones Trainer that is told anything about logging or validation.
+# Lightning refuses a barebones Trainer together with any argument about logging or validation.
 BAREBONES_TRAINER: dict[str, Any] = {"use_distributed_sampler": False}
 
 # Merged under lightning.callbacks; a config changes the params of one by its name. In this order,

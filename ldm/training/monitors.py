@@ -60,10 +60,12 @@ def _watched(trainer: Any) -> Iterator[tuple[str, str, bool]]:
     """Yield where a metric is named, the metric, and whether its callback is idle without it."""
     for callback in trainer.callbacks:
         name = type(callback).__name__
-        if isinstance(monitor := getattr(callback, "monitor", None), str):
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str):
             yield f"monitor of {name}", monitor, True
         # Of `model.params.monitor` the summary names the best checkpoint, where it is measured.
-        if isinstance(score := getattr(callback, "score", None), str):
+        score = getattr(callback, "score", None)
+        if isinstance(score, str):
             yield "model.params.monitor", score, False
 
 

@@ -146,7 +146,8 @@ def end(
     if keeper is None or not keeper.last_path.exists():
         return _rows("Done, without a checkpoint, as configured", rows)
     rows["last"] = str(keeper.last_path)
-    if (lora := keeper.last_path.with_name(LORA)).exists():
+    lora = keeper.last_path.with_name(LORA)
+    if lora.exists():
         rows["LoRA"] = f"{lora}: the adapters alone, for other programs"
     if exported:
         rows["exported"] = f"{exported}: the weights alone, {exported.stat().st_size / 1e9:.3g} GB"

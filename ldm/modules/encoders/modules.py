@@ -157,7 +157,8 @@ class FrozenCLIPEmbedder(TextEncoder):
         super().__init__()
         self.max_length = max_length
         text_model = _build_text_model(version, text_config)
-        if max_length > (limit := text_model.config.max_position_embeddings):
+        limit = text_model.config.max_position_embeddings
+        if max_length > limit:
             raise ParameterError(
                 "max_length", f"{max_length} exceeds max_position_embeddings {limit}"
             )
@@ -223,7 +224,8 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         ]
         # Weights that are there for other programs, and that nothing here reads.
         self.optional_keys = ("model.text_projection", "model.logit_scale", *left_out)
-        if max_length > (limit := self.model.context_length):
+        limit = self.model.context_length
+        if max_length > limit:
             raise ParameterError("max_length", f"{max_length} exceeds context_length {limit}")
         self.model.transformer.grad_checkpointing = use_checkpoint
 
