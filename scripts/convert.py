@@ -1,16 +1,18 @@
-"""Convert checkpoints: the weights alone in a file, or a diffusers pipeline folder, and back; LoRA files.
+"""Convert checkpoints: to the weights alone, to a diffusers folder, and back; LoRA files.
 
-    python scripts/convert.py --ckpt logs/.../checkpoints/last.ckpt --output my-dog.safetensors --dtype fp16
-    python scripts/convert.py --ckpt my-dog.safetensors --output pipeline/                     # for diffusers
-    python scripts/convert.py --ckpt pipeline/ --output model.ckpt                             # and back
+    convert=scripts/convert.py
+    python $convert --ckpt RUN/checkpoints/last.ckpt --output my-dog.safetensors --dtype fp16
+    python $convert --ckpt my-dog.safetensors --output pipeline/              # for diffusers
+    python $convert --ckpt pipeline/ --output model.ckpt                      # and back
 
-    python scripts/convert.py --ckpt my-dog.safetensors --lora_base sd-v1-4.ckpt --output lora.safetensors
-    python scripts/convert.py --ckpt sd-v1-4.ckpt --lora lora.safetensors --output my-dog.safetensors     # merged
-    python scripts/convert.py --ckpt sd-v1-4.ckpt --vae vae-ft-mse.ckpt --output better-eyes.safetensors
+    python $convert --ckpt my-dog.safetensors --lora_base sd-v1-4.ckpt --output lora.safetensors
+    python $convert --ckpt sd-v1-4.ckpt --lora lora.safetensors --output merged.safetensors
+    python $convert --ckpt sd-v1-4.ckpt --vae vae-ft-mse.ckpt --output better-eyes.safetensors
 
---ckpt may be a .ckpt, .safetensors, .pt or .bin, the index of a sharded one, or a pipeline folder. Files of ours say
-which config they fit, and those of Stable Diffusion are recognised; for others give --config. Of a LoRA run's
-checkpoint the plain model is written, its adapters merged; with --adapters these alone, as a LoRA file.
+--ckpt may be a .ckpt, .safetensors, .pt or .bin, the index of a sharded one, or a pipeline folder.
+Files of ours say which config they fit, and those of Stable Diffusion are recognised; for others
+give --config. Of a LoRA run's checkpoint the plain model is written, its adapters merged; with
+--adapters these alone, as a LoRA file.
 """
 
 from __future__ import annotations
@@ -38,24 +40,57 @@ OF_MODELS = ("keep_ema", "lora", "vae", "only")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, type=Path, help="a checkpoint file or a diffusers pipeline folder")
-    parser.add_argument("--output", required=True, help="a .safetensors or .ckpt file, or a folder for diffusers")
-    parser.add_argument("--config", type=Path, help="the model's YAML (default: the checkpoint's own, or its family's)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the matrices and convolutions (default: as they are)")
-    parser.add_argument("--weights", choices=WEIGHTS, help="default: the EMA weights, if the checkpoint has them")
-    parser.add_argument("--keep_ema", action="store_true", help="the trained weights, and the EMA weights beside them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--lora_base", type=Path, metavar="CKPT", help="write the LoRA that leads from this one to --ckpt"
+        "--ckpt", required=True, type=Path, help="a checkpoint file or a diffusers pipeline folder"
+    )
+    parser.add_argument(
+        "--output", required=True, help="a .safetensors or .ckpt file, or a folder for diffusers"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="the model's YAML (default: the checkpoint's own, or its family's)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="of the matrices and convolutions (default: as they are)",
+    )
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="default: the EMA weights, if the checkpoint has them"
+    )
+    parser.add_argument(
+        "--keep_ema",
+        action="store_true",
+        help="the trained weights, and the EMA weights beside them",
+    )
+    parser.add_argument(
+        "--lora_base",
+        type=Path,
+        metavar="CKPT",
+        help="write the LoRA that leads from this one to --ckpt",
     )
     parser.add_argument("--rank", type=int, default=32, help="of that LoRA (default: %(default)s)")
-    parser.add_argument("--adapters", action="store_true", help="of a LoRA run's checkpoint, the LoRA file alone")
     parser.add_argument(
-        "--lora", type=Path, metavar="PATH", help="merge this LoRA (a file, or a folder of peft's) into the weights"
+        "--adapters", action="store_true", help="of a LoRA run's checkpoint, the LoRA file alone"
     )
-    parser.add_argument("--strength", type=float, default=1.0, help="of the merged LoRA (default: %(default)s)")
     parser.add_argument(
-        "--vae", type=Path, metavar="CKPT", help="put this one's autoencoder in the place of the model's"
+        "--lora",
+        type=Path,
+        metavar="PATH",
+        help="merge this LoRA (a file, or a folder of peft's) into the weights",
+    )
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="of the merged LoRA (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        metavar="CKPT",
+        help="put this one's autoencoder in the place of the model's",
     )
     parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
     return parser
@@ -97,7 +132,9 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise a `UserError` for what can be refused before anything is read."""
     is_folder = args.output.suffix not in SUFFIXES
     if args.output.suffix not in ("", *SUFFIXES) and not args.ends_in_slash:
-        expected = "a .safetensors or .ckpt file, or a folder for diffusers: end its name with a slash"
+        expected = (
+            "a .safetensors or .ckpt file, or a folder for diffusers: end its name with a slash"
+        )
         raise UserError(f"--output {args.output}: expected {expected}")
     if is_folder:
         check_new_folder(args.output)
@@ -106,7 +143,9 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("ckpt", "lora_base", "lora", "vae"):
         source = getattr(args, flag)
         if source and source.exists() and args.output.exists() and args.output.samefile(source):
-            raise UserError(f"--output {args.output}: is the file that --{flag} reads; give another name")
+            raise UserError(
+                f"--output {args.output}: is the file that --{flag} reads; give another name"
+            )
     for alone in ("adapters", "lora_base"):
         if not getattr(args, alone):
             continue
@@ -119,7 +158,9 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.keep_ema and args.weights:
         raise UserError("--keep_ema: keeps both, without --weights")
     if args.keep_ema and is_folder:
-        raise UserError(f"--keep_ema: a pipeline folder such as {args.output} has one set of weights")
+        raise UserError(
+            f"--keep_ema: a pipeline folder such as {args.output} has one set of weights"
+        )
     if args.only and is_folder:
         raise UserError(f"--only: a pipeline folder such as {args.output} has all of the weights")
     if args.rank < 1:
@@ -129,13 +170,17 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.ckpt.is_dir():
         for flag in ("weights", "keep_ema", "only"):
             if getattr(args, flag):
-                raise UserError(f"--{flag}: is for checkpoint files; {args.ckpt} is a pipeline folder")
+                raise UserError(
+                    f"--{flag}: is for checkpoint files; {args.ckpt} is a pipeline folder"
+                )
 
 
 def adapters_of(checkpoint: Checkpoint) -> Checkpoint:
     """Return the adapters of a LoRA run's checkpoint, as a LoRA file has them."""
     if not checkpoint.has_adapters:
-        raise UserError(f"{checkpoint.path}: no adapters in it: it is not of a LoRA run (see --lora_base)")
+        raise UserError(
+            f"{checkpoint.path}: no adapters in it: it is not of a LoRA run (see --lora_base)"
+        )
     return checkpoint.as_lora(adapters_alone(checkpoint.state, checkpoint.alpha()))
 
 
@@ -151,7 +196,10 @@ def difference(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
 def report_left_out(keys: Sequence[str]) -> None:
     """Say what differs between two models and has no place in a LoRA file."""
     if keys:
-        print(f"{len(keys)} tensors differ that a LoRA cannot hold (biases, norms, embeddings, the autoencoder):")
+        print(
+            f"{len(keys)} tensors differ that a LoRA cannot hold (biases, norms, embeddings, the "
+            "autoencoder):"
+        )
         print(f"  {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}")
 
 

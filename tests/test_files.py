@@ -75,7 +75,10 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     path.write_bytes(b"old")
     usage = types.SimpleNamespace(total=10**9, used=10**9 - 39, free=39)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(UserError, match=r"last\.ckpt: not written: it needs 0\.00 GB and the disk has 0\.00 GB free"):
+    with pytest.raises(
+        UserError,
+        match=r"last\.ckpt: not written: it needs 0\.00 GB and the disk has 0\.00 GB free",
+    ):
         save_checkpoint({"state_dict": WEIGHTS}, path)  # 24 + 8 + 8 bytes
     assert contents(tmp_path) == {"last.ckpt": b"old"}
     usage.free = 40
@@ -92,7 +95,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def save_for_ever(path):
     """Save, with the same number in every tensor of a file, until somebody kills this."""
     for number in itertools.count(1):
-        save_checkpoint({"state_dict": {str(n): torch.full((100_000,), float(number)) for n in range(10)}}, path)
+        save_checkpoint(
+            {"state_dict": {str(n): torch.full((100_000,), float(number)) for n in range(10)}}, path
+        )
 
 
 def test_a_kill_leaves_the_old_file_whole(tmp_path):
@@ -106,7 +111,11 @@ def test_a_kill_leaves_the_old_file_whole(tmp_path):
         time.sleep(0.02 + 0.1 * random.random())
         process.kill()
         process.join()
-        values = {value.item() for tensor in read_checkpoint(path)["state_dict"].values() for value in tensor.unique()}
+        values = {
+            value.item()
+            for tensor in read_checkpoint(path)["state_dict"].values()
+            for value in tensor.unique()
+        }
         assert len(values) == 1  # all of one save
         seen |= values
         assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["last.ckpt"]
@@ -114,4 +123,9 @@ def test_a_kill_leaves_the_old_file_whole(tmp_path):
 
 
 def test_tensor_bytes():
-    assert tensor_bytes({"a": [torch.ones(3), (torch.ones(2, dtype=torch.float16),)], "b": {"c": 1}, "d": "x"}) == 16
+    assert (
+        tensor_bytes(
+            {"a": [torch.ones(3), (torch.ones(2, dtype=torch.float16),)], "b": {"c": 1}, "d": "x"}
+        )
+        == 16
+    )

@@ -10,12 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.ema import ema_weights, weights_to_sample_from, weights_to_train, without_averages
-from ldm.checkpoints.export import SUFFIXES, in_dtype, shared_config, target_of, training_facts, write_weights
+from ldm.checkpoints.ema import (
+    ema_weights,
+    weights_to_sample_from,
+    weights_to_train,
+    without_averages,
+)
+from ldm.checkpoints.export import (
+    SUFFIXES,
+    in_dtype,
+    shared_config,
+    target_of,
+    training_facts,
+    write_weights,
+)
 from ldm.checkpoints.families import Family, config_for, recognise
 from ldm.checkpoints.headers import kind_of
 from ldm.checkpoints.layouts import NETWORKS, with_our_names
-from ldm.checkpoints.loading import EmptyInit, LoadReport, config_keys, describe, fitted, instantiate_filled
+from ldm.checkpoints.loading import (
+    EmptyInit,
+    LoadReport,
+    config_keys,
+    describe,
+    fitted,
+    instantiate_filled,
+)
 from ldm.checkpoints.lora import adapted_layers, merge_adapters
 from ldm.checkpoints.other_files import of_content, of_weights
 from ldm.checkpoints.pipeline_folder import open_pipeline, save_pipeline
@@ -26,18 +45,22 @@ from ldm.modules.adapters import lora_options
 from ldm.util import instantiate_from_config
 
 Config = Mapping[str, Any]
+SCHEDULE_ENDS = ("betas", "posterior_mean_coef2")  # the first and the last tensor of a schedule
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights, and what is known about them. Each method returns a new value; the file stays as it is.
+    """A model's weights, and what is known about them. Each method returns a new value; the file
+    stays as it is.
 
     Args:
         path: where the weights are from, for messages.
         state: the tensors by our names, which are those of a CompVis checkpoint.
-        config: of the model that they fit, plain containers with `model`; empty where nothing says it.
+        config: of the model that they fit, plain containers with `model`; empty where nothing says
+            it.
         facts: how they were trained; empty where nothing says it.
-        adapters: `rank` and `alpha` of a LoRA run, whose adapters are in `state` beside the weights.
+        adapters: `rank` and `alpha` of a LoRA run, whose adapters are in `state` beside the
+            weights.
     """
 
     path: Path
@@ -50,11 +73,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path, config: str | Path | Config | None = None) -> Checkpoint:
-        """Read a checkpoint: a file of any format, the index of a sharded one, or a diffusers folder.
+        """Read a checkpoint: a file of any format, the index of a sharded one, or a diffusers
+        folder.
 
         Args:
-            config: of the model, a YAML file or plain containers; by default the one that the file carries, or that
-                lies in its run's folder. A folder needs one where it is of no family that we know.
+            config: of the model, a YAML file or plain containers; by default the one that the file
+                carries, or that lies in its run's folder. A folder needs one where it is of no
+                family that we know.
 
         Raises:
             UserError: there is no such file, or it cannot be used; the message says what it is.
@@ -72,8 +97,13 @@ class Checkpoint:
         own = find_config(content, path)
         state = with_our_names(state_dict_of(content, path), path)
         said = content.get("training")
-        facts = said if isinstance(said, Mapping) else training_facts(own, content.get("global_step"))
-        adapters = next((found for found in map(_adapters_in, (own, given)) if found is not None), None)
+        if isinstance(said, Mapping):
+            facts = said
+        else:
+            facts = training_facts(own, content.get("global_step"))
+        adapters = _adapters_in(own)
+        if adapters is None:
+            adapters = _adapters_in(given)
         return cls(path, state, given or own or {}, facts, adapters)
 
     @classmethod
@@ -85,7 +115,8 @@ class Checkpoint:
         steps: int,
         images: Mapping[str, int] | None = None,
     ) -> Checkpoint:
-        """Return the weights of a run of `config` after `steps`, which is about to write them to `path`.
+        """Return the weights of a run of `config` after `steps`, which is about to write them to
+        `path`.
 
         Args:
             images: how many the run has, `subject_images` and `class_images`.
@@ -104,7 +135,7 @@ class Checkpoint:
 
     @property
     def has_adapters(self) -> bool:
-        """Whether these are a LoRA run's weights, with adapters beside the layers that they change."""
+        """Whether these are a LoRA run's weights, with adapters beside what they change."""
         return bool(adapted_layers(self.state))
 
     @property
@@ -114,10 +145,15 @@ class Checkpoint:
 
     def _absent(self) -> list[str]:
         """Return the names of the networks that are not there."""
-        return [name for name, prefix in NETWORKS.items() if not any(key.startswith(prefix) for key in self.state)]
+        return [
+            name
+            for name, prefix in NETWORKS.items()
+            if not any(key.startswith(prefix) for key in self.state)
+        ]
 
     def fitting_config(self) -> Config:
-        """Return the config of the model that these weights fit: the known one, or that of their family.
+        """Return the config of the model that these weights fit: the known one, or that of their
+        family.
 
         Raises:
             UserError: nothing says it.
@@ -135,12 +171,15 @@ class Checkpoint:
         absent = self._absent()
         if absent:
             other = of_weights(self.state)
-            what = other or f"no {' and no '.join(absent)} in it: a file with all three networks is needed"
-            raise UserError(f"{self.path}: {what}")
+            names = " and no ".join(absent)
+            missing = f"no {names} in it: a file with all three networks is needed"
+            raise UserError(f"{self.path}: {other or missing}")
         return self
 
     def refuse_other_kinds(self) -> Checkpoint:
-        """Return the same; raises a `UserError` for weights of something else: a LoRA, a ControlNet, another kind."""
+        """Return the same; raises a `UserError` for weights of something else: a LoRA, a
+        ControlNet, another kind.
+        """
         other = of_weights(self.state)
         if other and not other.is_part:
             raise UserError(f"{self.path}: {other}")
@@ -151,12 +190,16 @@ class Checkpoint:
     def alpha(self) -> float:
         """Return the scale of a LoRA run's adapters; raises a `UserError` if no config says it."""
         if self.adapters is None:
-            raise UserError(f"{self.path}: a LoRA run's checkpoint without the config that ran: give it with --config")
+            raise UserError(
+                f"{self.path}: a LoRA run's checkpoint without the config that ran: give it with "
+                "--config"
+            )
         with under("model.params"):
             return lora_options(self.adapters).alpha
 
     def merged(self) -> Checkpoint:
-        """Return the weights of a plain model: the adapters of a LoRA run become part of what they change.
+        """Return the weights of a plain model: the adapters of a LoRA run become part of what they
+        change.
 
         Raises:
             UserError: there are adapters, and no config says their scale.
@@ -170,11 +213,14 @@ class Checkpoint:
         return replace(self, state=without_averages(self.state))
 
     def ema(self) -> Checkpoint:
-        """Return the averaged weights in the places of those they average; raises a `UserError` if there are none."""
+        """Return the averaged weights in the places of those they average; raises a `UserError` if
+        there are none.
+        """
         return replace(self, state=ema_weights(self.state, self.path))
 
     def for_sampling(self, weights: str | None = None) -> Checkpoint:
-        """Return one copy of the weights, the averaged ones where there are any, and a config without training.
+        """Return one copy of the weights, the averaged ones where there are any, and a config
+        without training.
 
         Args:
             weights: `trained` or `ema`, to choose.
@@ -183,7 +229,8 @@ class Checkpoint:
         return replace(self, state=state, config=shared_config(self.config))
 
     def for_training(self, weights: str | None = None, keeps_ema: bool = False) -> Checkpoint:
-        """Return the weights that a training starts from: the trained ones, unless `weights` is `ema`.
+        """Return the weights that a training starts from: the trained ones, unless `weights` is
+        `ema`.
 
         Args:
             keeps_ema: the averages come along, for a model that goes on with them.
@@ -191,18 +238,24 @@ class Checkpoint:
         return replace(self, state=weights_to_train(self.state, self.path, weights, keeps_ema))
 
     def for_sharing(self) -> Checkpoint:
-        """Return the weights as they are, the averages beside the trained ones, and a config without training."""
+        """Return the weights as they are, the averages beside the trained ones, and a config
+        without training.
+        """
         return replace(self, config=shared_config(self.config))
 
     def only(self, prefix: str) -> Checkpoint:
-        """Return the tensors whose names start with `prefix`; raises a `UserError` if there are none."""
+        """Return the tensors whose names start with `prefix`; raises a `UserError` if there are
+        none.
+        """
         state = {key: value for key, value in self.state.items() if key.startswith(prefix)}
         if not state:
             raise UserError(f"--only {prefix}: no tensor of {self.path} starts so")
         return self.with_state(state)
 
     def as_lora(self, state: Mapping[str, Tensor]) -> Checkpoint:
-        """Return a LoRA file's tensors, with what is known about the training and the kind of model that it is for."""
+        """Return a LoRA file's tensors, with what is known about the training and the kind of model
+        that it is for.
+        """
         facts = {**self.facts, "model": kind_of(self.state, self.config)}
         return replace(self, state=state, config={}, facts=facts, adapters=None)
 
@@ -212,7 +265,9 @@ class Checkpoint:
 
     # Using
 
-    def build(self, dtype: torch.dtype | None = None, config: Config | None = None) -> tuple[Any, LoadReport]:
+    def build(
+        self, dtype: torch.dtype | None = None, config: Config | None = None
+    ) -> tuple[Any, LoadReport]:
         """Return the model with these weights as its own, and a report of what fitted.
 
         Args:
@@ -226,15 +281,22 @@ class Checkpoint:
         return instantiate_filled(target_of(config), self.state, self.path, dtype)
 
     def complete(self) -> Checkpoint:
-        """Return the weights with what the config determines (the noise schedule), where the file does not have it.
+        """Return the weights with the noise schedule that the config determines, where it is not
+        in the file as a whole and exactly.
 
         Where no config is known they stay as they are.
         """
-        exact = "betas" in self.state and self.state["betas"].dtype == torch.float32
-        if not self.is_whole or exact or not (self.config or self.family):
+        family = self.family
+        schedule = [self.state[key] for key in SCHEDULE_ENDS if key in self.state]
+        is_there = len(schedule) == len(SCHEDULE_ENDS)
+        if is_there and all(value.dtype == torch.float32 for value in schedule):
+            return self
+        if not self.is_whole or not (self.config or family):
             return self
         # The schedules of a family's configs are the same.
-        config = self.config or to_plain(load_config([self.family.paths[0]]))  # type: ignore[union-attr]
+        config = self.config
+        if not config and family:
+            config = to_plain(load_config([family.paths[0]]))
         with EmptyInit():
             model = instantiate_from_config(target_of(shared_config(config)), "model")
         state = fitted(model, self.state, self.path)
@@ -242,14 +304,16 @@ class Checkpoint:
         return self.with_state({**own, **state})
 
     def save(self, path: Path, dtype: torch.dtype | None = None, title: str | None = None) -> None:
-        """Write the weights to a `.safetensors` or `.ckpt` file, or, under another name, as a diffusers folder.
+        """Write the weights to a `.safetensors` or `.ckpt` file, or, under another name, as a
+        diffusers folder.
 
         Args:
             dtype: of the matrices and convolutions; by default they stay as they are.
             title: of the weights, for people; by default the file's name.
 
         Raises:
-            UserError: the disk is too small, or a folder is there already or cannot be made of this model.
+            UserError: the disk is too small, or a folder is there already or cannot be made of this
+                model.
         """
         if path.suffix in SUFFIXES:
             write_weights(path, in_dtype(self.state, dtype), self.config, self.facts, title)
@@ -260,7 +324,9 @@ class Checkpoint:
 
 
 def find_config(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] | None:
-    """Return the config that a checkpoint of ours carries, or that lies in its run's folder; None for others."""
+    """Return the config that a checkpoint of ours carries, or that lies in its run's folder; None
+    for others.
+    """
     config = content.get("config")
     if isinstance(config, dict) and "model" in config:
         return config

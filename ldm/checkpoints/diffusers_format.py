@@ -1,7 +1,7 @@
 """Our weights and configs under the names that diffusers has for them, and back.
 
-The weights are the same tensors under other names; a 1x1 convolution of the autoencoder's attention is a linear layer
-there. Folders with them are read and written by `pipeline_folder`.
+The weights are the same tensors under other names; a 1x1 convolution of the autoencoder's attention
+is a linear layer there. Folders with them are read and written by `pipeline_folder`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,28 @@ UNET_ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+VAE_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
 # What diffusers called these before 0.17, in folders that are still around.
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# ---- the UNet -------------------------------------------------------------------------------------------------
+# ---- the UNet ------------------------------------------------------------------------------------
 
 
 def unet_modules(keys: Iterable[str]) -> dict[str, str]:
-    """Our name of every module that has a name of its own in diffusers -> that name; from a UNet's keys alone."""
+    """Our name of every module that has a name of its own in diffusers -> that name; from a UNet's
+    keys alone.
+    """
     keys = set(keys)
     modules = {**UNET_ENDS}
     modules |= {
-        f"middle_block.{n}": f"mid_block.{name}" for n, name in enumerate(("resnets.0", "attentions.0", "resnets.1"))
+        f"middle_block.{n}": f"mid_block.{name}"
+        for n, name in enumerate(("resnets.0", "attentions.0", "resnets.1"))
     }
 
     level = block = 0
@@ -93,7 +102,7 @@ def _renamed(key: str, modules: Mapping[str, str], inside: Mapping[str, str]) ->
     raise UserError(f"'{key}': not a tensor of a Stable Diffusion UNet or autoencoder")
 
 
-# ---- the autoencoder --------------------------------------------------------------------------------------------
+# ---- the autoencoder -----------------------------------------------------------------------------
 
 
 def vae_names(keys: Iterable[str]) -> dict[str, str]:
@@ -105,7 +114,9 @@ def vae_names(keys: Iterable[str]) -> dict[str, str]:
 
 def _vae_name(key: str, levels: int) -> str:
     key = re.sub(r"^encoder\.down\.(\d+)\.block\.(\d+)", r"encoder.down_blocks.\1.resnets.\2", key)
-    key = re.sub(r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", key)
+    key = re.sub(
+        r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", key
+    )
 
     def up(part: str) -> Any:  # levels are counted from the latents there, from the pixels here
         return lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}.{part}"
@@ -113,24 +124,36 @@ def _vae_name(key: str, levels: int) -> str:
     key = re.sub(r"^decoder\.up\.(\d+)\.block\.", up("resnets."), key)
     key = re.sub(r"^decoder\.up\.(\d+)\.upsample\.", up("upsamplers.0."), key)
     key = re.sub(r"\.mid\.block_(\d)", lambda found: f".mid_block.resnets.{int(found[1]) - 1}", key)
-    key = re.sub(r"\.mid\.attn_1\.(\w+)", lambda found: f".mid_block.attentions.0.{VAE_ATTENTION[found[1]]}", key)
+    key = re.sub(
+        r"\.mid\.attn_1\.(\w+)",
+        lambda found: f".mid_block.attentions.0.{VAE_ATTENTION[found[1]]}",
+        key,
+    )
     key = key.replace(".nin_shortcut.", ".conv_shortcut.")
     return re.sub(r"^(encoder|decoder)\.norm_out", r"\1.conv_norm_out", key)
 
 
 def _is_matrix(key: str, value: Tensor) -> bool:
-    """Whether a tensor of diffusers' autoencoder is a matrix of its attention, a 1x1 convolution here."""
-    return ".mid_block.attentions.0." in key and key.endswith("weight") and "group_norm" not in key and value.ndim == 2
+    """Whether a tensor of diffusers' autoencoder is a matrix of its attention, a 1x1 convolution
+    here.
+    """
+    return (
+        ".mid_block.attentions.0." in key
+        and key.endswith("weight")
+        and "group_norm" not in key
+        and value.ndim == 2
+    )
 
 
-# ---- whole models ----------------------------------------------------------------------------------------------
+# ---- whole models --------------------------------------------------------------------------------
 
 
 def to_diffusers(state: Mapping[str, Tensor], layer_left_out: int = 1) -> dict[str, State]:
     """A CompVis state dict as the parts `unet`, `vae` and `text_encoder` of a pipeline.
 
     Args:
-        layer_left_out: blocks at the end of an open_clip text tower that are not read (1 for "penultimate").
+        layer_left_out: blocks at the end of an open_clip text tower that are not read (1 for
+            "penultimate").
 
     Raises:
         UserError: a tensor that a Stable Diffusion model does not have.
@@ -143,9 +166,13 @@ def to_diffusers(state: Mapping[str, Tensor], layer_left_out: int = 1) -> dict[s
         value = value[:, :, 0, 0] if ".attn_1." in key and value.ndim == 4 else value
         parts["vae"][names[key]] = value
     if text := part(state, CLIP_TEXT):
-        parts["text_encoder"] = {key: value for key, value in text.items() if not key.endswith("position_ids")}
+        parts["text_encoder"] = {
+            key: value for key, value in text.items() if not key.endswith("position_ids")
+        }
     else:
-        parts["text_encoder"] = open_clip_to_transformers(part(state, OPEN_CLIP_TEXT), layer_left_out)
+        parts["text_encoder"] = open_clip_to_transformers(
+            part(state, OPEN_CLIP_TEXT), layer_left_out
+        )
     return parts
 
 
@@ -162,26 +189,49 @@ def from_diffusers(parts: Mapping[str, State], ours: Iterable[str]) -> State:
     unet, vae = ([key.removeprefix(p) for key in ours if key.startswith(p)] for p in (UNET, VAE))
     out = _back(parts["unet"], unet_names(unet), UNET)
     modern = {_modern(key): value for key, value in parts["vae"].items()}
-    convolutions = {key: value[..., None, None] if _is_matrix(key, value) else value for key, value in modern.items()}
+    convolutions = {
+        key: value[..., None, None] if _is_matrix(key, value) else value
+        for key, value in modern.items()
+    }
     out |= _back(convolutions, vae_names(vae), VAE)
-    text = {key: value for key, value in parts["text_encoder"].items() if not key.endswith("position_ids")}
+    text = {
+        key: value
+        for key, value in parts["text_encoder"].items()
+        if not key.endswith("position_ids")
+    }
     if any(key.startswith(CLIP_TEXT) for key in ours):
-        text = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in text.items()}
+        text = {
+            key if key.startswith("text_model.") else f"text_model.{key}": value
+            for key, value in text.items()
+        }
         return out | {CLIP_TEXT + key: value for key, value in text.items()}
-    return out | {OPEN_CLIP_TEXT + key: value for key, value in transformers_to_open_clip(text).items()}
+    return out | {
+        OPEN_CLIP_TEXT + key: value for key, value in transformers_to_open_clip(text).items()
+    }
 
 
-def with_names_of_text_encoder(state: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
-    """Return a model's tensors with its text encoder under the names that are `wanted`: open_clip's or transformers'.
+def with_names_of_text_encoder(
+    state: Mapping[str, Tensor], wanted: Iterable[str]
+) -> Mapping[str, Tensor]:
+    """Return a model's tensors with its text encoder under the names that are `wanted`: open_clip's
+    or transformers'.
 
     Some programs write Stable Diffusion 2 with transformers' names.
     """
     wanted = list(wanted)
     text, open_clip_text = part(state, CLIP_TEXT), part(state, OPEN_CLIP_TEXT)
-    rest = {key: value for key, value in state.items() if not key.startswith((CLIP_TEXT, OPEN_CLIP_TEXT))}
+    rest = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith((CLIP_TEXT, OPEN_CLIP_TEXT))
+    }
     wants_open_clip = any(key.startswith(OPEN_CLIP_TEXT) for key in wanted)
     wants_transformers = any(key.startswith(CLIP_TEXT) for key in wanted)
-    if wants_open_clip and "text_model.embeddings.token_embedding.weight" in text and not open_clip_text:
+    if (
+        wants_open_clip
+        and "text_model.embeddings.token_embedding.weight" in text
+        and not open_clip_text
+    ):
         renamed = transformers_to_open_clip(text)
         return rest | {OPEN_CLIP_TEXT + key: value for key, value in renamed.items()}
     if wants_transformers and "token_embedding.weight" in open_clip_text and not text:
@@ -198,7 +248,11 @@ def vae_from_diffusers(state: Mapping[str, Tensor], ours: Iterable[str]) -> Stat
     """
     if not any(".down_blocks." in key or ".up_blocks." in key for key in state):
         return dict(state)
-    networks = [key for key in ours if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))]
+    networks = [
+        key
+        for key in ours
+        if key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    ]
     names = {theirs: key for key, theirs in vae_names(networks).items()}
     modern = {_modern(key): value for key, value in state.items()}
     return {
@@ -217,7 +271,9 @@ def _back(theirs: State, names: Mapping[str, str], prefix: str) -> State:
 
 def part(state: Mapping[str, Tensor], prefix: str) -> State:
     """The tensors whose keys start with `prefix`, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
 
 
 def _modern(key: str) -> str:
@@ -227,7 +283,7 @@ def _modern(key: str) -> str:
     return f"{head}.{OLD_VAE_ATTENTION[name]}.{kind}" if name in OLD_VAE_ATTENTION else key
 
 
-# ---- configs ------------------------------------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------
 
 
 def unet_config(params: Mapping[str, Any], image_size: int) -> dict[str, Any]:
@@ -264,7 +320,8 @@ def vae_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]
     dd = params["ddconfig"]
     if dd.get("attn_resolutions"):
         raise UserError(
-            "first_stage_config: diffusers' AutoencoderKL attends in the middle only (attn_resolutions: [])"
+            "first_stage_config: diffusers' AutoencoderKL attends in the middle only "
+            "(attn_resolutions: [])"
         )
     widths = [mult * dd["ch"] for mult in dd["ch_mult"]]
     return {
@@ -286,7 +343,10 @@ def vae_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]
 def text_config(embedder: Any) -> dict[str, Any]:
     """`text_encoder/config.json` of one of our text encoders."""
     if hasattr(embedder, "transformer"):
-        return {**embedder.transformer.text_model.config.to_dict(), "architectures": ["CLIPTextModel"]}
+        return {
+            **embedder.transformer.text_model.config.to_dict(),
+            "architectures": ["CLIPTextModel"],
+        }
     model, left_out = embedder.model, embedder.blocks_left_out
     block = model.transformer.resblocks[0]
     width = model.ln_final.normalized_shape[0]

@@ -20,7 +20,8 @@ def has_averages(state: Mapping[str, Tensor]) -> bool:
 
 
 def ema_weights(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Return a checkpoint's weights with the averages (`model_ema.*`) in the places of what they average.
+    """Return a checkpoint's weights with the averages (`model_ema.*`) in the places of what they
+    average.
 
     Raises:
         UserError: it has no averages.
@@ -40,11 +41,18 @@ def without_averages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith(AVERAGES)}
 
 
-WEIGHTS = ("trained", "ema")  # which of a checkpoint's weights: as the last step left them, or averaged
+WEIGHTS = (
+    "trained",
+    "ema",
+)  # which of a checkpoint's weights: as the last step left them, or averaged
 
 
-def weights_to_sample_from(state: Mapping[str, Tensor], path: str | Path, weights: str | None) -> dict[str, Tensor]:
-    """Return one copy of the weights: the averaged ones where there are any, unless `weights` asks for the trained."""
+def weights_to_sample_from(
+    state: Mapping[str, Tensor], path: str | Path, weights: str | None
+) -> dict[str, Tensor]:
+    """Return one copy of the weights: the averaged ones where there are any, unless `weights` asks
+    for the trained.
+    """
     if weights == "ema" or (weights is None and has_averages(state)):
         return ema_weights(state, path)
     return without_averages(state)
@@ -53,7 +61,9 @@ def weights_to_sample_from(state: Mapping[str, Tensor], path: str | Path, weight
 def weights_to_train(
     state: Mapping[str, Tensor], path: str | Path, weights: str | None, averages: bool
 ) -> Mapping[str, Tensor]:
-    """Return the trained weights, unless `weights` asks for the averaged; with the `averages` if they are to go on."""
+    """Return the trained weights, unless `weights` asks for the averaged; with the `averages` if
+    they are to go on.
+    """
     if weights == "ema":
         return ema_weights(state, path)
     if averages and has_averages(state):

@@ -1,4 +1,6 @@
-"""The Stable Diffusion families: which of our configs a stranger's weights fit, from their keys and shapes."""
+"""The Stable Diffusion families: which of our configs a stranger's weights fit, from their keys and
+shapes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of Stable Diffusion: the UNet's input channels, the width of its text, and the configs that fit."""
+    """A kind of Stable Diffusion: the UNet's input channels, the width of its text, and the configs
+    that fit.
+    """
 
     name: str
     in_channels: int
@@ -33,7 +37,8 @@ class Family:
         return [CONFIGS / name for name in self.configs]
 
     def __str__(self) -> str:
-        return f"{self.name} ({' or '.join(f'configs/stable-diffusion/{name}' for name in self.configs)})"
+        configs = " or ".join(f"configs/stable-diffusion/{name}" for name in self.configs)
+        return f"{self.name} ({configs})"
 
 
 FAMILIES = (
@@ -50,7 +55,11 @@ def recognise(state: Mapping[str, Tensor]) -> Family | None:
         return None
     width, in_channels = state[FIRST].shape[:2]
     context_dim = state[CROSS].shape[1]
-    found = (f for f in FAMILIES if (f.width, f.in_channels, f.context_dim) == (width, in_channels, context_dim))
+    found = (
+        f
+        for f in FAMILIES
+        if (f.width, f.in_channels, f.context_dim) == (width, in_channels, context_dim)
+    )
     return next(found, None)
 
 
@@ -58,14 +67,16 @@ def config_for(state: Mapping[str, Tensor], path: str | Path) -> Path:
     """The config that a checkpoint without one fits.
 
     Raises:
-        UserError: it is of no family, or of one with several configs, which keys and shapes do not tell apart.
+        UserError: it is of no family, or of one with several configs, which keys and shapes do not
+            tell apart.
     """
     family = recognise(state)
     if family is None:
         raise UserError(f"{path}: it does not say which config it was made with: give --config")
     if len(family.paths) > 1:
         raise UserError(
-            f"{path}: {family}: models at 512 pixels (2-base) predict the noise, those at 768 (2, 2.1) the velocity, "
+            f"{path}: {family}: models at 512 pixels (2-base) predict the noise, those at 768 "
+            "(2, 2.1) the velocity, "
             "and the weights do not say which: give --config"
         )
     return family.paths[0]

@@ -1,7 +1,8 @@
 """Other programs' names for the same tensors become ours: those of a CompVis checkpoint.
 
-Trainers put a mapping around the weights (`state_dict`, `model`, `module`) and words into their names (`module.`,
-`_orig_mod.`); older versions of transformers, and Stability's later code, named the text encoder in other ways.
+Trainers put a mapping around the weights (`state_dict`, `model`, `module`) and words into their
+names (`module.`, `_orig_mod.`); older versions of transformers, and Stability's later code, named
+the text encoder in other ways.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ State = dict[str, Tensor]
 
 # What trainers call the mapping of weights in a file, the most telling first.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params", "net")
-# What wrappers of modules put into names: DDP, DeepSpeed and Fabric, torch.compile, FSDP, activation checkpointing,
-# and a web UI's text encoder.
+# What wrappers of modules put into names: DDP, DeepSpeed and Fabric, torch.compile, FSDP,
+# activation checkpointing, and a web UI's text encoder.
 _WORDS = "module|_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|wrapped"
 _LEADING = re.compile(rf"^(?:(?:{_WORDS})\.)+")
 _INSIDE = re.compile(rf"(?<=\.)(?:{_WORDS})\.")
@@ -33,15 +34,22 @@ AVERAGES = "model_ema."  # how the names of a UNet's averaged weights begin
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 NETWORKS = {"UNet": UNET, "autoencoder": VAE, "text encoder": TEXT}
 # transformers before 4.0 had no `text_model` level.
-_OLD_CLIP = re.compile(r"^cond_stage_model\.transformer\.(?=(?:embeddings|encoder|final_layer_norm)\.)")
-# Stability's generative-models calls the text encoder of Stable Diffusion 1 and 2 so; XL has a second one.
+_OLD_CLIP = re.compile(
+    r"^cond_stage_model\.transformer\.(?=(?:embeddings|encoder|final_layer_norm)\.)"
+)
+# Stability's generative-models calls the text encoder of Stable Diffusion 1 and 2 so; XL has a
+# second one.
 _SGM_TEXT, _SGM_SECOND = "conditioner.embedders.0.", "conditioner.embedders.1."
 
 
 def unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """Return what is inside the mappings that trainers put around the weights."""
     for _ in range(len(WRAPPERS)):
-        inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping) and content[name]]
+        inner = [
+            content[name]
+            for name in WRAPPERS
+            if isinstance(content.get(name), Mapping) and content[name]
+        ]
         if not inner:
             break
         content = inner[0]
@@ -59,7 +67,8 @@ def with_our_names(state: Mapping[str, Tensor], path: str | Path) -> State:
     bare = {key: name.removeprefix(outer) for key, name in bare.items()}
     has_second_text_encoder = any(name.startswith(_SGM_SECOND) for name in bare.values())
 
-    # The names of averaged weights are those of the weights without dots, so they follow the same changes.
+    # The names of averaged weights are those of the weights without dots, so they follow the same
+    # changes.
     ours: dict[str, str] = {}
     averages: dict[str, str] = {}
     for key, name in bare.items():
@@ -82,7 +91,9 @@ def ema_name(key: str) -> str:
 
 
 def _outer_prefix(names: Any) -> str:
-    """Return what stands before the networks' names, such as `model.` in `model.model.diffusion_model...`."""
+    """Return what stands before the networks' names, such as `model.` in
+    `model.model.diffusion_model...`.
+    """
     names = list(names)
     if any(name.startswith(tuple(NETWORKS.values())) for name in names):
         return ""
@@ -105,14 +116,18 @@ def _refuse_collisions(ours: Mapping[str, str], path: str | Path) -> None:
     seen: dict[str, str] = {}
     for key, name in ours.items():
         if name in seen:
-            raise UserError(f"{path}: '{seen[name]}' and '{key}' are both '{name}': take one of them out of the file")
+            raise UserError(
+                f"{path}: '{seen[name]}' and '{key}' are both '{name}': take one of them out of "
+                "the file"
+            )
         seen[name] = key
 
 
 def _repaired(name: str, value: Tensor, path: str | Path) -> Tensor:
     """Return `position_ids` as the numbers from 0 that they always are.
 
-    Files that were cast or averaged as a whole have them in half precision, and 38.99 would become 38.
+    Files that were cast or averaged as a whole have them in half precision, and 38.99 would become
+    38.
     """
     if not name.endswith("embeddings.position_ids") or value.ndim == 0:
         return value

@@ -28,10 +28,18 @@ OPTIONAL_PREFIXES = (AVERAGES,)
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """Return what a checkpoint holds, for a report: the kind, how many tensors of which types, averages or not."""
+    """Return what a checkpoint holds, for a report: the kind, how many tensors of which types,
+    averages or not.
+    """
     family, other = recognise(state), of_weights(state)
     name = family.name if family else other.name if other else "weights"
-    types = sorted({str(value.dtype).removeprefix("torch.") for value in state.values() if value.is_floating_point()})
+    types = sorted(
+        {
+            str(value.dtype).removeprefix("torch.")
+            for value in state.values()
+            if value.is_floating_point()
+        }
+    )
     averages = ", averaged weights beside the trained ones" if has_averages(state) else ""
     return f"{name}, {len(state)} tensors ({', '.join(types)}){averages}"
 
@@ -56,24 +64,36 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ignore: Iterable[str] = ()) -> LoadReport:
+def compare(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ignore: Iterable[str] = ()
+) -> LoadReport:
     """Return which of a checkpoint's tensors the model uses, without loading them.
 
     Raises:
-        UserError: a tensor has another shape than the model's, one is missing that the model needs, or the UNet in the
-            file has more of them: the model would compute something else.
+        UserError: a tensor has another shape than the model's, one is missing that the model needs,
+            or the UNet in the file has more of them: the model would compute something else.
     """
     ignore = tuple(ignore)
-    wanted = {key: value for key, value in model.state_dict().items() if not (ignore and key.startswith(ignore))}
+    wanted = {
+        key: value
+        for key, value in model.state_dict().items()
+        if not (ignore and key.startswith(ignore))
+    }
     used = [key for key in wanted if key in state]
     of_config = config_keys(model)
     built = [key for key in wanted if key not in state and key in of_config]
     missing = [key for key in wanted if key not in state and key not in of_config]
     unexpected = [key for key in state if key not in wanted]
     optional = OPTIONAL_PREFIXES + _optional_keys(model)
-    needed = [key for key in missing if not (key.endswith(OPTIONAL_SUFFIXES) or key.startswith(optional))]
+    needed = [
+        key for key in missing if not (key.endswith(OPTIONAL_SUFFIXES) or key.startswith(optional))
+    ]
     wrong = [key for key in used if state[key].shape != wanted[key].shape]
-    more = [key for key in unexpected if key.startswith(UNET)] if any(key.startswith(UNET) for key in wanted) else []
+    more = (
+        [key for key in unexpected if key.startswith(UNET)]
+        if any(key.startswith(UNET) for key in wanted)
+        else []
+    )
 
     # Weights of something else are named as what they are, not by their first tensor.
     other = of_weights(state) if wrong or needed or more else None
@@ -87,19 +107,23 @@ def compare(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ign
         )
     if needed:
         raise UserError(
-            f"{path}: {len(needed)} of the model's {len(wanted)} tensors are missing, first '{needed[0]}' "
+            f"{path}: {len(needed)} of the model's {len(wanted)} tensors are missing, first "
+            f"'{needed[0]}' "
             f"(the file has {len(state)}, first '{next(iter(state), None)}'): {_advice(state)}"
         )
     if more:
         raise UserError(
-            f"{path}: the UNet in it has {len(more)} tensors that the config's model has no place for, first "
+            f"{path}: the UNet in it has {len(more)} tensors that the config's model has no "
+            "place for, first "
             f"'{more[0]}': {_advice(state)}"
         )
     return LoadReport(used, missing, unexpected, built)
 
 
 def _optional_keys(model: nn.Module) -> tuple[str, ...]:
-    """Return the beginnings of keys that modules can do without in a checkpoint, as their `optional_keys` say."""
+    """Return the beginnings of keys that modules can do without in a checkpoint, as their
+    `optional_keys` say.
+    """
     return tuple(_keys_of(model, "optional_keys"))
 
 
@@ -117,18 +141,28 @@ def _keys_of(model: nn.Module, attribute: str) -> list[str]:
 
 
 def _advice(state: Mapping[str, Tensor]) -> str:
-    """Return which config fits a checkpoint that does not fit the one at hand, or which network it lacks."""
-    absent = [name for name, prefix in NETWORKS.items() if not any(key.startswith(prefix) for key in state)]
+    """Return which config fits a checkpoint that does not fit the one at hand, or which network it
+    lacks.
+    """
+    absent = [
+        name
+        for name, prefix in NETWORKS.items()
+        if not any(key.startswith(prefix) for key in state)
+    ]
     if 0 < len(absent) < len(NETWORKS):
         return f"it has no {' and no '.join(absent)}: a file with all three networks is needed"
     family = recognise(state)
-    return f"the file is {family}" if family else "use the config that this checkpoint was made with"
+    return (
+        f"the file is {family}" if family else "use the config that this checkpoint was made with"
+    )
 
 
 def load_state(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, ignore: Iterable[str] = ()
 ) -> LoadReport:
-    """Copy a checkpoint's tensors into the model; raises as `compare` does, before anything is changed."""
+    """Copy a checkpoint's tensors into the model; raises as `compare` does, before anything is
+    changed.
+    """
     report = compare(model, state, path, ignore)
     model.load_state_dict({key: state[key] for key in report.used}, strict=False)
     log.info("%s: %s", path, report)
@@ -136,12 +170,17 @@ def load_state(
 
 
 def adopt_state(
-    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    dtype: torch.dtype | None = None,
 ) -> LoadReport:
-    """Make a checkpoint's tensors the model's own instead of copying them: there is never a second copy.
+    """Make a checkpoint's tensors the model's own instead of copying them: there is never a second
+    copy.
 
-    Those of a mapped file stay in it until they are written to (which the file does not see) or moved to a device:
-    meanwhile the file may be replaced, as this project does, but not be written over in place.
+    Those of a mapped file stay in it until they are written to (which the file does not see) or
+    moved to a device: meanwhile the file may be replaced, as this project does, but not be written
+    over in place.
 
     Args:
         dtype: of all matrices and convolutions; by default each has that of the model.
@@ -166,18 +205,25 @@ def adopt_state(
 
 
 def load_into(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = ()) -> LoadReport:
-    """Load a checkpoint file into a module; keys that start with one of `ignore_keys` stay as they are."""
+    """Load a checkpoint file into a module; keys that start with one of `ignore_keys` stay as they
+    are.
+    """
     return load_state(module, state_dict_of(read_checkpoint(path), path), path, ignore_keys)
 
 
 class EmptyInit(torch.overrides.TorchFunctionMode):
-    """Inside, the initialisation that layers do by default is skipped: for models that a checkpoint will fill.
+    """Inside, the initialisation that layers do by default is skipped: for models that a checkpoint
+    will fill.
 
     Saves the time, and the memory of pages that nobody touches.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -186,12 +232,16 @@ class EmptyInit(torch.overrides.TorchFunctionMode):
 
 
 def instantiate_filled(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Any, LoadReport]:
     """Return the model of a config with a checkpoint's tensors as its own, see `adopt_state`.
 
-    No weight is initialised that the checkpoint then overwrites, and none is there twice; but where the checkpoint
-    lacks some that need an initialisation, the whole model is initialised, and is there twice for a moment.
+    No weight is initialised that the checkpoint then overwrites, and none is there twice; but where
+    the checkpoint lacks some that need an initialisation, the whole model is initialised, and is
+    there twice for a moment.
 
     Raises:
         UserError: as `compare` does.
@@ -200,7 +250,10 @@ def instantiate_filled(
         model = instantiate_from_config(config, "model")
     state = fitted(model, state, path)
     missing = compare(model, state, path).missing
-    if any(not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(OPTIONAL_PREFIXES) for key in missing):
+    if any(
+        not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(OPTIONAL_PREFIXES)
+        for key in missing
+    ):
         model = instantiate_from_config(config, "model")
     report = adopt_state(model, state, path, dtype)
     if any(key.startswith(OPTIONAL_PREFIXES) for key in report.missing):
@@ -209,11 +262,13 @@ def instantiate_filled(
     return model, report
 
 
-# ---- what the model says about the file ---------------------------------------------------------------------------
+# ---- what the model says about the file ----------------------------------------------------------
 
 
 def fitted(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> Mapping[str, Tensor]:
-    """Return a checkpoint's tensors as the config's model has them: its text encoder's names, a schedule to trust."""
+    """Return a checkpoint's tensors as the config's model has them: its text encoder's names, a
+    schedule to trust.
+    """
     own = model.state_dict()
     state = with_names_of_text_encoder(state, own)
     return with_exact_schedule(state, {key: own[key] for key in config_keys(model)}, path)
@@ -222,10 +277,11 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> M
 def with_exact_schedule(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path
 ) -> Mapping[str, Tensor]:
-    """Return the tensors with a schedule in full precision: the file's, or `own`, which the config's model has.
+    """Return the tensors with a schedule in full precision: the file's, or `own`, which the
+    config's model has.
 
-    A schedule that is there as a whole, in float32, is the file's affair. One that was rounded with the weights, or
-    of which a part was left out, is built from the config, if it is the config's.
+    A schedule that is there as a whole, in float32, is the file's affair. One that was rounded with
+    the weights, or of which a part was left out, is built from the config, if it is the config's.
 
     Raises:
         UserError: a part of a schedule that is not the config's.
@@ -233,20 +289,33 @@ def with_exact_schedule(
     theirs = {key: state[key] for key in own if key in state and state[key].shape == own[key].shape}
     if not theirs or len(theirs) < len([key for key in own if key in state]):
         return state  # none, or of another length, which does not fit anyway
-    exact = all(torch.finfo(value.dtype).bits >= 32 for value in theirs.values() if value.is_floating_point())
-    is_config_s = all(_same_up_to_rounding(value, own[key]) for key, value in theirs.items() if key in TELLING)
-    rescaled = "betas" in own and bool(own["betas"][-1] == 1)  # zero terminal SNR, from any base model
+    exact = all(
+        torch.finfo(value.dtype).bits >= 32
+        for value in theirs.values()
+        if value.is_floating_point()
+    )
+    is_config_s = all(
+        _same_up_to_rounding(value, own[key]) for key, value in theirs.items() if key in TELLING
+    )
+    rescaled = "betas" in own and bool(
+        own["betas"][-1] == 1
+    )  # zero terminal SNR, from any base model
     if len(theirs) == len(own) and exact:
         if not is_config_s and not rescaled:
-            log.warning("%s: its noise schedule is not the config's: that of the file is used", path)
+            log.warning(
+                "%s: its noise schedule is not the config's: that of the file is used", path
+            )
         return state
     if is_config_s or rescaled:
         return {**state, **own}
     if len(theirs) == len(own):
-        log.warning("%s: its noise schedule is not the config's, and is rounded to %s", path, _types(theirs))
+        log.warning(
+            "%s: its noise schedule is not the config's, and is rounded to %s", path, _types(theirs)
+        )
         return state
     raise UserError(
-        f"{path}: it has only {', '.join(theirs)} of its noise schedule, which is not the config's: give the config "
+        f"{path}: it has only {', '.join(theirs)} of its noise schedule, which is not the "
+        "config's: give the config "
         "that this checkpoint was made with"
     )
 
@@ -260,4 +329,6 @@ def _same_up_to_rounding(value: Tensor, exact: Tensor) -> bool:
 
 
 def _types(tensors: Mapping[str, Tensor]) -> str:
-    return " and ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()}))
+    return " and ".join(
+        sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values()})
+    )

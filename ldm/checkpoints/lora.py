@@ -16,7 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoints.diffusers_format import CLIP_TEXT, OPEN_CLIP_TEXT, UNET, VAE, part, to_diffusers, unet_names
+from ldm.checkpoints.diffusers_format import (
+    CLIP_TEXT,
+    OPEN_CLIP_TEXT,
+    UNET,
+    VAE,
+    part,
+    to_diffusers,
+    unet_names,
+)
 from ldm.checkpoints.lora_formats import LowRank, parse_lora, place
 from ldm.errors import UserError
 from ldm.modules.encoders.names import open_clip_to_transformers

@@ -1,12 +1,12 @@
 """Files that are no checkpoint, and weights of something else: named in one line, with the way out.
 
-`of_bytes` and `of_folder` look at what lies on the disk before it is read; `of_content` and `of_weights` look at what
-was read. Each returns a text that ends a message, or None where nothing speaks against a checkpoint.
+`of_bytes` looks at what lies on the disk before it is read; `of_content` and
+`of_weights` look at what was read. Each returns a text that ends a message, or None where nothing
+speaks against a checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -21,17 +21,19 @@ from ldm.checkpoints.unpickle import is_module
 
 AGAIN = "download it again"
 
-# ---- by the first bytes -------------------------------------------------------------------------------------------
+# ---- by the first bytes --------------------------------------------------------------------------
 
 HEAD = 4096  # bytes that are looked at
+ORIGINAL = "give the .safetensors or .ckpt that it was made of"
+OF_PYTORCH = "not a checkpoint of PyTorch: give the .safetensors or .ckpt of this model"
 PICTURE = "a picture, not a checkpoint: give the file of the weights"
 ARCHIVE = "archive, not a checkpoint: unpack it, and give the file of the weights in it"
 
 # What a file is that begins so.
 SIGNATURES = {
-    b"GGUF": "a GGUF file, whose quantised weights are not read: give the .safetensors or .ckpt that it was made of",
-    b"ggml": "a GGML file, whose quantised weights are not read: give the .safetensors or .ckpt that it was made of",
-    b"\x89HDF": "an HDF5 file (Keras), not a checkpoint of PyTorch: give the .safetensors or .ckpt of this model",
+    b"GGUF": f"a GGUF file, whose quantised weights are not read: {ORIGINAL}",
+    b"ggml": f"a GGML file, whose quantised weights are not read: {ORIGINAL}",
+    b"\x89HDF": f"an HDF5 file (Keras), {OF_PYTORCH}",
     b"\x93NUMPY": "a numpy array, not a checkpoint: give the .safetensors or .ckpt of this model",
     b"\x89PNG": PICTURE,
     b"\xff\xd8\xff": PICTURE,
@@ -48,7 +50,9 @@ SIGNATURES = {
 }
 
 LFS = b"version https://git-lfs"
-ONNX = re.compile(rb"\x08[\x01-\x20](?:\x12|\x1a|\x3a|\x42)")  # ir_version, then a field that follows it
+ONNX = re.compile(
+    rb"\x08[\x01-\x20](?:\x12|\x1a|\x3a|\x42)"
+)  # ir_version, then a field that follows it
 PARTIAL = (".part", ".partial", ".crdownload", ".aria2", ".download", ".tmp", ".incomplete", ".!ut")
 # Names of files with weights, in the order in which a folder's are offered.
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -61,18 +65,23 @@ def of_bytes(path: Path) -> str | None:
     if not head:
         return f"truncated or not a checkpoint: it is empty (0 bytes): {AGAIN}"
     if path.suffix in PARTIAL:
-        return f"an unfinished download ({path.suffix}), not a checkpoint: let it finish, or {AGAIN}"
+        return (
+            f"an unfinished download ({path.suffix}), not a checkpoint: let it finish, or {AGAIN}"
+        )
     if head.startswith(LFS):
         return _lfs_pointer(head)
     for beginning, what in SIGNATURES.items():
         if head.startswith(beginning):
             return what
-    if path.suffix == ".onnx" or (ONNX.match(head) and b"onnx" in head.lower() + path.name.lower().encode()):
-        return "an ONNX model, whose graph is not read: give the .safetensors or .ckpt that it was made of"
+    if path.suffix == ".onnx" or (
+        ONNX.match(head) and b"onnx" in head.lower() + path.name.lower().encode()
+    ):
+        return f"an ONNX model, whose graph is not read: {ORIGINAL}"
     if head[4:8] == b"TFL3":
-        return "a TensorFlow Lite model, not a checkpoint of PyTorch: give the .safetensors or .ckpt of this model"
+        return f"a TensorFlow Lite model, {OF_PYTORCH}"
     if len(head) > 64 and not head.strip(b"\0"):
-        return f"truncated or not a checkpoint: it begins with zeros alone, as an unfinished download does: {AGAIN}"
+        zeros = "it begins with zeros alone, as an unfinished download does"
+        return f"truncated or not a checkpoint: {zeros}: {AGAIN}"
     if head.startswith(b"PK\x03\x04") or head.startswith(b"PK\x05\x06"):
         return _other_zip(path)
     return _text(path, head)
@@ -83,13 +92,16 @@ def _lfs_pointer(head: bytes) -> str:
     size = re.search(rb"size (\d+)", head)
     of_size = f" of {int(size[1]) / 1e9:.2f} GB" if size else ""
     return (
-        f"a Git LFS pointer, not the file{of_size} that it stands for: run 'git lfs pull' in its repository, "
+        f"a Git LFS pointer, not the file{of_size} that it stands for: run 'git lfs pull' in its "
+        "repository, "
         "or download the file itself"
     )
 
 
 def _other_zip(path: Path) -> str | None:
-    """Return what a zip archive is that torch did not write; None for one that it did, or that cannot be read."""
+    """Return what a zip archive is that torch did not write; None for one that it did, or that
+    cannot be read.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -98,8 +110,10 @@ def _other_zip(path: Path) -> str | None:
     if any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
         return None
     if names and all(name.endswith(".npy") for name in names):
-        return "an archive of numpy arrays, not a checkpoint: give the .safetensors or .ckpt of this model"
-    inside = next((name for name in names if name.endswith(WEIGHT_SUFFIXES)), names[0] if names else "nothing")
+        return f"an archive of numpy arrays, {OF_PYTORCH}"
+    inside = next(
+        (name for name in names if name.endswith(WEIGHT_SUFFIXES)), names[0] if names else "nothing"
+    )
     return f"a zip {ARCHIVE} ({len(names)} files, such as '{inside}')"
 
 
@@ -114,7 +128,8 @@ def _text(path: Path, head: bytes) -> str | None:
     beginning = text[:400].lower()
     if "<html" in beginning or beginning.startswith("<!doctype html"):
         return (
-            "an HTML page, not a checkpoint: the link led to a web page (a login, a licence to accept), and the page "
+            "an HTML page, not a checkpoint: the link led to a web page (a login, a licence to "
+            "accept), and the page "
             "was saved; download the file itself"
         )
     if beginning.startswith(("<?xml", "<error")):
@@ -137,71 +152,7 @@ def _short(text: str) -> str:
     return " ".join(text.split())[:60]
 
 
-# ---- folders ------------------------------------------------------------------------------------------------------
-
-NO_PIPELINE = "a folder, and no diffusers pipeline (model_index.json, unet/, vae/, text_encoder/)"
-PIPELINE_PARTS = ("unet", "vae", "text_encoder")
-
-
-def of_folder(folder: Path) -> str | None:
-    """Return what a folder is that cannot be read as a pipeline; None for a pipeline of Stable Diffusion."""
-    index = read_json(folder / "model_index.json")
-    name = str(index.get("_class_name", ""))
-    if (folder / "transformer").is_dir() or (folder / "text_encoder_2").is_dir() or "XL" in name:
-        return f"a pipeline of another kind ({name or 'no Stable Diffusion 1 or 2'}): {SUPPORTED}"
-    if (folder / "unet").is_dir():
-        return None
-    if (folder / "prior").is_dir() or (index and "unet" not in index):
-        return f"a pipeline of another kind ({name}): {SUPPORTED}"
-    return _part_of_pipeline(folder) or _folder_of_files(folder)
-
-
-def _part_of_pipeline(folder: Path) -> str | None:
-    """Return the way out where a folder is one part of a pipeline."""
-    kind = str(read_json(folder / "config.json").get("_class_name", ""))
-    is_part = folder.name in PIPELINE_PARTS or kind in ("UNet2DConditionModel", "AutoencoderKL")
-    if not is_part or not (folder / "config.json").exists():
-        return None
-    parent = folder.resolve().parent
-    whole = all((parent / name).is_dir() for name in PIPELINE_PARTS)
-    way_out = f"give the whole pipeline, {parent}" if whole else "a whole model is needed, give the pipeline's folder"
-    return f"one part of a diffusers pipeline ({kind or folder.name}): {way_out}"
-
-
-def _folder_of_files(folder: Path) -> str:
-    """Return what else a folder is, with the file in it that was probably meant."""
-    if (folder / "zero_to_fp32.py").exists() or (folder / "latest").exists():
-        return "a DeepSpeed checkpoint folder: make one file of it with the zero_to_fp32.py in it, and give that"
-    if (folder / ".metadata").exists() or any(folder.glob("*.distcp")):
-        return (
-            "a distributed checkpoint folder: make one file of it with "
-            "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch', and give that"
-        )
-    snapshots = sorted(folder.glob("snapshots/*/model_index.json"))
-    if snapshots:
-        return f"a folder of the Hugging Face cache: give the pipeline in it, {snapshots[-1].parent}"
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.exists():
-        return f"a run's folder: give the checkpoint in it, {last}"
-    inside = [path for suffix in WEIGHT_SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))]
-    if inside:
-        return f"{NO_PIPELINE}: give the file in it, such as {inside[0]}"
-    pipelines = sorted(folder.glob("*/model_index.json"))
-    if pipelines:
-        return f"{NO_PIPELINE}: give the pipeline in it, {pipelines[0].parent}"
-    return f"{NO_PIPELINE}: give a file of weights, or a pipeline's folder"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file; an empty one where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-# ---- by what was read ---------------------------------------------------------------------------------------------
+# ---- by what was read ----------------------------------------------------------------------------
 
 SUPPORTED = "Stable Diffusion 1 and 2 are read"
 NEEDS_WHOLE = "a whole model is needed"
@@ -239,13 +190,15 @@ OTHER_KIND = f"not read: {SUPPORTED}"
 KINDS = (
     _kind(
         "a LoRA, not a whole model",
-        "merge it into the model that it was made for (scripts/convert.py --ckpt MODEL --lora THIS)",
+        "merge it into the model that it was made for (scripts/convert.py --ckpt MODEL --lora "
+        "THIS)",
         r"^lora_(unet|te\d?|prior)_|[._]lora[._](down|up|mid|A|B)\b|lora_linear_layer|\.hada_w[12]|\.lokr_w[12]|\.oft_",
         r"\.base_layer\.",
     ),
     _kind(
         "a textual-inversion embedding, not a whole model",
-        "give it beside a model (stable_txt2img.py --embedding_path, main.py --embedding_manager_ckpt)",
+        "give it beside a model (stable_txt2img.py --embedding_path, main.py "
+        "--embedding_manager_ckpt)",
         r"^(string_to_param|emb_params|clip_[lg])$",
     ),
     _kind(
@@ -255,9 +208,20 @@ KINDS = (
         UNET,
     ),
     _kind("an IP-Adapter, not a whole model", NEEDS_WHOLE, r"^(ip_adapter|image_proj)(\.|$)", UNET),
-    _kind("a T2I-Adapter, not a whole model", NEEDS_WHOLE, r"^(adapter\.)?body\.\d+\.(block1|resnets|in_conv)\b", UNET),
-    _kind("an AnimateDiff motion module, not a whole model", NEEDS_WHOLE, r"motion_modules\.", UNET),
-    _kind("an upscaler, not a model that draws", NEEDS_WHOLE, r"RRDB_trunk|rdb1\.|\.RDB1\.|^model\.1\.sub\."),
+    _kind(
+        "a T2I-Adapter, not a whole model",
+        NEEDS_WHOLE,
+        r"^(adapter\.)?body\.\d+\.(block1|resnets|in_conv)\b",
+        UNET,
+    ),
+    _kind(
+        "an AnimateDiff motion module, not a whole model", NEEDS_WHOLE, r"motion_modules\.", UNET
+    ),
+    _kind(
+        "an upscaler, not a model that draws",
+        NEEDS_WHOLE,
+        r"RRDB_trunk|rdb1\.|\.RDB1\.|^model\.1\.sub\.",
+    ),
     _kind("a Stable Diffusion unCLIP model", OTHER_KIND, r"^noise_augmentor\."),
     _kind(
         "a Stable Diffusion XL model",
@@ -313,27 +277,40 @@ KINDS = (
     ),
 )
 
-HYPERNETWORK = "a hypernetwork, not a whole model: hypernetworks are not read; give the model that it was trained on"
+HYPERNETWORK = "a hypernetwork, not a whole model: not read; give the model that it was trained on"
 OPTIMIZER = (
-    "the state of an optimizer alone, without weights: give the file of the weights, which a training writes beside it"
+    "the state of an optimizer alone, without weights: give the file of the weights, which a "
+    "training writes beside it"
 )
 
 
 def of_content(content: Mapping[Any, Any]) -> str | None:
     """Return what a read file holds, where that is no named weights."""
-    is_embedding = "string_to_param" in content or "emb_params" in content or _is_one_vector(content)
+    is_embedding = (
+        "string_to_param" in content or "emb_params" in content or _is_one_vector(content)
+    )
     if is_embedding:
         return str(KINDS[1])
-    if any(isinstance(key, int) and isinstance(value, (list, tuple)) for key, value in content.items()):
+    if any(
+        isinstance(key, int) and isinstance(value, (list, tuple)) for key, value in content.items()
+    ):
         return HYPERNETWORK
     if {"image_proj", "ip_adapter"} <= set(content):
         return str(KINDS[3])
     for key, value in content.items():
         if is_module(value):
-            return f"not weights: its '{key}' is a whole pickled module: save its state_dict() instead"
+            return (
+                f"not weights: its '{key}' is a whole pickled module: save its state_dict() instead"
+            )
     has_weights = unwrapped(content) is not content
-    optimizer = {"param_groups", "optimizer_states", "optimizer_state_dict", "optimizer"} & set(content)
-    if optimizer and not has_weights and not any(isinstance(value, Tensor) for value in content.values()):
+    optimizer = {"param_groups", "optimizer_states", "optimizer_state_dict", "optimizer"} & set(
+        content
+    )
+    if (
+        optimizer
+        and not has_weights
+        and not any(isinstance(value, Tensor) for value in content.values())
+    ):
         return OPTIMIZER
     return None
 
@@ -342,7 +319,11 @@ def _is_one_vector(content: Mapping[Any, Any]) -> bool:
     """Whether a file is a diffusers embedding: one word, or two, and their vectors."""
     vectors = [value for value in content.values() if isinstance(value, Tensor)]
     wide = all(value.ndim in (1, 2) and value.shape[-1] >= 64 for value in vectors)
-    return 0 < len(content) == len(vectors) <= 2 and wide and not any("." in str(key) for key in content)
+    return (
+        0 < len(content) == len(vectors) <= 2
+        and wide
+        and not any("." in str(key) for key in content)
+    )
 
 
 def of_weights(keys: Iterable[str]) -> Kind | None:

@@ -1,7 +1,7 @@
 """Diffusers pipeline folders: read in every form that people have them in, and written.
 
-A folder has a part for each network (`unet/`, `vae/`, `text_encoder/`), the tokenizer's files, the schedule and
-`model_index.json`. Which name a tensor has there says `diffusers_format`.
+A folder has a part for each network (`unet/`, `vae/`, `text_encoder/`), the tokenizer's files, the
+schedule and `model_index.json`. Which name a tensor has there says `diffusers_format`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ldm.checkpoints.diffusers_format import (
 )
 from ldm.checkpoints.families import FAMILIES
 from ldm.checkpoints.layouts import with_our_names
-from ldm.checkpoints.other_files import of_folder, read_json
+from ldm.checkpoints.other_folders import of_folder, read_json
 from ldm.checkpoints.reading import is_shard, is_shard_index, read_checkpoint, state_dict_of
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
@@ -45,7 +45,11 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
-WEIGHTS_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+WEIGHTS_FILES = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 OLD_TEXT_FILE = "pytorch_model"  # what transformers called a .bin file
 VERSION = {"_diffusers_version": "0.30.0"}  # of the format; pipelines ask how old a folder is
 LIBRARIES = {
@@ -59,7 +63,7 @@ LIBRARIES = {
     "image_encoder": (None, None),
 }
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def open_pipeline(folder: Path, given: Mapping[str, Any] | None) -> tuple[State, Mapping[str, Any]]:
@@ -69,7 +73,8 @@ def open_pipeline(folder: Path, given: Mapping[str, Any] | None) -> tuple[State,
         given: the config; by default that of the folder's family, with the folder's schedule.
 
     Raises:
-        UserError: it is no pipeline of Stable Diffusion, its weights do not fit, or a config has to be given.
+        UserError: it is no pipeline of Stable Diffusion, its weights do not fit, or a config has to
+            be given.
     """
     if what := of_folder(folder):
         raise UserError(f"{folder}: {what}")
@@ -115,7 +120,8 @@ def read_part(file: Path) -> State:
 def weights_file(folder: Path, name: str) -> Path:
     """Return the file of a part's weights, or the index of several: the most exact that there is.
 
-    Variants such as `model.fp16.safetensors` come after the plain file, `.bin` after `.safetensors`.
+    Variants such as `model.fp16.safetensors` come after the plain file, `.bin` after
+    `.safetensors`.
 
     Raises:
         UserError: there is none.
@@ -144,17 +150,24 @@ def part_file(folder: Path, stem: str) -> Path | None:
             pieces.append(path)
         elif is_shard_index(path) or path.suffix in (".safetensors", ".bin"):
             variant = re.sub(r"\.(safetensors|bin|index|json)\b", "", matched[2])
-            rank = ("", ".fp32", ".bf16", ".fp16").index(variant) if variant in ("", ".fp32", ".bf16", ".fp16") else 4
+            rank = (
+                ("", ".fp32", ".bf16", ".fp16").index(variant)
+                if variant in ("", ".fp32", ".bf16", ".fp16")
+                else 4
+            )
             found.append(((rank, variant, ".bin" in path.name, is_shard_index(path)), path))
     if found:
         return min(found)[1]
     if pieces:
-        raise UserError(f"{pieces[0]}: a piece of a sharded file, whose index (*.index.json) is not beside it")
+        raise UserError(
+            f"{pieces[0]}: a piece of a sharded file, whose index (*.index.json) is not beside it"
+        )
     return None
 
 
 def config_of_pipeline(folder: str | Path) -> Path:
-    """Return the file of our config that a pipeline folder fits, from its UNet's and scheduler's configs.
+    """Return the file of our config that a pipeline folder fits, from its UNet's and scheduler's
+    configs.
 
     Raises:
         UserError: it is no pipeline, or of none of the families that we have a config of.
@@ -171,15 +184,22 @@ def config_of_pipeline(folder: str | Path) -> Path:
         if same != (width, shape.get("in_channels"), shape.get("cross_attention_dim")):
             continue
         if not scheduler and len(family.paths) > 1:
-            raise UserError(f"{folder}: {family}, and no scheduler/scheduler_config.json says which: give --config")
+            raise UserError(
+                f"{folder}: {family}, and no scheduler/scheduler_config.json says which: give "
+                "--config"
+            )
         fitting = [path for path in family.paths if path.name.endswith("-v.yaml") == velocity]
-        # A model of another family that was trained to predict the velocity: only its schedule's keys differ.
+        # A model of another family that was trained to predict the velocity: only its schedule's
+        # keys differ.
         return fitting[0] if fitting else family.paths[0]
-    raise UserError(f"{folder}: a pipeline of none of the kinds that come with a config: give --config")
+    raise UserError(
+        f"{folder}: a pipeline of none of the kinds that come with a config: give --config"
+    )
 
 
 def schedule_of_pipeline(folder: Path) -> dict[str, Any]:
-    """Return the keys of `model.params` that a folder's scheduler says, whichever class of scheduler it is.
+    """Return the keys of `model.params` that a folder's scheduler says, whichever class of
+    scheduler it is.
 
     Raises:
         UserError: it is a schedule that ours cannot be.
@@ -189,14 +209,17 @@ def schedule_of_pipeline(folder: Path) -> dict[str, Any]:
         return {}
     name = scheduler.get("_class_name", "the scheduler")
     if scheduler.get("trained_betas") is not None or "FlowMatch" in str(name):
-        raise UserError(f"{folder}: the schedule of its {name} is not one that Stable Diffusion 1 and 2 have")
+        raise UserError(
+            f"{folder}: the schedule of its {name} is not one that Stable Diffusion 1 and 2 have"
+        )
     ours = {theirs: name for name, theirs in BETA_SCHEDULES.items()}
     predictions = {theirs: name for name, theirs in PREDICTIONS.items()}
     shape = scheduler.get("beta_schedule", "linear")
     prediction = scheduler.get("prediction_type", "epsilon")
     if shape not in ours or prediction not in predictions:
         raise UserError(
-            f"{folder}: its {name} has beta_schedule '{shape}' and prediction_type '{prediction}': not read"
+            f"{folder}: its {name} has beta_schedule '{shape}' and prediction_type "
+            f"'{prediction}': not read"
         )
     return {
         "timesteps": scheduler.get("num_train_timesteps", 1000),
@@ -208,7 +231,11 @@ def schedule_of_pipeline(folder: Path) -> dict[str, Any]:
     }
 
 
-SCHEDULE_DEFAULTS = {"beta_schedule": "linear", "parameterization": "eps", "zero_terminal_snr": False}
+SCHEDULE_DEFAULTS = {
+    "beta_schedule": "linear",
+    "parameterization": "eps",
+    "zero_terminal_snr": False,
+}
 
 
 def _differences(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +258,7 @@ def _warn_of_another_schedule(folder: Path, config: Mapping[str, Any]) -> None:
         log.warning("%s: was trained with %s %s; the config's %s is used", folder, key, value, ours)
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def check_new_folder(folder: Path) -> None:
@@ -272,7 +299,8 @@ def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> 
         needed = tensor_bytes(parts)
         if needed > free:
             raise UserError(
-                f"{folder}: not written: it needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+                f"{folder}: not written: it needs {needed / 1e9:.2f} GB, the disk has "
+                f"{free / 1e9:.2f} GB free"
             )
         # Everything is made in a temporary folder beside it, which then gets the name.
         with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}.") as temporary:
@@ -305,7 +333,7 @@ def _write_weights(root: Path, parts: Mapping[str, State]) -> None:
 
 
 def save_tokenizer(folder: Path, max_length: int, pad: int) -> None:
-    """Write the files of transformers' `CLIPTokenizer`, from the vocabulary that open_clip ships."""
+    """Write the files of transformers' `CLIPTokenizer`, from the vocabulary of open_clip."""
     vocabulary, merges = tokenizer.vocabulary()
     words = {number: word for word, number in vocabulary.items()}
     special = {
@@ -313,7 +341,12 @@ def save_tokenizer(folder: Path, max_length: int, pad: int) -> None:
         "eos_token": words[tokenizer.END],
         "unk_token": words[tokenizer.END],
     }
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "pad_token": words[pad], **special}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": max_length,
+        "pad_token": words[pad],
+        **special,
+    }
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

@@ -1,4 +1,4 @@
-"""Checkpoint files, read without running their code, by what is in them rather than by their name."""
+"""Checkpoint files, read by what is in them rather than by their name; no code of theirs runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoints.layouts import unwrapped
-from ldm.checkpoints.other_files import ARCHIVE, WEIGHT_SUFFIXES, of_bytes, of_folder
+from ldm.checkpoints.other_files import ARCHIVE, WEIGHT_SUFFIXES, of_bytes
+from ldm.checkpoints.other_folders import of_folder
 from ldm.checkpoints.unpickle import SAFE_PICKLE, is_module
 from ldm.errors import UserError, nearest
 from ldm.files import first_line
@@ -23,7 +24,8 @@ from ldm.files import first_line
 log = logging.getLogger(__name__)
 
 SHARD_INDEX = ".safetensors.index.json"
-# As diffusers and transformers name them: `model.safetensors.index.json`, `model.safetensors.index.fp16.json`.
+# As diffusers and transformers name them: `model.safetensors.index.json`,
+# `model.safetensors.index.fp16.json`.
 _INDEX_NAME = re.compile(r"\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
 _SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.")
 
@@ -34,12 +36,13 @@ CUT_OFF = "it ends too early: download it again"
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read everything that a file of weights holds, on the CPU, memory-mapped where possible.
 
-    The content says what it is, not the name: safetensors, or a pickle of `torch.save` (`.ckpt`, `.pt`, `.pth`,
-    `.bin`). Of a sharded one the path is that of its index. Pickled classes other than tensors and plain containers
-    come back as `Stub`s; no code of the file runs.
+    The content says what it is, not the name: safetensors, or a pickle of `torch.save` (`.ckpt`,
+    `.pt`, `.pth`, `.bin`). Of a sharded one the path is that of its index. Pickled classes other
+    than tensors and plain containers come back as `Stub`s; no code of the file runs.
 
     Raises:
-        UserError: no such file, or one that is truncated or not a checkpoint; the message says what it is.
+        UserError: no such file, or one that is truncated or not a checkpoint; the message says what
+            it is.
     """
     path = Path(path)
     _refuse_what_is_no_file(path)
@@ -56,32 +59,40 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _refuse_what_is_no_file(path: Path) -> None:
-    """Raise a `UserError` that says what is at a path, or what is nearest to it, if that is no file."""
+    """Raise a `UserError` that says what is at a path, or what is nearest to it, if that is no
+    file.
+    """
     if path.is_file():
         return
     if path.is_dir():
         what = of_folder(path) or "a diffusers pipeline, where a file is needed"
         raise UserError(f"{path}: no such checkpoint: {what}")
     if path.is_symlink():
-        raise UserError(f"{path}: no such checkpoint: a link to {path.readlink()}, which is not there")
+        raise UserError(
+            f"{path}: no such checkpoint: a link to {path.readlink()}, which is not there"
+        )
     if path.exists():
         raise UserError(f"{path}: no such checkpoint: neither a file nor a folder")
     beside = [other.name for other in path.parent.glob("*") if other.suffix in WEIGHT_SUFFIXES]
     raise UserError(f"{path}: no such checkpoint{nearest(path.name, beside)}")
 
 
-# ---- safetensors --------------------------------------------------------------------------------------------------
+# ---- safetensors ---------------------------------------------------------------------------------
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of a JSON header in 8 bytes, then the header."""
+    """Whether a file begins as safetensors do: the length of a JSON header in 8 bytes, then the
+    header.
+    """
     with open(path, "rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """Read the tensors, and what the header of a file of ours has: the model's `config`, and its `training`."""
+    """Read the tensors, and what the header of a file of ours has: the model's `config`, and its
+    `training`.
+    """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
@@ -101,7 +112,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _parsed(text: str | None) -> dict[str, Any] | None:
-    """Return a mapping as JSON; None if there is none, or if a header's entry is another program's idea."""
+    """Return a mapping as JSON; None if there is none, or if a header's entry is another program's
+    idea.
+    """
     try:
         value = json.loads(text or "null")
     except ValueError:
@@ -109,12 +122,16 @@ def _parsed(text: str | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-# ---- pickles ------------------------------------------------------------------------------------------------------
+# ---- pickles -------------------------------------------------------------------------------------
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Read a file that `torch.save` wrote, in either of its formats."""
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": False, "pickle_module": SAFE_PICKLE}
+    options: dict[str, Any] = {
+        "map_location": "cpu",
+        "weights_only": False,
+        "pickle_module": SAFE_PICKLE,
+    }
     try:
         can_be_mapped = _is_plain_zip(path)
         if path.suffix == ".safetensors":
@@ -146,7 +163,11 @@ def _damage(path: Path, error: Exception) -> str:
         return first_line(error) if readable else CUT_OFF
     if not begins.startswith(PICKLE):
         return "it begins like no file of weights: check what it is, or download it again"
-    if isinstance(error, EOFError) or "eof" in str(error).lower() or "ran out of input" in str(error).lower():
+    if (
+        isinstance(error, EOFError)
+        or "eof" in str(error).lower()
+        or "ran out of input" in str(error).lower()
+    ):
         return CUT_OFF
     if "Invalid magic number" in str(error):
         return "a pickle that torch.save did not write"
@@ -157,7 +178,8 @@ def _is_plain_zip(path: Path) -> bool:
     """Whether torch will read the file as a zip archive rather than in its format before that.
 
     Raises:
-        UserError: it would do more than unpickle: run TorchScript, extract a tar archive, or inflate records.
+        UserError: it would do more than unpickle: run TorchScript, extract a tar archive, or
+            inflate records.
     """
     if tarfile.is_tarfile(path):
         raise UserError(f"{path}: not a checkpoint: a tar {ARCHIVE}")
@@ -167,17 +189,21 @@ def _is_plain_zip(path: Path) -> bool:
         with torch.serialization._open_zipfile_reader(file) as archive:
             if torch.serialization._is_torchscript_zip(archive):
                 raise UserError(
-                    f"{path}: not a checkpoint: a TorchScript archive, whose code is not run: give the weights that "
+                    f"{path}: not a checkpoint: a TorchScript archive, whose code is not run: "
+                    "give the weights that "
                     "it was made of"
                 )
     # torch.save stores records as they are; a compressed one can be a thousand times its size.
     with zipfile.ZipFile(path) as records:
         if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
-            raise UserError(f"{path}: not read: it has compressed records, which torch does not write; repack it")
+            raise UserError(
+                f"{path}: not read: it has compressed records, which torch does not write; "
+                "repack it"
+            )
     return True
 
 
-# ---- sharded files ------------------------------------------------------------------------------------------------
+# ---- sharded files -------------------------------------------------------------------------------
 
 
 def is_shard_index(path: Path) -> bool:
@@ -196,8 +222,14 @@ def refuse_single_shard(path: Path) -> None:
     if found is None or int(found[1]) < 2:
         return
     indices = [other for other in sorted(path.parent.glob("*.json")) if is_shard_index(other)]
-    way_out = f"give their index, {indices[0]}" if indices else "their index (*.index.json) is not beside it"
-    raise UserError(f"{path}: one of {int(found[1])} files that hold the weights together: {way_out}")
+    way_out = (
+        f"give their index, {indices[0]}"
+        if indices
+        else "their index (*.index.json) is not beside it"
+    )
+    raise UserError(
+        f"{path}: one of {int(found[1])} files that hold the weights together: {way_out}"
+    )
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -209,7 +241,9 @@ def _read_shards(index: Path) -> dict[str, Any]:
         shards: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(shards.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not an index of sharded {match[1]}: it has no weight_map") from error
+        raise UserError(
+            f"{index}: not an index of sharded {match[1]}: it has no weight_map"
+        ) from error
     content: dict[str, Any] = {}
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
@@ -217,21 +251,29 @@ def _read_shards(index: Path) -> dict[str, Any]:
         content |= state_dict_of(read_checkpoint(index.with_name(name)), index.with_name(name))
     missing = [key for key in shards if key not in content]
     if missing:
-        raise UserError(f"{index}: {len(missing)} tensors are not in the files that it names, first '{missing[0]}'")
+        raise UserError(
+            f"{index}: {len(missing)} tensors are not in the files that it names, first "
+            f"'{missing[0]}'"
+        )
     return content
 
 
-# ---- the weights in it --------------------------------------------------------------------------------------------
+# ---- the weights in it ---------------------------------------------------------------------------
 
 
 def state_dict_of(content: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Return the named tensors of a read checkpoint, without the mappings around them (`state_dict`, `model`, ...).
+    """Return the named tensors of a read checkpoint, without the mappings around them
+    (`state_dict`, `model`, ...).
 
     Raises:
         UserError: there are none.
     """
     weights = unwrapped(content)
-    tensors = {key: value for key, value in weights.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {
+        key: value
+        for key, value in weights.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         names = ", ".join(map(str, list(content)[:5])) or "none"
         raise UserError(f"{path}: no weights in it; its keys are {names}")

@@ -1,4 +1,6 @@
-"""An unpickler that runs nothing: tensors and plain containers out of any checkpoint, whoever wrote it."""
+"""An unpickler that runs nothing: tensors and plain containers out of any checkpoint, whoever wrote
+it.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,11 @@ def is_module(value: Any) -> bool:
     return isinstance(value, Stub) and isinstance(value.state, dict) and "_modules" in value.state
 
 
-# Containers and numbers; not those that could be asked for any amount of memory, see `_bytes` and `_text`.
-_ALLOWED_BUILTINS = frozenset({"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "complex"})
+# Containers and numbers; not those that could be asked for any amount of memory, see `_bytes` and
+# `_text`.
+_ALLOWED_BUILTINS = frozenset(
+    {"set", "frozenset", "dict", "list", "tuple", "int", "float", "bool", "complex"}
+)
 _ALLOWED_GLOBALS = frozenset(
     {
         ("collections", "OrderedDict"),
@@ -67,7 +72,10 @@ _ALLOWED_GLOBALS = frozenset(
 
 def _bytes(*args: Any) -> bytes:
     """Bytes of bytes or text; of a number they would be that many zeros."""
-    if any(isinstance(arg, (int, Iterable)) and not isinstance(arg, (bytes, bytearray, str)) for arg in args):
+    if any(
+        isinstance(arg, (int, Iterable)) and not isinstance(arg, (bytes, bytearray, str))
+        for arg in args
+    ):
         raise pickle.UnpicklingError("bytes of something else than bytes or text")
     return bytes(*args)
 
@@ -100,7 +108,9 @@ def _guarded(value: Any) -> Any:
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; every other class becomes a `Stub`, without being imported."""
+    """Builds tensors and plain containers; every other class becomes a `Stub`, without being
+    imported.
+    """
 
     @property
     def persistent_load(self) -> Callable[[Any], Any]:
@@ -111,7 +121,8 @@ class SafeUnpickler(pickle.Unpickler):
         self._load_storage = load_storage
 
     def _persistent_load(self, saved_id: Any) -> Any:
-        # Old files keep classes with their source, of which torch would write a comparison to a file.
+        # Old files keep classes with their source, of which torch would write a comparison to a
+        # file.
         if isinstance(saved_id, tuple) and saved_id[0] in ("module", b"module"):
             return saved_id[1]
         return self._load_storage(saved_id)
@@ -128,7 +139,9 @@ class SafeUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(value := vars(torch).get(name), torch.dtype):
             return value
         if module in ("torch", "torch.storage") and name == "UntypedStorage":
-            return types.SimpleNamespace(dtype=torch.uint8)  # all that torch asks it for; it resolves the others
+            return types.SimpleNamespace(
+                dtype=torch.uint8
+            )  # all that torch asks it for; it resolves the others
         return type(name, (Stub,), {"__module__": f"stub.{module}"})
 
 

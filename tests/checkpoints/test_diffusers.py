@@ -26,7 +26,14 @@ from tests.support.golden import rel
 
 diffusers = pytest.importorskip("diffusers")
 
-FAMILIES = ["v1", "v2", "v2-v", "v1-inpainting", "v2-inpainting", *["full-v1"] * bool(os.environ.get("FULL_SIZE"))]
+FAMILIES = [
+    "v1",
+    "v2",
+    "v2-v",
+    "v1-inpainting",
+    "v2-inpainting",
+    *["full-v1"] * bool(os.environ.get("FULL_SIZE")),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -91,7 +98,12 @@ def test_tokens_and_text_encoder(ours, theirs):
 def test_a_picture(ours, theirs, family):
     """The same DDIM image for the same noise."""
     x_T, side = noise(1, 4, 8, 8), 8 * ours.downsampling
-    common = {"num_inference_steps": 5, "guidance_scale": 4.0, "latents": x_T.clone(), "output_type": "pt"}
+    common = {
+        "num_inference_steps": 5,
+        "guidance_scale": 4.0,
+        "latents": x_T.clone(),
+        "output_type": "pt",
+    }
     c, uc = ours.get_learned_conditioning(PROMPTS[:1]), ours.get_learned_conditioning([""])
     if "inpainting" in family:
         image, mask = noise(1, 3, side, side, seed=3).clamp(-1, 1), torch.zeros(1, 1, side, side)
@@ -107,7 +119,14 @@ def test_a_picture(ours, theirs, family):
     else:
         found = theirs(PROMPTS[0], height=side, width=side, **common).images
     samples, _ = DDIMSampler(ours).sample(
-        5, 1, (4, 8, 8), c, x_T=x_T, verbose=False, unconditional_guidance_scale=4.0, unconditional_conditioning=uc
+        5,
+        1,
+        (4, 8, 8),
+        c,
+        x_T=x_T,
+        verbose=False,
+        unconditional_guidance_scale=4.0,
+        unconditional_conditioning=uc,
     )
     image = (ours.decode_first_stage(samples) / 2 + 0.5).clamp(0, 1)
     assert (image - found).abs().max() < 1e-4
@@ -120,8 +139,12 @@ def test_the_way_back(ours, folder, theirs, tmp_path):
     for path in (folder, tmp_path / "theirs"):
         found = read_pipeline(path, state)
         assert all(torch.equal(value, state[key]) for key, value in found.items())
-        missing = {key for key in state if key.startswith(("model.", "first_stage", "cond_stage"))} - set(found)
-        unread = [f"cond_stage_model.{key}" for key in getattr(ours.cond_stage_model, "optional_keys", ())]
+        missing = {
+            key for key in state if key.startswith(("model.", "first_stage", "cond_stage"))
+        } - set(found)
+        unread = [
+            f"cond_stage_model.{key}" for key in getattr(ours.cond_stage_model, "optional_keys", ())
+        ]
         assert all(key.endswith("position_ids") or key.startswith(tuple(unread)) for key in missing)
 
 
@@ -138,17 +161,33 @@ def test_a_folder_that_is_no_pipeline(ours, tmp_path):
 def test_the_command_both_ways(ours, family, folder, tmp_path):
     """From a pipeline to a file and to a pipeline again."""
     OmegaConf.save(
-        {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params(family)}},
+        {
+            "model": {
+                "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+                "params": params(family),
+            }
+        },
         tmp_path / "c.yaml",
     )
     file, again = tmp_path / "model.safetensors", tmp_path / "again"
-    assert convert.main(["--ckpt", str(folder), "--config", str(tmp_path / "c.yaml"), "--output", str(file)]) == 0
+    assert (
+        convert.main(
+            ["--ckpt", str(folder), "--config", str(tmp_path / "c.yaml"), "--output", str(file)]
+        )
+        == 0
+    )
     state = ours.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in load_file(file).items())
     # The blocks of v2's text tower that nobody reads are not in a pipeline, and not missed.
     assert convert.main(["--ckpt", str(file), "--output", str(again)]) == 0
-    for part in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        assert (again / f"{part}.safetensors").read_bytes() == (folder / f"{part}.safetensors").read_bytes()
+    for part in (
+        "unet/diffusion_pytorch_model",
+        "vae/diffusion_pytorch_model",
+        "text_encoder/model",
+    ):
+        assert (again / f"{part}.safetensors").read_bytes() == (
+            folder / f"{part}.safetensors"
+        ).read_bytes()
 
 
 def test_a_pipeline_without_a_config(folder, family, tmp_path, caplog):
@@ -158,7 +197,12 @@ def test_a_pipeline_without_a_config(folder, family, tmp_path, caplog):
         return
     assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors")]) == 1
     assert "give --config" in caplog.text
-    assert convert.main(["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors"), "--keep_ema"]) == 1
+    assert (
+        convert.main(
+            ["--ckpt", str(folder), "--output", str(tmp_path / "m.safetensors"), "--keep_ema"]
+        )
+        == 1
+    )
     assert "--keep_ema: is for checkpoint files" in caplog.text
 
 

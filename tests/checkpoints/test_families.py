@@ -12,7 +12,9 @@ from ldm.sampling.text_to_image import Recipe, text_to_image
 from ldm.util import instantiate_from_config
 from tests.support import golden
 
-every_config = pytest.mark.parametrize("name", [name for family in FAMILIES for name in family.configs])
+every_config = pytest.mark.parametrize(
+    "name", [name for family in FAMILIES for name in family.configs]
+)
 
 
 def on_meta(name):
@@ -32,7 +34,9 @@ def test_every_config_is_recognised_from_its_weights(name):
 
 
 def test_noise_or_velocity_is_not_guessed():
-    with pytest.raises(UserError, match=r"v2-inference\.yaml or .*v2-inference-v\.yaml.* give --config"):
+    with pytest.raises(
+        UserError, match=r"v2-inference\.yaml or .*v2-inference-v\.yaml.* give --config"
+    ):
         config_for(on_meta("v2-inference.yaml").state_dict(), "v2.ckpt")
 
 
@@ -44,10 +48,17 @@ def test_weights_of_no_family():
 
 
 def test_a_config_that_does_not_fit_names_the_one_that_does():
-    v1, inpainting = on_meta("v1-inference.yaml"), on_meta("v1-inpainting-inference.yaml").state_dict()
-    with pytest.raises(UserError, match=r"inpainting \(configs/stable-diffusion/v1-inpainting-inference\.yaml\)"):
+    v1, inpainting = (
+        on_meta("v1-inference.yaml"),
+        on_meta("v1-inpainting-inference.yaml").state_dict(),
+    )
+    with pytest.raises(
+        UserError, match=r"inpainting \(configs/stable-diffusion/v1-inpainting-inference\.yaml\)"
+    ):
         compare(v1, inpainting, "inpainting.ckpt")
-    with pytest.raises(UserError, match=r"the file is Stable Diffusion 1 \(configs/.*/v1-inference\.yaml\)"):
+    with pytest.raises(
+        UserError, match=r"the file is Stable Diffusion 1 \(configs/.*/v1-inference\.yaml\)"
+    ):
         compare(on_meta("v2-inference.yaml"), v1.state_dict(), "v1.ckpt")
 
 
@@ -71,7 +82,9 @@ def test_the_last_layer_is_what_open_clip_pools():
 
 
 def test_the_penultimate_layer_leaves_the_last_block_out():
-    penultimate, last = (FrozenOpenCLIPEmbedder(text_config=TEXT, layer=layer) for layer in ("penultimate", "last"))
+    penultimate, last = (
+        FrozenOpenCLIPEmbedder(text_config=TEXT, layer=layer) for layer in ("penultimate", "last")
+    )
     last.load_state_dict(penultimate.state_dict())
     expected = penultimate(["a dog"])
     assert not torch.allclose(last(["a dog"]), expected)
@@ -94,7 +107,9 @@ def test_padding_is_zero_as_open_clip_pads():
     from open_clip import get_tokenizer
 
     texts = ["a photo of a sks dog", "word " * 100]
-    assert torch.equal(FrozenOpenCLIPEmbedder(text_config=TEXT).tokenize(texts), get_tokenizer("ViT-H-14")(texts))
+    assert torch.equal(
+        FrozenOpenCLIPEmbedder(text_config=TEXT).tokenize(texts), get_tokenizer("ViT-H-14")(texts)
+    )
 
 
 @pytest.mark.parametrize(

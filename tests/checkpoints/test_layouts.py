@@ -102,7 +102,9 @@ def write(state, layout, folder):
     suffix = SUFFIXES[list(LAYOUTS).index(layout) % len(SUFFIXES)]
     path = folder / f"model{suffix}"
     content = LAYOUTS[layout](state)
-    if suffix == ".safetensors" and all(isinstance(value, torch.Tensor) for value in content.values()):
+    if suffix == ".safetensors" and all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
         save_file({key: value.contiguous() for key, value in content.items()}, path)
     else:
         torch.save(content, path)  # also under the name of a .safetensors, as renamed files are
@@ -110,7 +112,9 @@ def write(state, layout, folder):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_the_same_model_and_what_it_writes_we_read(layout, state, model, yaml, tmp_path):
+def test_every_layout_is_the_same_model_and_what_it_writes_we_read(
+    layout, state, model, yaml, tmp_path
+):
     path, output = write(state, layout, tmp_path), tmp_path / "converted.safetensors"
     assert same(dict(load_model(path, yaml).state_dict()), state)
     assert convert.main(["--ckpt", str(path), "--config", str(yaml), "--output", str(output)]) == 0
@@ -120,17 +124,32 @@ def test_every_layout_is_the_same_model_and_what_it_writes_we_read(layout, state
 @pytest.mark.parametrize("layout", ["three networks", "older CLIP under DDP", "rounded positions"])
 def test_a_training_starts_from_every_layout(layout, state, tmp_path):
     config = families.config()
-    found, report = build_model(RunConfig(config), Start(write(state, layout, tmp_path)), resumes=False)
+    found, report = build_model(
+        RunConfig(config), Start(write(state, layout, tmp_path)), resumes=False
+    )
     assert same(dict(found.state_dict()), state)
     assert ("12 built from the config" in report) == (layout == "three networks")
 
 
 @pytest.mark.parametrize("layout", ["three networks", "counters of EMA", "DDP"])
 def test_a_lora_of_every_layout(layout, state, yaml, tmp_path):
-    base, tuned, output = write(state, layout, tmp_path), tmp_path / "tuned.ckpt", tmp_path / "lora.safetensors"
+    base, tuned, output = (
+        write(state, layout, tmp_path),
+        tmp_path / "tuned.ckpt",
+        tmp_path / "lora.safetensors",
+    )
     key = UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     torch.save({"state_dict": {**state, key: state[key] + 1}}, tuned)
-    command = ["--ckpt", str(tuned), "--lora_base", str(base), "--config", str(yaml), "--output", str(output)]
+    command = [
+        "--ckpt",
+        str(tuned),
+        "--lora_base",
+        str(base),
+        "--config",
+        str(yaml),
+        "--output",
+        str(output),
+    ]
     assert convert.main([*command, "--rank", "1"]) == 0
     assert all("mid_block" in name for name in load_file(output))  # the one layer that differs
 
@@ -141,7 +160,11 @@ def test_a_safetensors_file_under_another_name(state, yaml, tmp_path):
 
 
 def test_averages_keep_the_names_of_what_they_average(state, tmp_path):
-    averages = {f"model_ema.{ema_name(key)}": value + 1 for key, value in state.items() if key.startswith(UNET)}
+    averages = {
+        f"model_ema.{ema_name(key)}": value + 1
+        for key, value in state.items()
+        if key.startswith(UNET)
+    }
     both = {**state, **averages, **COUNTERS}
     compiled = renamed(both, UNET, UNET + "_orig_mod.")
     compiled = {
@@ -157,7 +180,9 @@ def test_counters_of_averages_are_no_averages(state, yaml, tmp_path, caplog):
     torch.save({"state_dict": {**state, **COUNTERS}}, path := tmp_path / "v1-4.ckpt")
     checkpoint = Checkpoint.open(path, yaml)
     assert "averaged" not in str(checkpoint)
-    assert checkpoint.for_sampling().state.keys() == checkpoint.trained().state.keys() == state.keys()
+    assert (
+        checkpoint.for_sampling().state.keys() == checkpoint.trained().state.keys() == state.keys()
+    )
     assert checkpoint.for_training(keeps_ema=True).state.keys() == state.keys()
     with pytest.raises(UserError, match="no averaged weights"):
         checkpoint.ema()
@@ -199,10 +224,15 @@ def test_two_names_of_one_tensor_are_not_chosen_between(state):
 
 def test_names_that_are_not_known_are_named(state, yaml, tmp_path):
     torch.save(renamed(state, "first_stage_model.", "stage_one."), tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"x\.ckpt: \d+ of the model's \d+ tensors are missing.* it has no autoencoder"):
+    with pytest.raises(
+        UserError,
+        match=r"x\.ckpt: \d+ of the model's \d+ tensors are missing.* it has no autoencoder",
+    ):
         load_model(tmp_path / "x.ckpt", yaml)
     torch.save({"weights of the net": state}, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"x\.ckpt: no weights in it; its keys are weights of the net"):
+    with pytest.raises(
+        UserError, match=r"x\.ckpt: no weights in it; its keys are weights of the net"
+    ):
         load_model(tmp_path / "x.ckpt", yaml)
 
 
@@ -224,11 +254,16 @@ def test_a_whole_schedule_of_the_files_own_stays_and_is_said(state, yaml, tmp_pa
 def test_a_part_of_another_schedule_is_refused(state, yaml, tmp_path):
     part = {"alphas_cumprod": other_schedule()["alphas_cumprod"]}
     torch.save({**without(state, *SCHEDULE), **part}, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"x\.ckpt: it has only alphas_cumprod of its noise schedule, which is not the"):
+    with pytest.raises(
+        UserError,
+        match=r"x\.ckpt: it has only alphas_cumprod of its noise schedule, which is not the",
+    ):
         load_model(tmp_path / "x.ckpt", yaml)
 
 
-@pytest.mark.parametrize("layout", ["three networks", "a rounded schedule", "of the schedule, alphas_cumprod"])
+@pytest.mark.parametrize(
+    "layout", ["three networks", "a rounded schedule", "of the schedule, alphas_cumprod"]
+)
 def test_zero_terminal_snr_is_the_configs(layout, state):
     params = {**families.params("v1"), "parameterization": "v", "zero_terminal_snr": True}
     target = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
@@ -254,7 +289,9 @@ def test_version_2_with_names_of_transformers(second, tmp_path):
     state = second.state_dict()
     text = open_clip_to_transformers(part(state, OPEN_CLIP_TEXT))
     rest = {key: value for key, value in state.items() if not key.startswith(OPEN_CLIP_TEXT)}
-    torch.save({**rest, **{CLIP_TEXT + key: value for key, value in text.items()}}, tmp_path / "x.ckpt")
+    torch.save(
+        {**rest, **{CLIP_TEXT + key: value for key, value in text.items()}}, tmp_path / "x.ckpt"
+    )
     found = load_model(tmp_path / "x.ckpt", families.yaml(tmp_path, "v2"))
     expected = second.get_learned_conditioning(families.PROMPTS)
     assert torch.equal(found.get_learned_conditioning(families.PROMPTS), expected)

@@ -7,7 +7,15 @@ from torch import nn
 
 from ldm.checkpoints import loading as checkpoint
 from ldm.checkpoints.ema import weights_to_sample_from, weights_to_train
-from ldm.checkpoints.loading import EmptyInit, adopt_state, compare, describe, instantiate_filled, load_into, load_state
+from ldm.checkpoints.loading import (
+    EmptyInit,
+    adopt_state,
+    compare,
+    describe,
+    instantiate_filled,
+    load_into,
+    load_state,
+)
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.errors import UserError
 from tests.support import golden
@@ -27,7 +35,9 @@ def snapshot(model):
 
 
 def test_load_reports_what_it_used():
-    report = load_state(net := Net(), WEIGHTS | {"extra": torch.ones(1), "b.c": torch.ones(1)}, "x.ckpt")
+    report = load_state(
+        net := Net(), WEIGHTS | {"extra": torch.ones(1), "b.c": torch.ones(1)}, "x.ckpt"
+    )
     assert sorted(report.used) == ["a.bias", "a.weight", "steps"]
     assert report.missing == ["position_ids"]  # made anew with the model
     assert report.unexpected == ["extra", "b.c"]
@@ -63,13 +73,22 @@ def test_compare_changes_nothing():
 def test_averages_are_optional():
     net = Net()
     net.model_ema = nn.Linear(1, 1)
-    assert compare(net, WEIGHTS, "x").missing == ["position_ids", "model_ema.weight", "model_ema.bias"]
+    assert compare(net, WEIGHTS, "x").missing == [
+        "position_ids",
+        "model_ema.weight",
+        "model_ema.bias",
+    ]
 
 
-@pytest.mark.parametrize("stored, wanted", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "stored, wanted", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+)
 def test_dtypes_convert_to_the_models(stored, wanted):
     net = Net().to(wanted)
-    state = {key: value.to(stored) if value.is_floating_point() else value for key, value in WEIGHTS.items()}
+    state = {
+        key: value.to(stored) if value.is_floating_point() else value
+        for key, value in WEIGHTS.items()
+    }
     load_state(net, state, "x")
     assert net.a.weight.dtype == wanted and torch.equal(net.a.weight.float(), WEIGHTS["a.weight"])
     assert net.steps.dtype == torch.int64 and net.steps == 7
@@ -81,7 +100,11 @@ def test_ignored_keys_stay(tmp_path):
     bias = net.a.bias.detach().clone()
     report = load_into(net, tmp_path / "x.ckpt", ignore_keys=["a.b", "steps"])
     assert report.used == ["a.weight"]
-    assert torch.equal(net.a.weight, WEIGHTS["a.weight"]) and torch.equal(net.a.bias, bias) and net.steps == 0
+    assert (
+        torch.equal(net.a.weight, WEIGHTS["a.weight"])
+        and torch.equal(net.a.bias, bias)
+        and net.steps == 0
+    )
 
 
 def test_loading_does_not_tie_the_model_to_the_file(tmp_path):
@@ -98,7 +121,9 @@ def test_adopted_weights_are_the_files_own_and_not_tied_to_it(tmp_path):
         save(WEIGHTS, tmp_path / name)
         state = state_dict_of(read_checkpoint(tmp_path / name), name)
         adopt_state(net := Net(), state, name)
-        assert net.a.weight.data_ptr() == state["a.weight"].data_ptr() and net.a.weight.requires_grad
+        assert (
+            net.a.weight.data_ptr() == state["a.weight"].data_ptr() and net.a.weight.requires_grad
+        )
         with torch.no_grad():
             net.a.weight.zero_()
         assert same(read_checkpoint(tmp_path / name), WEIGHTS)
@@ -134,7 +159,9 @@ def test_sampling_takes_the_averages_and_training_does_not():
 
 
 def test_what_a_checkpoint_holds_is_described():
-    assert describe(BOTH) == "weights, 4 tensors (float32), averaged weights beside the trained ones"
+    assert (
+        describe(BOTH) == "weights, 4 tensors (float32), averaged weights beside the trained ones"
+    )
     assert describe({"a": torch.ones(1, dtype=torch.float16)}) == "weights, 1 tensors (float16)"
 
 
@@ -160,12 +187,17 @@ def test_empty_init_also_skips_after_an_error_was_raised_inside():
 
 
 def model_config(**overrides):
-    text = {"target": golden.CONFIG["cond_stage_config"]["target"], "params": {"text_config": golden.TEXT_CONFIG}}
+    text = {
+        "target": golden.CONFIG["cond_stage_config"]["target"],
+        "params": {"text_config": golden.TEXT_CONFIG},
+    }
     params = {**golden.CONFIG, "cond_stage_config": text, **overrides}
     return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
 
 
-@pytest.mark.parametrize("without", [(), ("cond_stage_model.transformer.text_model.embeddings.position_ids",)])
+@pytest.mark.parametrize(
+    "without", [(), ("cond_stage_model.transformer.text_model.embeddings.position_ids",)]
+)
 def test_instantiate_filled_has_exactly_the_files_weights(golden_model, without):
     state = {key: value for key, value in golden_model.state_dict().items() if key not in without}
     model, report = instantiate_filled(model_config(), state, "x.ckpt")
@@ -175,7 +207,9 @@ def test_instantiate_filled_has_exactly_the_files_weights(golden_model, without)
 
 
 def test_averages_that_a_file_lacks_start_from_its_weights(golden_model):
-    model, report = instantiate_filled(model_config(use_ema=True), golden_model.state_dict(), "x.ckpt")
+    model, report = instantiate_filled(
+        model_config(use_ema=True), golden_model.state_dict(), "x.ckpt"
+    )
     assert report.missing and all(key.startswith("model_ema.") for key in report.missing)
     own = golden_model.model.state_dict()
     with model.ema_scope():

@@ -70,7 +70,11 @@ def test_files_of_something_else_are_named(kind, suffix, tmp_path):
     with pytest.raises(UserError, match=expected) as raised:
         read_checkpoint(path)
     message = str(raised.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message and "invalid load key" not in message
+    assert (
+        message.startswith(f"{path}: ")
+        and "\n" not in message
+        and "invalid load key" not in message
+    )
 
 
 @pytest.mark.parametrize("command", ["convert", "base", "vae"])
@@ -130,7 +134,9 @@ def test_weights_of_something_else_are_named_when_a_model_is_needed(kind, tmp_pa
     assert "tensors are missing" not in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", ["a LoRA", "a ControlNet", "a Stable Diffusion XL model", "a Flux model"])
+@pytest.mark.parametrize(
+    "kind", ["a LoRA", "a ControlNet", "a Stable Diffusion XL model", "a Flux model"]
+)
 def test_the_command_writes_no_model_of_them(kind, tmp_path, caplog):
     save_file({key: TENSOR.clone() for key in STRANGERS[kind]}, tmp_path / "x.safetensors")
     output = tmp_path / "model.safetensors"
@@ -140,8 +146,16 @@ def test_the_command_writes_no_model_of_them(kind, tmp_path, caplog):
 
 def test_a_network_alone_is_converted_by_itself(tmp_path):
     """Of our own trainings of an autoencoder and of CLIP, too."""
-    save_file({key: TENSOR.clone() for key in STRANGERS["an autoencoder alone"]}, tmp_path / "vae.safetensors")
-    assert convert.main(["--ckpt", str(tmp_path / "vae.safetensors"), "--output", str(tmp_path / "vae.ckpt")]) == 0
+    save_file(
+        {key: TENSOR.clone() for key in STRANGERS["an autoencoder alone"]},
+        tmp_path / "vae.safetensors",
+    )
+    assert (
+        convert.main(
+            ["--ckpt", str(tmp_path / "vae.safetensors"), "--output", str(tmp_path / "vae.ckpt")]
+        )
+        == 0
+    )
 
 
 def test_no_model_of_ours_is_taken_for_something_else():
@@ -153,11 +167,20 @@ def test_no_model_of_ours_is_taken_for_something_else():
 
 
 CONTENTS = {
-    "a textual-inversion embedding": {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 768)}},
+    "a textual-inversion embedding": {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": torch.ones(1, 768)},
+    },
     "a textual-inversion embedding ": {"<my-dog>": torch.ones(768)},
     "a hypernetwork": {320: [{"linear.weight": TENSOR}, {}], "step": 3, "name": "x"},
-    "the state of an optimizer alone": {"state": {0: {"exp_avg": TENSOR}}, "param_groups": [{"lr": 1e-6}]},
-    "an IP-Adapter": {"image_proj": {"proj.weight": TENSOR}, "ip_adapter": {"1.to_k_ip.weight": TENSOR}},
+    "the state of an optimizer alone": {
+        "state": {0: {"exp_avg": TENSOR}},
+        "param_groups": [{"lr": 1e-6}],
+    },
+    "an IP-Adapter": {
+        "image_proj": {"proj.weight": TENSOR},
+        "ip_adapter": {"1.to_k_ip.weight": TENSOR},
+    },
     "not weights: its 'model' is a whole pickled module": {"model": torch.nn.Linear(2, 2)},
 }
 
@@ -192,8 +215,12 @@ def test_folders_are_named(tmp_path):
     assert "zero_to_fp32.py" in named(tmp_path / "deepspeed", "zero_to_fp32.py", "latest")
     assert "dcp_to_torch" in named(tmp_path / "distributed", ".metadata", "__0_0.distcp")
     assert "one part of a diffusers pipeline" in named(tmp_path / "pipe/unet", "config.json")
-    assert "a pipeline of another kind" in named(tmp_path / "flux", "transformer/config.json", "model_index.json")
-    assert "a pipeline of another kind" in named(tmp_path / "xl", "unet/config.json", "text_encoder_2/config.json")
+    assert "a pipeline of another kind" in named(
+        tmp_path / "flux", "transformer/config.json", "model_index.json"
+    )
+    assert "a pipeline of another kind" in named(
+        tmp_path / "xl", "unet/config.json", "text_encoder_2/config.json"
+    )
 
 
 def test_what_is_not_there(tmp_path):
@@ -201,12 +228,16 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"no such checkpoint \(did you mean 'sd-v1-4\.ckpt'\?\)"):
         read_checkpoint(tmp_path / "sd-v1_4.ckpt")
     (tmp_path / "link.ckpt").symlink_to(tmp_path / "gone.ckpt")
-    with pytest.raises(UserError, match=r"no such checkpoint: a link to .*gone\.ckpt, which is not there"):
+    with pytest.raises(
+        UserError, match=r"no such checkpoint: a link to .*gone\.ckpt, which is not there"
+    ):
         read_checkpoint(tmp_path / "link.ckpt")
 
 
 def test_one_of_several_files_names_their_index(tmp_path):
     save_file({"a": torch.ones(1)}, path := tmp_path / "model-00001-of-00002.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match=r"one of 2 files .*: give their index, .*model\.safetensors\.index\.json"):
+    with pytest.raises(
+        UserError, match=r"one of 2 files .*: give their index, .*model\.safetensors\.index\.json"
+    ):
         Checkpoint.open(path)

@@ -46,7 +46,15 @@ def test_weights_without_a_state_dict_around_them(save, tmp_path):
     assert same(state_dict_of(read_checkpoint(tmp_path / "model.ckpt"), "x"), WEIGHTS)
 
 
-DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn)
+DTYPES = (
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+)
 
 
 @pickled
@@ -72,7 +80,10 @@ def test_weights_of_a_gpu_come_to_the_cpu(save, tmp_path, monkeypatch):
 @pickled
 def test_parameters_and_shared_tensors(save, tmp_path):
     parameter = nn.Parameter(torch.ones(3))
-    save({"first": parameter, "second": parameter, "frozen": nn.Parameter(torch.zeros(2), False)}, tmp_path / "x.ckpt")
+    save(
+        {"first": parameter, "second": parameter, "frozen": nn.Parameter(torch.zeros(2), False)},
+        tmp_path / "x.ckpt",
+    )
     read = read_checkpoint(tmp_path / "x.ckpt")
     assert isinstance(read["first"], nn.Parameter) and read["first"].requires_grad
     assert read["first"] is read["second"]
@@ -136,7 +147,10 @@ FOREIGN = {
 def test_objects_of_other_classes_do_not_hide_the_weights(save, name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch advises against saving modules whole
-        save({"before": FOREIGN[name], "state_dict": WEIGHTS, "after": [FOREIGN[name]]}, tmp_path / "x.ckpt")
+        save(
+            {"before": FOREIGN[name], "state_dict": WEIGHTS, "after": [FOREIGN[name]]},
+            tmp_path / "x.ckpt",
+        )
     content = read_checkpoint(tmp_path / "x.ckpt")
     assert same(state_dict_of(content, "x"), WEIGHTS)
     found = content["before"]
@@ -144,7 +158,10 @@ def test_objects_of_other_classes_do_not_hide_the_weights(save, name, tmp_path):
 
 
 def test_stubs_keep_what_the_pickle_says(tmp_path):
-    save_zip({name: FOREIGN[name] for name in ("object", "path", "dict", "list", "pair")}, tmp_path / "x.ckpt")
+    save_zip(
+        {name: FOREIGN[name] for name in ("object", "path", "dict", "list", "pair")},
+        tmp_path / "x.ckpt",
+    )
     read = read_checkpoint(tmp_path / "x.ckpt")
     assert read["object"].state == {"value": 1}
     assert read["path"].args == ("/", "a", "b")
@@ -178,13 +195,21 @@ class Module(pl.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)]
 
     def on_save_checkpoint(self, checkpoint):
-        checkpoint["odd"] = [CustomDict(a=torch.ones(1)), np.float64(2), pathlib.Path("x"), Custom()]
+        checkpoint["odd"] = [
+            CustomDict(a=torch.ones(1)),
+            np.float64(2),
+            pathlib.Path("x"),
+            Custom(),
+        ]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_that_lightning_wrote(tmp_path):
     module = Module(
-        OmegaConf.create({"a": {"b": [1]}}), argparse.Namespace(x=1), pathlib.Path("/data"), collections.Counter("ab")
+        OmegaConf.create({"a": {"b": [1]}}),
+        argparse.Namespace(x=1),
+        pathlib.Path("/data"),
+        collections.Counter("ab"),
     )
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -200,18 +225,29 @@ def test_a_file_that_lightning_wrote(tmp_path):
     assert content["global_step"] == 2 and content["pytorch-lightning_version"] == pl.__version__
     assert any(key.startswith("ModelCheckpoint") for key in content["callbacks"])
     (states,) = content["optimizer_states"]
-    assert torch.equal(states["state"][0]["exp_avg"], trainer.optimizers[0].state[module.a.weight]["exp_avg"])
+    assert torch.equal(
+        states["state"][0]["exp_avg"], trainer.optimizers[0].state[module.a.weight]["exp_avg"]
+    )
     # A fresh module, as Lightning itself would fill it
     report = load_into(other := Module(None, None, None, None), tmp_path / "last.ckpt")
-    assert same(other.state_dict(), module.state_dict()) and not report.missing and not report.unexpected
+    assert (
+        same(other.state_dict(), module.state_dict())
+        and not report.missing
+        and not report.unexpected
+    )
 
 
 def test_what_we_write_we_read(tmp_path):
-    save_checkpoint({"state_dict": WEIGHTS, "config": {"model": {"target": "x"}}}, tmp_path / "a" / "b" / "x.ckpt")
+    save_checkpoint(
+        {"state_dict": WEIGHTS, "config": {"model": {"target": "x"}}},
+        tmp_path / "a" / "b" / "x.ckpt",
+    )
     content = read_checkpoint(tmp_path / "a" / "b" / "x.ckpt")
     assert content["config"] == {"model": {"target": "x"}}
     assert same(content["state_dict"], WEIGHTS)
-    assert same(torch.load(tmp_path / "a" / "b" / "x.ckpt", weights_only=True)["state_dict"], WEIGHTS)
+    assert same(
+        torch.load(tmp_path / "a" / "b" / "x.ckpt", weights_only=True)["state_dict"], WEIGHTS
+    )
 
 
 # What cannot be read
@@ -222,7 +258,17 @@ def test_truncated_files(suffix, tmp_path):
     path = tmp_path / f"model.{suffix}"
     {"ckpt": save_zip, "safetensors": save_file, "legacy": save_legacy}[suffix](WEIGHTS, path)
     whole = path.read_bytes()
-    for length in (0, 1, 4, 10, 100, len(whole) // 3, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+    for length in (
+        0,
+        1,
+        4,
+        10,
+        100,
+        len(whole) // 3,
+        len(whole) // 2,
+        len(whole) - 30,
+        len(whole) - 1,
+    ):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=rf"model\.{suffix}: truncated or not a"):
             read_checkpoint(path)
@@ -268,13 +314,19 @@ def test_no_file(name, tmp_path):
 @pytest.mark.parametrize("content", [[1], torch.ones(1), "text", Custom()])
 def test_not_a_mapping(save, content, tmp_path):
     save(content, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint: it holds a (list|Tensor|str|Custom)"):
+    with pytest.raises(
+        UserError, match=r"x\.ckpt: not a checkpoint: it holds a (list|Tensor|str|Custom)"
+    ):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-@pytest.mark.parametrize("content", [{}, {"epoch": 1, 2: "x"}, {"state_dict": {}}, {"state_dict": [1]}])
+@pytest.mark.parametrize(
+    "content", [{}, {"epoch": 1, 2: "x"}, {"state_dict": {}}, {"state_dict": [1]}]
+)
 def test_no_weights(content):
-    with pytest.raises(UserError, match=r"x\.ckpt: no weights in it; its keys are (none|epoch, 2|state_dict)$"):
+    with pytest.raises(
+        UserError, match=r"x\.ckpt: no weights in it; its keys are (none|epoch, 2|state_dict)$"
+    ):
         state_dict_of(content, "x.ckpt")
 
 
@@ -290,7 +342,8 @@ def save_shards(folder, weight_map=None):
     """`WEIGHTS` in two files; the index."""
     folder.mkdir(exist_ok=True)
     parts = {
-        f"model-{n + 1:05}-of-00002.safetensors": part for n, part in enumerate((["a.weight"], ["a.bias", "steps"]))
+        f"model-{n + 1:05}-of-00002.safetensors": part
+        for n, part in enumerate((["a.weight"], ["a.bias", "steps"]))
     }
     for name, keys in parts.items():
         save_file({key: WEIGHTS[key] for key in keys}, folder / name)
@@ -304,7 +357,9 @@ def test_sharded_safetensors(tmp_path):
     assert same(state_dict_of(read_checkpoint(save_shards(tmp_path)), "x"), WEIGHTS)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "model.ckpt", 3])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/secret.safetensors", "model.ckpt", 3]
+)
 def test_an_index_names_only_its_neighbours(name, tmp_path):
     save_file(WEIGHTS, tmp_path / "secret.safetensors")
     with pytest.raises(UserError, match=r"which is not a \.safetensors file beside it"):

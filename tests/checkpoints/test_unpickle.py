@@ -32,15 +32,20 @@ ATTACKS = {
     "bound method": lambda canary: Call(pathlib.Path(canary).touch),
     "getattr": lambda canary: Call(Call(getattr, os, "system"), f"touch {canary}"),
     "getattr chain": lambda canary: Call(
-        Call(Call(getattr, Call(getattr, builtins, "__dict__"), "get"), "exec"), CANARY.format(canary)
+        Call(Call(getattr, Call(getattr, builtins, "__dict__"), "get"), "exec"),
+        CANARY.format(canary),
     ),
-    "import": lambda canary: Call(Call(getattr, Call(__import__, "os"), "system"), f"touch {canary}"),
+    "import": lambda canary: Call(
+        Call(getattr, Call(__import__, "os"), "system"), f"touch {canary}"
+    ),
     "torch.save": lambda canary: Call(torch.save, 1, canary),
     "copyfile": lambda canary: Call(shutil.copyfile, __file__, canary),
     "from_file": lambda canary: Call(torch.from_file, canary, True, 16),
     "storage from_file": lambda canary: Call(torch.UntypedStorage.from_file, canary, True, 16),
     "save_checkpoint": lambda canary: Call(save_checkpoint, {}, canary),
-    "pickle.loads": lambda canary: Call(pickle.loads, pickle.dumps(Call(os.system, f"touch {canary}"))),
+    "pickle.loads": lambda canary: Call(
+        pickle.loads, pickle.dumps(Call(os.system, f"touch {canary}"))
+    ),
 }
 
 
@@ -66,7 +71,9 @@ def test_code_in_a_pickle_does_not_run(name, legacy, tmp_path, monkeypatch):
             read = read_checkpoint(path)
             assert where == "top" or "state_dict" in read
         except UserError as error:
-            assert str(path) in str(error)  # a call of something that is a stub fails the whole file
+            assert str(path) in str(
+                error
+            )  # a call of something that is a stub fails the whole file
         assert os.listdir(tmp_path) == ["evil.ckpt"], where
 
 
@@ -82,7 +89,14 @@ def test_a_record_of_a_class_with_its_source_writes_no_patch(tmp_path, monkeypat
     """torch compares such a source with its own and writes the difference to `{name}.patch`."""
     monkeypatch.chdir(tmp_path)
     name = torch._utils._rebuild_tensor_v2.__name__
-    attributes = b"}(" + short("dump_patches") + b"\x88" + short("__name__") + short(str(tmp_path / "canary")) + b"u"
+    attributes = (
+        b"}("
+        + short("dump_patches")
+        + b"\x88"
+        + short("__name__")
+        + short(str(tmp_path / "canary"))
+        + b"u"
+    )
     function = b"ctorch._utils\n_rebuild_tensor_v2\n(N" + attributes + b"tb"
     for record in ("module", "storage"):
         saved_id = b"(" + short(record) + function + short("file.py") + short("source") + b"tQ"
@@ -167,15 +181,25 @@ def doubled(times):
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_pickle_cannot_ask_for_endless_memory(name, legacy, tmp_path):
     content = {"state_dict": WEIGHTS, "x": BOMBS[name]()}
-    torch.save(content, tmp_path / "bomb.ckpt", pickle_module=HandMade, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match=r"bomb\.ckpt: truncated or not a checkpoint: (bytes|text|encoding)"):
+    torch.save(
+        content,
+        tmp_path / "bomb.ckpt",
+        pickle_module=HandMade,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(
+        UserError, match=r"bomb\.ckpt: truncated or not a checkpoint: (bytes|text|encoding)"
+    ):
         read_checkpoint(tmp_path / "bomb.ckpt")
 
 
 def test_compressed_records_are_not_inflated(tmp_path):
     """As a zip bomb has them: a thousand times larger than the file."""
     save_zip({"x": torch.zeros(1 << 22)}, tmp_path / "x.ckpt")
-    with zipfile.ZipFile(tmp_path / "x.ckpt") as plain, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w") as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / "x.ckpt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.ckpt", "w") as bomb,
+    ):
         for record in plain.infolist():
             bomb.writestr(record.filename, plain.read(record), zipfile.ZIP_DEFLATED)
     assert (tmp_path / "bomb.ckpt").stat().st_size < 100_000

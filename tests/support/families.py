@@ -51,7 +51,9 @@ def params(family: str) -> dict[str, Any]:
 
 def config(family: str = "v1") -> dict[str, Any]:
     """Return a whole config of such a model."""
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params(family)}}
+    return {
+        "model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params(family)}
+    }
 
 
 def yaml(folder: Path, family: str = "v1") -> Path:

@@ -7,7 +7,11 @@ import types
 import pytest
 import torch
 
-WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "steps": torch.tensor(7)}
+WEIGHTS = {
+    "a.weight": torch.arange(6.0).reshape(2, 3),
+    "a.bias": torch.ones(2),
+    "steps": torch.tensor(7),
+}
 
 
 def save_zip(content, path):
@@ -23,7 +27,8 @@ pickled = pytest.mark.parametrize("save", [save_zip, save_legacy])
 
 def same(first, second):
     return first.keys() == second.keys() and all(
-        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in second
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+        for key in second
     )
 
 
