@@ -46,8 +46,7 @@ def write_atomically(
     if expected_bytes > free:
         raise UserError(
             f"{path}: not written: it needs {expected_bytes / 1e9:.2f} GB and the disk has "
-            f"{free / 1e9:.2f} GB free; "
-            "make room or choose another --logdir"
+            f"{free / 1e9:.2f} GB free; make room or choose another place"
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

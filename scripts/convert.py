@@ -128,7 +128,7 @@ def convert(args: argparse.Namespace) -> None:
     write(checkpoint, args)
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: argparse.Namespace) -> None:  # noqa: C901, PLR0912 - one check a flag
     """Raise a `UserError` for what can be refused before anything is read."""
     is_folder = args.output.suffix not in SUFFIXES
     if args.output.suffix not in ("", *SUFFIXES) and not args.ends_in_slash:

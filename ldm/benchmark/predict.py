@@ -10,7 +10,7 @@ import torch
 from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.variants import Variant
 from ldm.checkpoints.export import target_of
-from ldm.errors import UserError
+from ldm.errors import UserError, under
 from ldm.training.memory import GB, Estimate, estimate
 from ldm.util import instantiate_from_config
 
@@ -36,7 +36,8 @@ def predict(config: Mapping[str, Any]) -> Estimate:
     model.configure_model()
     samples = data["batch_size"] * (1 + has_prior(config))
     accumulates = accumulated(config) > 1
-    return estimate(model, model.optimizer, samples, size, autocast_dtype(config), accumulates)
+    with under("model.params"):
+        return estimate(model, model.optimizer, samples, size, autocast_dtype(config), accumulates)
 
 
 def predicted(variants: Sequence[Variant]) -> tuple[dict[str, Any], str]:

@@ -19,7 +19,6 @@ from ldm.callbacks.timing import peak_memory_bytes, resident_bytes
 from ldm.checkpoints.export import DTYPES, target_of
 from ldm.checkpoints.pipeline_folder import save_tokenizer
 from ldm.config import load_config, to_plain
-from ldm.modules.encoders import tokenizer
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
 from ldm.util import instantiate_from_config
 
@@ -82,8 +81,7 @@ class Diffusers:
         networks = diffusers_networks(to_plain(load_config([config])))
         embedder = networks.embedder
         with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
-            pad = tokenizer.END if hasattr(embedder, "transformer") else 0
-            save_tokenizer(Path(folder) / "tokenizer", embedder.max_length, pad)
+            save_tokenizer(Path(folder) / "tokenizer", embedder.max_length, embedder.pad)
             words = CLIPTokenizer.from_pretrained(Path(folder) / "tokenizer")
         pipeline: Any = StableDiffusionPipeline(
             vae=networks.vae.eval(),

@@ -40,9 +40,13 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
     if path.is_dir():
         file = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
         if file == path:
-            raise UserError(f"{path}: a folder without an embedding: expected {' or '.join(IN_FOLDERS)} in it")
+            raise UserError(
+                f"{path}: a folder without an embedding: expected {' or '.join(IN_FOLDERS)} in it"
+            )
     if file.suffix.lower() in PICTURES:
-        raise UserError(f"{path}: an embedding inside a picture is not read: save it as .pt or .safetensors")
+        raise UserError(
+            f"{path}: an embedding inside a picture is not read: save it as .pt or .safetensors"
+        )
     content = read_checkpoint(file)
     vectors = vectors_of(content)
     encoders = [name for name in SEVERAL_ENCODERS if name in vectors]
@@ -54,7 +58,9 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
     other_kind = what_else(content)
     if other_kind or not vectors or any(value.ndim > 2 for value in vectors.values()):
         raise UserError(f"{path}: no textual-inversion embedding in it{other_kind}")
-    return [embedding_of(key, value, path, alone=len(vectors) == 1) for key, value in vectors.items()]
+    return [
+        embedding_of(key, value, path, alone=len(vectors) == 1) for key, value in vectors.items()
+    ]
 
 
 def embedding_of(key: str, vectors: Tensor, path: Path, alone: bool) -> Embedding:
@@ -83,20 +89,33 @@ def vectors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
         state = named.state if isinstance(named.state, dict) else {}
         named = state.get("_parameters") or state
     named = named if isinstance(named, Mapping) else {}
-    vectors = {str(word).strip(): value for word, value in named.items() if isinstance(value, Tensor) and value.ndim}
+    vectors = {
+        str(word).strip(): value
+        for word, value in named.items()
+        if isinstance(value, Tensor) and value.ndim
+    }
     return {word: value for word, value in vectors.items() if word}
 
 
 def what_else(content: Mapping[str, Any]) -> str:
-    """Return what a file without an embedding is instead, as far as its keys say; empty if they do not."""
+    """Return what a file without an embedding is instead, as far as its keys say; empty if they
+    do not.
+    """
     inside = content.get("state_dict", content)
     entries = inside if isinstance(inside, Mapping) else {}
     keys = [str(key) for key in entries]
     if any(FACTOR.fullmatch(key) for key in keys):
         return ": it is a LoRA, which scripts/convert.py merges into a model"
-    if any(key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for key in keys):
+    if any(
+        key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model."))
+        for key in keys
+    ):
         return ": it is a whole model, for --ckpt"
-    layers = [key for key, value in entries.items() if str(key).isdigit() and not isinstance(value, Tensor)]
+    layers = [
+        key
+        for key, value in entries.items()
+        if str(key).isdigit() and not isinstance(value, Tensor)
+    ]
     if layers or "layer_structure" in content:
         return ": it looks like a hypernetwork, which is not read"
     return ""

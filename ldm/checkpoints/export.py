@@ -37,7 +37,9 @@ def sha256(path: Path) -> str:
 
 
 def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
-    """Return matrices and convolutions in a precision; vectors stay, the schedule needs the digits."""
+    """Return matrices and convolutions in a precision; vectors stay, the schedule needs the
+    digits.
+    """
     return {
         key: value.to(dtype) if dtype and value.is_floating_point() and value.ndim > 1 else value
         for key, value in state.items()
@@ -49,7 +51,9 @@ def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     model = (config or {}).get("model") or {}
     if not model:
         return {}
-    params = {key: value for key, value in model.get("params", {}).items() if key not in TRAINING_ONLY}
+    params = {
+        key: value for key, value in model.get("params", {}).items() if key not in TRAINING_ONLY
+    }
     if "use_ema" in params:
         params["use_ema"] = False
     # Where a network's own weights came from is nobody else's affair.
@@ -68,7 +72,8 @@ def target_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def training_facts(
     config: Mapping[str, Any] | None, steps: int | None, images: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """Return how weights were trained, from the config of the run; empty if they were not trained here.
+    """Return how weights were trained, from the config of the run; empty if they were not trained
+    here.
 
     Args:
         images: how many there were, `subject_images` and `class_images`, where that is known.
@@ -82,7 +87,9 @@ def training_facts(
     captions = {key: value for key, value in subject.items() if key in fields}
     is_dreambooth = "placeholder_token" in captions
     facts = {
-        "identifier": captions.get("identifier", fields["identifier"].default) if is_dreambooth else None,
+        "identifier": captions.get("identifier", fields["identifier"].default)
+        if is_dreambooth
+        else None,
         "class_word": captions.get("placeholder_token"),
         "prompts": captions_from_templates(**captions) if is_dreambooth else None,
         "steps": steps,
@@ -120,9 +127,13 @@ def write_weights(
     state = {key: value.contiguous() for key, value in state.items()}
     if path.suffix == ".ckpt":
         extra = {"config": dict(config)} if config else {}
-        save_checkpoint({"state_dict": state, **extra, **({"training": dict(facts)} if facts else {})}, path)
+        save_checkpoint(
+            {"state_dict": state, **extra, **({"training": dict(facts)} if facts else {})}, path
+        )
         return
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     entries = header(title or path.stem, state, config, facts)
-    write_atomically(path, lambda temporary: save_with_hash(state, temporary, entries), tensor_bytes(state))
+    write_atomically(
+        path, lambda temporary: save_with_hash(state, temporary, entries), tensor_bytes(state)
+    )

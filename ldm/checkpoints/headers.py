@@ -1,8 +1,8 @@
 """What the header of a safetensors file says about its weights, for other programs.
 
-Three groups of entries: ours (`config`, `training`); `modelspec.*` of Stability AI's ModelSpec 1.0.1, which model
-managers show; and, of a LoRA file, sd-scripts' `ss_*`, from which web UIs know what it is for. What is not known is
-left out.
+Three groups of entries: ours (`config`, `training`); `modelspec.*` of Stability AI's ModelSpec
+1.0.1, which model managers show; and, of a LoRA file, sd-scripts' `ss_*`, from which web UIs know
+what it is for. What is not known is left out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def kind_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Any]:
 
 
 def side_of(params: Mapping[str, Any]) -> int | None:
-    """Return the side in pixels of the images that a model's params are for; None if they do not say it."""
+    """Return the side in pixels of the images that a model's params are for; None if they do not
+    say it.
+    """
     first_stage = (params.get("first_stage_config") or {}).get("params") or {}
     levels = (first_stage.get("ddconfig") or {}).get("ch_mult")
     latent_side = params.get("image_size")
@@ -70,19 +72,26 @@ def side_of(params: Mapping[str, Any]) -> int | None:
 
 
 def header(
-    title: str, state: Mapping[str, Tensor], config: Config, facts: Mapping[str, Any], now: datetime | None = None
+    title: str,
+    state: Mapping[str, Tensor],
+    config: Config,
+    facts: Mapping[str, Any],
+    now: datetime | None = None,
 ) -> dict[str, str]:
     """Return the entries of a safetensors header.
 
     Args:
         title: of the weights, for people.
         config: of the model; empty for a LoRA.
-        facts: about the training; those of a LoRA also hold the `model` that it changes, see `kind_of`.
+        facts: about the training; those of a LoRA also hold the `model` that it changes, see
+            `kind_of`.
         now: when the weights were made.
     """
     is_lora = any(key.endswith(".lora_down.weight") for key in state)
     kind = facts.get("model", {}) if is_lora else kind_of(state, config)
-    ours = {key: json.dumps(value) for key, value in (("config", config), ("training", facts)) if value}
+    ours = {
+        key: json.dumps(value) for key, value in (("config", config), ("training", facts)) if value
+    }
     entries = {"format": "pt", **ours, **model_spec(title, kind, facts, is_lora, now)}
     if is_lora:
         entries |= sd_scripts(title, state, kind, facts)
@@ -90,7 +99,11 @@ def header(
 
 
 def model_spec(
-    title: str, kind: Mapping[str, Any], facts: Mapping[str, Any], is_lora: bool, now: datetime | None = None
+    title: str,
+    kind: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    is_lora: bool,
+    now: datetime | None = None,
 ) -> dict[str, str]:
     """Return ModelSpec's entries; none for weights that are no whole model and no LoRA."""
     if "version" not in kind:
@@ -113,7 +126,9 @@ def model_spec(
 
 
 def trigger_phrase(facts: Mapping[str, Any]) -> str | None:
-    """Return the words that the subject's captions have in common: the identifier, mostly with the class word."""
+    """Return the words that the subject's captions have in common: the identifier, mostly with
+    the class word.
+    """
     identifier = facts.get("identifier")
     if not identifier:
         return None
@@ -126,12 +141,18 @@ def sd_scripts(
     title: str, lora: Mapping[str, Tensor], kind: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return the entries by which programs know a LoRA file of sd-scripts."""
-    version, side, base = kind.get("version"), facts.get("resolution"), facts.get("base_model") or {}
+    version, side, base = (
+        kind.get("version"),
+        facts.get("resolution"),
+        facts.get("base_model") or {},
+    )
     entries = {
         "output_name": title,
         **network_of(lora),
         "v2": None if version is None else version == "2",
-        "base_model_version": f"sd_v{version}{'_v' if kind.get('predicts') == 'v' else ''}" if version else None,
+        "base_model_version": f"sd_v{version}{'_v' if kind.get('predicts') == 'v' else ''}"
+        if version
+        else None,
         "sd_model_name": base.get("file"),
         "new_sd_model_hash": base.get("sha256"),
         "resolution": (side, side) if side else None,
@@ -169,12 +190,14 @@ def network_of(lora: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def save_with_hash(state: Mapping[str, Tensor], path: Path, entries: Mapping[str, str]) -> None:
-    """Write a safetensors file whose header holds the digest of the tensors' bytes, where it has an entry for it."""
+    """Write a safetensors file whose header holds the digest of the tensors' bytes, where it has
+    an entry for it.
+    """
     save_file(dict(state), path, metadata=dict(entries))
     if NO_HASH not in entries.values():
         return
-    # The order of the tensors in the file is the library's: the digest is taken of what it wrote, and replaces as
-    # many letters in the header.
+    # The order of the tensors in the file is the library's: the digest is taken of what it wrote,
+    # and replaces as many letters in the header.
     with open(path, "rb+") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length)

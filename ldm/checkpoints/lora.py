@@ -1,10 +1,13 @@
-"""Low-rank differences: trained, or of two checkpoints, in the format that kohya's scripts, web UIs and diffusers load.
+"""Low-rank differences: trained, or of two checkpoints, in the format that kohya's scripts, web UIs
+and diffusers load.
 
-A layer W of the fine-tuned model is W_base + up @ down x alpha / rank (Hu et al., 2106.09685). The names are those of
-diffusers' modules with underscores for dots: `lora_unet_{module}.lora_down.weight`, `lora_te_{module}...`. What other
-programs call them is in `lora_formats`.
+A layer W of the fine-tuned model is W_base + up @ down x alpha / rank (Hu et al., 2106.09685). The
+names are those of diffusers' modules with underscores for dots:
+`lora_unet_{module}.lora_down.weight`, `lora_te_{module}...`. What other programs call them is in
+`lora_formats`.
 
-The checkpoints of a LoRA run have peft's names: an adapted layer's own weights are under `{layer}.base_layer`.
+The checkpoints of a LoRA run have peft's names: an adapted layer's own weights are under
+`{layer}.base_layer`.
 """
 
 from __future__ import annotations
@@ -34,11 +37,14 @@ PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
 TEXT_WIDTHS = {768: "1", 1024: "2", 2048: "XL"}
 
-# ---- extracting -----------------------------------------------------------------------------------------------
+# ---- extracting
+# -----------------------------------------------------------------------------------------------
 
 
 def lora_layers(parts: Mapping[str, State]) -> Iterator[tuple[str, str]]:
-    """Yield part and key of every weight that can get a difference: linear layers and convolutions."""
+    """Yield part and key of every weight that can get a difference: linear layers and
+    convolutions.
+    """
     for part_name in PREFIXES:
         for key, value in parts[part_name].items():
             if key.endswith(".weight") and value.ndim in (2, 4) and ".embeddings." not in key:
@@ -68,7 +74,10 @@ def extract_lora(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rank: 
     for part_name, key in lora_layers(after):
         old, new = before[part_name].get(key), after[part_name][key]
         if old is None or old.shape != new.shape:
-            raise UserError(f"'{key}' is not the same layer in both checkpoints: they are different kinds of model")
+            raise UserError(
+                f"'{key}' is not the same layer in both checkpoints: they are different kinds "
+                "of model"
+            )
         if not differs(old, new):
             continue
         down, up = factors(new.float() - old.float(), rank)
@@ -84,7 +93,9 @@ def extract_lora(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rank: 
 
 
 def differs(old: Tensor, new: Tensor) -> bool:
-    """Return whether a weight has changed, other than by rounding to the precision of the new one."""
+    """Return whether a weight has changed, other than by rounding to the precision of the new
+    one.
+    """
     return not torch.equal(old.to(new.dtype), new)
 
 
@@ -97,7 +108,10 @@ def not_in_lora(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list
     changed = [
         key
         for key, new in tuned.items()
-        if key.startswith(networks) and new.is_floating_point() and key in base and differs(base[key], new)
+        if key.startswith(networks)
+        and new.is_floating_point()
+        and key in base
+        and differs(base[key], new)
     ]
     return [key for key in changed if not _has_place(key, tuned[key])]
 
@@ -105,7 +119,12 @@ def not_in_lora(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list
 def _has_place(key: str, value: Tensor) -> bool:
     """Return whether a LoRA can hold a tensor's difference."""
     is_layer = key.endswith((".weight", ".in_proj_weight")) and value.ndim in (2, 4)
-    return is_layer and not key.startswith(VAE) and "token_embedding" not in key and "position_embedding" not in key
+    return (
+        is_layer
+        and not key.startswith(VAE)
+        and "token_embedding" not in key
+        and "position_embedding" not in key
+    )
 
 
 def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -126,12 +145,14 @@ def factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the singular value decomposition u, s, v of a matrix (m, n): matrix = u @ diag(s) @ v."""
+    """Return the singular value decomposition u, s, v of a matrix (m, n): matrix = u @ diag(s) @
+    v.
+    """
     m, n = matrix.shape
     if n < 4 * m:
         return torch.linalg.svd(matrix, full_matrices=False)
-    # A convolution's matrix is wide. u and s are then cheaper from the small matrix of its rows' products, in
-    # float64, in which the squares of the singular values keep the digits of float32.
+    # A convolution's matrix is wide. u and s are then cheaper from the small matrix of its rows'
+    # products, in float64, in which the squares of the singular values keep the digits of float32.
     matrix = matrix.double()
     squares, u = torch.linalg.eigh(matrix @ matrix.T)
     squares, u = squares.flip(0).clamp(min=0), u.flip(1)
@@ -140,19 +161,25 @@ def _singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.float(), s.float(), v.float()
 
 
-# ---- merging --------------------------------------------------------------------------------------------------
+# ---- merging
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def merge_lora(
-    state: Mapping[str, Tensor], lora: Mapping[str, Tensor], strength: float = 1.0, path: str | Path = "the LoRA file"
+    state: Mapping[str, Tensor],
+    lora: Mapping[str, Tensor],
+    strength: float = 1.0,
+    path: str | Path = "the LoRA file",
 ) -> int:
-    """Add a LoRA file's differences to a CompVis state dict, in place; return how many layers changed.
+    """Add a LoRA file's differences to a CompVis state dict, in place; return how many layers
+    changed.
 
     Nothing changes unless all of the file fits.
 
     Raises:
-        UserError: a file that is not read, a layer that the model does not have, or one of another shape.
+        UserError: a file that is not read, a layer that the model does not have, or one of another
+            shape.
     """
     differences = parse_lora(lora, path)
     weights = weights_by_name(state)
@@ -168,7 +195,8 @@ def merge_lora(
 
 
 def weights_by_name(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the weights of a model's layers by network and name, diffusers' and ours, underscores for dots.
+    """Return the weights of a model's layers by network and name, diffusers' and ours, underscores
+    for dots.
 
     The tensors share the memory of the state dict's.
     """
@@ -191,14 +219,21 @@ def _layers(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def find_weight(
-    weights: Mapping[str, Mapping[str, Tensor]], wanted: LowRank, all_of_it: Sequence[LowRank], path: str | Path
+    weights: Mapping[str, Mapping[str, Tensor]],
+    wanted: LowRank,
+    all_of_it: Sequence[LowRank],
+    path: str | Path,
 ) -> Tensor:
-    """Return the weight that a difference is of; raises a `UserError` if the model has none of that name and shape."""
+    """Return the weight that a difference is of; raises a `UserError` if the model has none of
+    that name and shape.
+    """
     network, name = place(wanted.layer)
     candidates = [weights[network]] if network else list(weights.values())
     weight = next((layers[name] for layers in candidates if name in layers), None)
     if weight is None:
-        raise UserError(f"{path}: '{wanted.layer}' of the LoRA is no layer of this model{_made_for(all_of_it)}")
+        raise UserError(
+            f"{path}: '{wanted.layer}' of the LoRA is no layer of this model{_made_for(all_of_it)}"
+        )
     shape = wanted.shape
     if weight.shape[:2] != shape[:2] or weight.shape[2:].numel() != shape[2:].numel():
         raise UserError(
@@ -209,13 +244,20 @@ def find_weight(
 
 
 def _made_for(differences: Sequence[LowRank]) -> str:
-    """Return which Stable Diffusion a LoRA is for, as the width of the text that its attention reads says."""
-    widths = {d.down.shape[1] for d in differences if re.search(r"attn2[._](processor\.)?to_[kv]$", d.layer)}
+    """Return which Stable Diffusion a LoRA is for, as the width of the text that its attention
+    reads says.
+    """
+    widths = {
+        d.down.shape[1]
+        for d in differences
+        if re.search(r"attn2[._](processor\.)?to_[kv]$", d.layer)
+    }
     kinds = [TEXT_WIDTHS[width] for width in widths if width in TEXT_WIDTHS]
     return f" (the file is for Stable Diffusion {kinds[0]})" if len(kinds) == 1 else ""
 
 
-# ---- the adapters of a LoRA run -------------------------------------------------------------------------------
+# ---- the adapters of a LoRA run
+# -------------------------------------------------------------------------------
 
 
 def adapted_layers(state: Mapping[str, Tensor]) -> list[str]:
@@ -225,17 +267,31 @@ def adapted_layers(state: Mapping[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def merge_adapters(state: Mapping[str, Tensor], alpha: float) -> State:
-    """Return a LoRA run's state dict as that of a plain model, its adapters added to the weights; the old one stays."""
-    merged = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
+    """Return a LoRA run's state dict as that of a plain model, its adapters added to the
+    weights; the old one stays.
+    """
+    merged = {
+        key.replace(".base_layer.", "."): value
+        for key, value in state.items()
+        if ".lora_" not in key
+    }
     for layer in adapted_layers(state):
-        down, up, weight = state[layer + DOWN].float(), state[layer + UP].float(), merged[f"{layer}.weight"]
+        down, up, weight = (
+            state[layer + DOWN].float(),
+            state[layer + UP].float(),
+            merged[f"{layer}.weight"],
+        )
         merged[f"{layer}.weight"] = (weight.float() + up @ down * (alpha / len(down))).to(weight)
     return merged
 
 
 def adapters_alone(state: Mapping[str, Tensor], alpha: float) -> State:
     """Return the adapters of a LoRA run's state dict as a LoRA file's tensors."""
-    keys = [key.replace(".base_layer.", ".") for key in state if key.startswith(UNET) and ".lora_" not in key]
+    keys = [
+        key.replace(".base_layer.", ".")
+        for key in state
+        if key.startswith(UNET) and ".lora_" not in key
+    ]
     unet, lora = unet_names(key.removeprefix(UNET) for key in keys), State()
     for layer in adapted_layers(state):
         ours = f"{layer}.weight"

@@ -1,8 +1,9 @@
-"""LoRA files of other programs: how they name a layer, where they keep its scale, and which kinds are not read.
+"""LoRA files of other programs: how they name a layer, where they keep its scale, and which kinds
+are not read.
 
 | written by | a key |
 |---|---|
-| sd-scripts, LyCORIS | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`, `.lora_mid`, `.alpha` |
+| sd-scripts, LyCORIS | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`, `.alpha` |
 | the same, with LDM's names | `lora_unet_middle_block_1_proj_in.lora_down.weight` |
 | diffusers, at first | `unet.mid_block...attn1.processor.to_q_lora.down.weight` |
 | diffusers | `unet.mid_block...attn1.to_q.lora_A.weight`; scales in the header |
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
-# A key of a low-rank difference: the layer, then which of its factors. peft adds the adapter's name.
+# A key of a low-rank difference: the layer, then which of its factors. peft adds the adapter's
+# name.
 FACTOR = re.compile(
     r"(?P<layer>.+?)"
     r"(?:\.lora_(?P<kohya>down|up|mid)"
@@ -43,7 +45,8 @@ FACTOR = re.compile(
 ALPHA = re.compile(r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?)?\.alpha")
 PEFT_FACTORS = {"A": "down", "B": "up"}
 
-# What the names of layers begin with, and the network that each beginning says. Several may follow each other.
+# What the names of layers begin with, and the network that each beginning says. Several may follow
+# each other.
 PREFIXES = {
     "base_model.model.": None,
     "lycoris_": None,
@@ -58,14 +61,19 @@ PREFIXES = {
 # Attention layers of the text encoder had the UNet's names in diffusers' first files.
 OLD_TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out_0": "out_proj"}
 
-MERGE_ELSEWHERE = "merge it with the program that made it, and take the merged model as the checkpoint"
+MERGE_ELSEWHERE = (
+    "merge it with the program that made it, and take the merged model as the checkpoint"
+)
 ANOTHER_MODEL = "this project has no model that it fits"
-# Keys that say more than a low-rank difference: a pattern, the kind's name, the way out. The first that fits counts.
+# Keys that say more than a low-rank difference: a pattern, the kind's name, the way out. The first
+# that fits counts.
 NOT_READ = (
-    (r"\.base_layer\.", "a LoRA run's checkpoint", "write its LoRA file first: scripts/convert.py --adapters"),
-    (r"^lora_te[123]_|^text_encoder_[23]\.|add_embedding|label_emb", "a LoRA of Stable Diffusion XL", ANOTHER_MODEL),
-    (r"(double|single|joint)_(transformer_)?blocks|^transformer\.|^lora_transformer_", "a LoRA of Flux or SD 3",
+    (r"\.base_layer\.", "a LoRA run's checkpoint",
+     "write its LoRA file first: scripts/convert.py --adapters"),
+    (r"^lora_te[123]_|^text_encoder_[23]\.|add_embedding|label_emb", "a LoRA of Stable Diffusion XL",
      ANOTHER_MODEL),
+    (r"(double|single|joint)_(transformer_)?blocks|^transformer\.|^lora_transformer_",
+     "a LoRA of Flux or SD 3", ANOTHER_MODEL),
     (r"\.hada_", "a LoHa", MERGE_ELSEWHERE),
     (r"\.lokr_", "a LoKr", MERGE_ELSEWHERE),
     (r"\.dora_scale|lora_magnitude_vector", "a DoRA", MERGE_ELSEWHERE),
@@ -76,7 +84,8 @@ NOT_READ = (
     (r"\.diff(_b)?$", "a LyCORIS file with differences of whole layers", MERGE_ELSEWHERE),
     (r"^bundle_emb\.", "a LoRA with embeddings inside", MERGE_ELSEWHERE),
     (r"\.lora_embedding_", "a LoRA of token embeddings", MERGE_ELSEWHERE),
-    (r"\.modules_to_save\.|\.lora_[AB](\.[^.]+)?\.bias$", "a LoRA with trained layers or biases", MERGE_ELSEWHERE),
+    (r"\.modules_to_save\.|\.lora_[AB](\.[^.]+)?\.bias$", "a LoRA with trained layers or biases",
+     MERGE_ELSEWHERE),
     (r"^(unet|text_encoder):\d", "a LoRA of cloneofsimo/lora", MERGE_ELSEWHERE),
 )  # fmt: skip
 
@@ -87,8 +96,10 @@ class LowRank:
 
     Args:
         layer: its name, as the file has it.
-        down, up: (rank, n), (m, rank) of a linear layer; of a convolution (rank, n, h, w), (m, rank, 1, 1).
-        mid: (rank, rank, h, w) of a convolution that was split into three; `down` is then (rank, n, 1, 1).
+        down, up: (rank, n), (m, rank) of a linear layer; of a convolution (rank, n, h, w), (m,
+        rank, 1, 1).
+        mid: (rank, rank, h, w) of a convolution that was split into three; `down` is then (rank, n,
+            1, 1).
         alpha: the difference is scaled by alpha / rank.
     """
 
@@ -114,7 +125,8 @@ class LowRank:
         return product * (self.alpha / len(down))
 
 
-# ---- from keys to layers --------------------------------------------------------------------------------------
+# ---- from keys to layers
+# ------------------------------------------------------------
 
 
 def check_kind(keys: Iterable[str], path: str | Path) -> None:
@@ -130,16 +142,23 @@ def parse_lora(tensors: Mapping[str, Tensor], path: str | Path = "the LoRA file"
     """Return the differences that a LoRA file's tensors stand for.
 
     Raises:
-        UserError: a kind that is not read, a key that belongs to no difference, factors that do not fit together.
+        UserError: a kind that is not read, a key that belongs to no difference, factors that do not
+            fit together.
     """
     check_kind(tensors, path)
     factors, alphas, others = sort_keys(tensors)
     if not factors:
-        kind = "a whole model; " if any(key.startswith("model.diffusion_model.") for key in tensors) else ""
+        kind = (
+            "a whole model; "
+            if any(key.startswith("model.diffusion_model.") for key in tensors)
+            else ""
+        )
         raise UserError(f"{path}: {kind}it holds no `lora_up` and `lora_down`")
     others += [key for layer, key in alphas.items() if layer not in factors]
     if others:
-        raise UserError(f"{path}: {len(others)} keys are of no kind that is read, first '{others[0]}'")
+        raise UserError(
+            f"{path}: {len(others)} keys are of no kind that is read, first '{others[0]}'"
+        )
     found = []
     for layer, keys in factors.items():
         parts = {factor: tensors[key] for factor, key in keys.items()}
@@ -177,7 +196,12 @@ def check_factors(layer: str, parts: Mapping[str, Tensor], path: str | Path) -> 
     fits = down.ndim in (2, 4) and up.ndim in (2, 4) and rank > 0 and up.shape[1] == rank
     fits = fits and math.prod(up.shape[2:]) == 1
     if mid is not None:
-        fits = fits and mid.ndim == 4 and mid.shape[:2] == (rank, rank) and math.prod(down.shape[2:]) == 1
+        fits = (
+            fits
+            and mid.ndim == 4
+            and mid.shape[:2] == (rank, rank)
+            and math.prod(down.shape[2:]) == 1
+        )
     if not fits:
         shapes = ", ".join(f"{factor} {list(value.shape)}" for factor, value in parts.items())
         raise UserError(f"{path}: '{layer}': its factors do not fit together: {shapes}")
@@ -186,7 +210,9 @@ def check_factors(layer: str, parts: Mapping[str, Tensor], path: str | Path) -> 
 
 
 def place(layer: str) -> tuple[str | None, str]:
-    """Return the network that a layer's name says, None if it says none, and the rest with underscores for dots."""
+    """Return the network that a layer's name says, None if it says none, and the rest with
+    underscores for dots.
+    """
     network = None
     while prefix := next((prefix for prefix in PREFIXES if layer.startswith(prefix)), None):
         layer = layer.removeprefix(prefix)
@@ -200,21 +226,25 @@ def place(layer: str) -> tuple[str | None, str]:
     return network, name
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files
+# ------------------------------------------------------------
 
 WEIGHTS_FILES = tuple(
-    stem + suffix for stem in ("adapter_model", "pytorch_lora_weights") for suffix in (".safetensors", ".bin")
+    stem + suffix
+    for stem in ("adapter_model", "pytorch_lora_weights")
+    for suffix in (".safetensors", ".bin")
 )
 PEFT_CONFIG = "adapter_config.json"
-# The entry of a safetensors header in which diffusers writes peft's config, each key behind its network's name.
+# The entry of a safetensors header in which diffusers writes peft's config, each key behind its
+# network's name.
 DIFFUSERS_HEADER = "lora_adapter_metadata"
 
 
 def read_lora(path: str | Path) -> State:
     """Return the tensors of a LoRA file or folder, with the alphas that its header or config says.
 
-    A folder is one of peft (`adapter_model.safetensors`, perhaps in `unet/` and `text_encoder/`) or of diffusers
-    (`pytorch_lora_weights.safetensors`).
+    A folder is one of peft (`adapter_model.safetensors`, perhaps in `unet/` and `text_encoder/`) or
+    of diffusers (`pytorch_lora_weights.safetensors`).
 
     Raises:
         UserError: there is none, or its config is of a kind that is not read.
@@ -223,17 +253,25 @@ def read_lora(path: str | Path) -> State:
     if not path.is_dir():
         return read_file(path)
     found: State = {}
-    for folder, prefix in ((path, ""), (path / "unet", "unet."), (path / "text_encoder", "text_encoder.")):
+    for folder, prefix in (
+        (path, ""),
+        (path / "unet", "unet."),
+        (path / "text_encoder", "text_encoder."),
+    ):
         file = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
         if file is not None:
             found |= {prefix + key: value for key, value in read_file(file).items()}
     if not found:
-        raise UserError(f"{path}: a folder without LoRA weights: expected {' or '.join(WEIGHTS_FILES)} in it")
+        raise UserError(
+            f"{path}: a folder without LoRA weights: expected {' or '.join(WEIGHTS_FILES)} in it"
+        )
     return found
 
 
 def read_file(path: Path) -> State:
-    """Return a LoRA file's tensors, with the alphas that its header or the config beside it says."""
+    """Return a LoRA file's tensors, with the alphas that its header or the config beside it
+    says.
+    """
     tensors = state_dict_of(read_checkpoint(path), path)
     check_kind(tensors, path)
     beside = path.with_name(PEFT_CONFIG)
@@ -245,7 +283,8 @@ def read_file(path: Path) -> State:
     factors, alphas, _ = sort_keys(tensors)
     if any(layer.startswith("base_model.model.") and layer not in alphas for layer in factors):
         log.warning(
-            "%s: no %s beside it says the scale of this LoRA of peft's: it is taken as it is (alpha = rank)",
+            "%s: no %s beside it says the scale of this LoRA of peft's: it is taken as it is "
+            "(alpha = rank)",
             path, PEFT_CONFIG,
         )  # fmt: skip
     return tensors
@@ -255,7 +294,9 @@ def by_network(header: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
     """Return diffusers' header, `{"unet.r": 4, ...}`, as a config of peft's for each network."""
     configs: dict[str | None, dict[str, Any]] = {}
     for key, value in header.items():
-        network = next((name for name in ("unet", "text_encoder") if key.startswith(f"{name}.")), None)
+        network = next(
+            (name for name in ("unet", "text_encoder") if key.startswith(f"{name}.")), None
+        )
         configs.setdefault(network, {})[key.removeprefix(f"{network}.")] = value
     return configs
 
@@ -263,7 +304,8 @@ def by_network(header: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
 def alphas_of(
     tensors: Mapping[str, Tensor], configs: Mapping[str | None, Mapping[str, Any]], path: str | Path
 ) -> State:
-    """Return the alpha of every layer that has none in the file, as peft's config of its network says.
+    """Return the alpha of every layer that has none in the file, as peft's config of its network
+    says.
 
     Args:
         configs: for `unet` and `text_encoder`, or one for both under None.
@@ -281,9 +323,13 @@ def alphas_of(
         network, _ = place(layer)
         config = configs.get(network) or configs.get(None) or {}
         rank = len(tensors[keys["down"]])
-        alpha = pattern_value(config.get("alpha_pattern") or {}, layer, config.get("lora_alpha", rank))
+        alpha = pattern_value(
+            config.get("alpha_pattern") or {}, layer, config.get("lora_alpha", rank)
+        )
         # rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski, 2312.03732).
-        found[f"{layer}.alpha"] = torch.tensor(float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0))
+        found[f"{layer}.alpha"] = torch.tensor(
+            float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+        )
     return found
 
 

@@ -291,7 +291,7 @@ def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> 
     }
     pipeline = "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline"
     index = {"_class_name": pipeline, **VERSION, "requires_safety_checker": False, **LIBRARIES}
-    pad = tokenizer.END if hasattr(embedder, "transformer") else 0
+    pad = embedder.pad
     parent = folder.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(workspace, caplog):
         '"photo of a sks dog"',
         '"photo of a dog"',
         str(workspace.photos),
-        # fmt: skip
         str(workspace.class_images),
         "base_learning_rate (it was 0.001)",
         last,

@@ -1,6 +1,7 @@
 """diffusers as the judge: what it computes with our exported folders, and what comes back from it.
 
-With the environment variable FULL_SIZE set, Stable Diffusion 1 at its full size is judged, too (10 GB of memory):
+With the environment variable FULL_SIZE set, Stable Diffusion 1 at its full size is judged, too (10
+GB of memory):
 
     FULL_SIZE=1 python -m pytest tests/test_diffusers.py -k "full and not lora"
 """
@@ -108,7 +109,8 @@ def test_a_picture(ours, theirs, family):
     if "inpainting" in family:
         image, mask = noise(1, 3, side, side, seed=3).clamp(-1, 1), torch.zeros(1, 1, side, side)
         mask[..., : side // 2] = 1
-        # Their masked image is encoded with noise of a generator; here that generator is asked for the same.
+        # Their masked image is encoded with noise of a generator; here that generator is asked for
+        # the same.
         masked = image * (mask < 0.5)
         generator = torch.Generator().manual_seed(7)
         latents = theirs.vae.encode(masked).latent_dist.sample(generator) * ours.scale_factor
@@ -133,7 +135,9 @@ def test_a_picture(ours, theirs, family):
 
 
 def test_the_way_back(ours, folder, theirs, tmp_path):
-    """From our folder and from the one that diffusers saves, bit for bit; what it does not read stays missing."""
+    """From our folder and from the one that diffusers saves, bit for bit; what it does not read
+    stays missing.
+    """
     theirs.save_pretrained(tmp_path / "theirs")
     state = ours.state_dict()
     for path in (folder, tmp_path / "theirs"):
@@ -211,7 +215,9 @@ def test_a_pipeline_without_a_config(folder, family, tmp_path, caplog):
 
 @pytest.fixture
 def tuned(ours):
-    """The weights after a change of rank 2 in every layer that a LoRA can change: all but norms and embeddings."""
+    """The weights after a change of rank 2 in every layer that a LoRA can change: all but norms
+    and embeddings.
+    """
     state = {key: value.clone() for key, value in ours.state_dict().items()}
     random = torch.Generator().manual_seed(0)
     parts = to_diffusers(state)

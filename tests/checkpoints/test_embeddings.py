@@ -1,4 +1,6 @@
-"""Textual-inversion files as other programs write them: which words mean them, in prompts and in a training."""
+"""Textual-inversion files as other programs write them: which words mean them, in prompts and in
+a training.
+"""
 
 import pytest
 import torch
@@ -61,7 +63,9 @@ def test_the_placeholder_starts_as_another_word(embedder, word, placeholder):
     EmbeddingManager(embedder).initialize(word, placeholder)
     after = rows(embedder)
     assert changed(before, after) == [token_of(placeholder)]
-    torch.testing.assert_close(after[token_of(placeholder)], before[tokenizer.encode(word)].mean(dim=0))
+    torch.testing.assert_close(
+        after[token_of(placeholder)], before[tokenizer.encode(word)].mean(dim=0)
+    )
     assert embedder.transformer.text_model.embeddings.token_embedding.weight.requires_grad
 
 
@@ -86,7 +90,9 @@ LAYOUTS = {
         },
         path,
     ),
-    "plain.pt": lambda path: torch.save({"string_to_param": {"sks": VECTOR[None]}, "name": "x", "step": 3}, path),
+    "plain.pt": lambda path: torch.save(
+        {"string_to_param": {"sks": VECTOR[None]}, "name": "x", "step": 3}, path
+    ),
     "half.bin": lambda path: torch.save({"sks": VECTOR.double()[None]}, path),
 }
 
@@ -108,7 +114,12 @@ def test_files_of_several_words(embedder, tmp_path):
 
 
 def web_ui(vectors, word="*"):
-    return {"string_to_token": {word: 265}, "string_to_param": {word: vectors}, "name": "another-name", "step": 500}
+    return {
+        "string_to_token": {word: 265},
+        "string_to_param": {word: vectors},
+        "name": "another-name",
+        "step": 500,
+    }
 
 
 # file -> what it holds, and the words that mean it.
@@ -138,12 +149,19 @@ def test_every_word_of_a_file_means_its_vectors(embedder, name, tmp_path):
     assert load(embedder, written(tmp_path / name, content)) == words
     own = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
     for word in words:
-        vectors = own.get(word, next(iter(own.values())) if own else content.get("string_to_param", {}).get("*"))
+        vectors = own.get(
+            word, next(iter(own.values())) if own else content.get("string_to_param", {}).get("*")
+        )
         vectors = vectors.reshape(-1, WIDTH).float()
         for text in (word, word.upper()):
             assert torch.equal(seen(embedder, text), vectors)
-        photo, beach = before[tokenizer.encode("photo of a")], before[tokenizer.encode(", on the beach")]
-        assert torch.equal(seen(embedder, f"photo of a {word}, on the beach"), torch.cat([photo, vectors, beach]))
+        photo, beach = (
+            before[tokenizer.encode("photo of a")],
+            before[tokenizer.encode(", on the beach")],
+        )
+        assert torch.equal(
+            seen(embedder, f"photo of a {word}, on the beach"), torch.cat([photo, vectors, beach])
+        )
     assert torch.equal(seen(embedder, "photo of a dog"), before[tokenizer.encode("photo of a dog")])
 
 
@@ -153,7 +171,9 @@ def test_a_word_is_found_only_where_it_stands_for_itself(embedder, tmp_path):
     table = rows(embedder)
     assert torch.equal(seen(embedder, "my-dogs"), table[tokenizer.encode("my-dogs")])
     assert torch.equal(seen(embedder, "tummy-dog"), table[tokenizer.encode("tummy-dog")])
-    assert torch.equal(seen(embedder, "my-dog's"), torch.cat([SEVERAL, table[tokenizer.encode("'s")]]))
+    assert torch.equal(
+        seen(embedder, "my-dog's"), torch.cat([SEVERAL, table[tokenizer.encode("'s")]])
+    )
     assert torch.equal(seen(embedder, "my-dog-2 my-dog"), torch.cat([-SEVERAL, SEVERAL]))
 
 
@@ -174,7 +194,10 @@ def test_the_report_says_which_words_they_are(embedder, tmp_path, caplog):
     assert "no longer has its own meaning" not in caplog.text
     load(embedder, written(tmp_path / "cat.pt", web_ui(SEVERAL)))
     assert "in prompts, 'cat' and '*' mean its 3 vectors" in caplog.text
-    assert "cat.pt: 'cat' is a word of the vocabulary: in prompts it no longer has its own meaning" in caplog.text
+    assert (
+        "cat.pt: 'cat' is a word of the vocabulary: in prompts it no longer has its own meaning"
+        in caplog.text
+    )
 
 
 def test_a_folder_of_diffusers(embedder, tmp_path):
@@ -188,18 +211,23 @@ def test_a_folder_of_diffusers(embedder, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ({"sks": torch.ones(31)}, "'sks' has vectors of width 31, this model's text encoder needs 32"),
-    ({"sks": torch.ones(1024)}, r"width 1024, this model's text encoder needs 32 \(1024 is Stable Diffusion 2\)"),
-    ({"string_to_param": {"sks": torch.ones(76, WIDTH)}}, "'sks' has 76 vectors, a prompt has room for 75"),
+    ({"sks": torch.ones(1024)}, r"width 1024, this model's text encoder needs 32 \(1024 is Stable "
+                                r"Diffusion 2\)"),
+    ({"string_to_param": {"sks": torch.ones(76, WIDTH)}}, "'sks' has 76 vectors, a prompt has "
+                                                          "room for 75"),
     ({"sks": torch.full((WIDTH,), torch.nan)}, "'sks' has values that are not finite"),
     ({"sks": VECTOR, "shs": torch.ones(31)}, "'shs' has vectors of width 31"),
     ({"name": "x"}, "no textual-inversion embedding in it"),
     ({"": VECTOR}, "no textual-inversion embedding in it"),
     ({"state_dict": {"a": torch.ones(WIDTH)}}, "no textual-inversion embedding in it"),
     ({"string_to_param": 3, "a": torch.ones(1)}, "no textual-inversion embedding in it"),
-    ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, r"of Stable Diffusion XL or 3 \(clip_l, clip_g\)"),
-    ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "it is a LoRA, which scripts/convert.py merges into a model"),
+    ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, r"of Stable Diffusion XL or 3 "
+                                                                    r"\(clip_l, clip_g\)"),
+    ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "it is a LoRA, which scripts/convert.py "
+                                                       "merges into a model"),
     ({"state_dict": {"model.diffusion_model.out.2.bias": VECTOR}}, "it is a whole model, for --ckpt"),
-    ({768: ({"linear.weight": VECTOR}, 0), "name": "x"}, "it looks like a hypernetwork, which is not read"),
+    ({768: ({"linear.weight": VECTOR}, 0), "name": "x"}, "it looks like a hypernetwork, which "
+                                                         "is not read"),
 ])  # fmt: skip
 def test_files_that_do_not_fit_change_nothing(embedder, content, message, tmp_path):
     torch.save(content, tmp_path / "x.pt")

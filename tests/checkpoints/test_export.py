@@ -1,4 +1,6 @@
-"""What leaves for other programs: which weights, in what precision and format, with what in the header."""
+"""What leaves for other programs: which weights, in what precision and format, with what in the
+header.
+"""
 
 import hashlib
 import json
@@ -36,7 +38,9 @@ def model():
 def original(model, tmp_path_factory):
     """A file of ours."""
     path = tmp_path_factory.mktemp("original") / "model.safetensors"
-    config = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params("v1")}}
+    config = {
+        "model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params("v1")}
+    }
     write_weights(path, model.state_dict(), config, {"steps": 7})
     return path
 
@@ -68,7 +72,10 @@ def test_every_pair_of_formats_gives_the_same_bits(first, second, original, yaml
         (tmp_path / str(number)).mkdir()
         path = converted(path, tmp_path / str(number) / FILES[kind], "--config", yaml)
     found, state = load_file(path), load_file(original)
-    assert found.keys() | {"cond_stage_model.transformer.text_model.embeddings.position_ids"} == state.keys()
+    assert (
+        found.keys() | {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
+        == state.keys()
+    )
     assert all(torch.equal(value, state[key]) for key, value in found.items())
 
 
@@ -82,7 +89,10 @@ def test_precisions(dtype, kind, original, model, tmp_path):
     for key, value in state.items():
         rounded = value.to(DTYPES[dtype]) if value.ndim > 1 and value.is_floating_point() else value
         assert found[key].dtype == rounded.dtype and torch.equal(found[key], rounded), key
-    assert content["training"] == {"steps": 7} and content["config"]["model"]["params"]["image_size"] == 8
+    assert (
+        content["training"] == {"steps": 7}
+        and content["config"]["model"]["params"]["image_size"] == 8
+    )
     # What is rounded once is not rounded again.
     again = converted(path, tmp_path / "again.safetensors")
     assert same(load_file(again), dict(found))
@@ -95,13 +105,22 @@ def test_half_the_size(original, tmp_path):
 
 def test_a_pipeline_in_half_precision(original, tmp_path):
     folder = converted(original, tmp_path / "pipeline", "--dtype", "fp16")
-    assert {v.dtype for v in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values()} == {torch.float16}
+    assert {
+        v.dtype for v in load_file(folder / "unet/diffusion_pytorch_model.safetensors").values()
+    } == {torch.float16}
 
 
 def test_a_model_in_half_precision_samples_under_autocast(original, model):
     """As on a GPU, where autocast would make half-precision copies of the weights anyway."""
-    half, x, t = load_model(original, dtype=torch.bfloat16), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
-    assert half.model.diffusion_model.out[2].weight.dtype == torch.bfloat16 and half.betas.dtype == torch.float32
+    half, x, t = (
+        load_model(original, dtype=torch.bfloat16),
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([3, 700]),
+    )
+    assert (
+        half.model.diffusion_model.out[2].weight.dtype == torch.bfloat16
+        and half.betas.dtype == torch.float32
+    )
 
     def outputs(model):
         text = model.get_learned_conditioning(["photo of a sks dog", ""])
@@ -115,7 +134,11 @@ def test_a_model_in_half_precision_samples_under_autocast(original, model):
 
 def test_rounding_leaves_vectors_and_integers():
     state = {"w": torch.ones(2, 2), "b": torch.ones(2), "n": torch.ones(2, 2, dtype=torch.int64)}
-    assert [v.dtype for v in in_dtype(state, torch.float16).values()] == [torch.float16, torch.float32, torch.int64]
+    assert [v.dtype for v in in_dtype(state, torch.float16).values()] == [
+        torch.float16,
+        torch.float32,
+        torch.int64,
+    ]
     assert same(in_dtype(state, None), state)
 
 
@@ -125,12 +148,16 @@ def test_a_sharded_file(original, yaml, tmp_path):
         save_file(dict(list(state.items())[number::2]), tmp_path / name)
     weight_map = {key: names[number % 2] for number, key in enumerate(state)}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    whole = converted(tmp_path / "m.safetensors.index.json", tmp_path / "whole.safetensors", "--config", yaml)
+    whole = converted(
+        tmp_path / "m.safetensors.index.json", tmp_path / "whole.safetensors", "--config", yaml
+    )
     assert same(load_file(whole), state)
 
 
 def test_writing_to_another_suffix(tmp_path):
-    with pytest.raises(UserError, match=r"m\.pt: expected a name that ends in \.safetensors or \.ckpt"):
+    with pytest.raises(
+        UserError, match=r"m\.pt: expected a name that ends in \.safetensors or \.ckpt"
+    ):
         write_weights(tmp_path / "m.pt", {"a": torch.ones(1)}, {}, {})
 
 
@@ -143,7 +170,9 @@ def test_a_single_file_opens_in_diffusers(original, tmp_path):
     )
     expected = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     for part in ("unet", "vae", "text_encoder"):
-        assert same(dict(getattr(pipeline, part).state_dict()), dict(getattr(expected, part).state_dict())), part
+        assert same(
+            dict(getattr(pipeline, part).state_dict()), dict(getattr(expected, part).state_dict())
+        ), part
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
@@ -152,11 +181,20 @@ def test_another_autoencoder(prefix, original, model, tmp_path, caplog):
     ours = model.first_stage_model.state_dict()
     other = {prefix + key: value + 1 for key, value in ours.items()}
     torch.save({"state_dict": {**other, "loss.logvar": torch.zeros(1)}}, tmp_path / "vae.ckpt")
-    found = load_file(converted(original, tmp_path / "m.safetensors", "--vae", tmp_path / "vae.ckpt"))
+    found = load_file(
+        converted(original, tmp_path / "m.safetensors", "--vae", tmp_path / "vae.ckpt")
+    )
     for key, value in model.state_dict().items():
         assert torch.equal(found[key], value + 1 if key.startswith("first_stage_model.") else value)
     torch.save({"state_dict": dict(list(other.items())[1:])}, tmp_path / "vae.ckpt")
-    command = ["--ckpt", str(original), "--vae", str(tmp_path / "vae.ckpt"), "--output", str(tmp_path / "x.ckpt")]
+    command = [
+        "--ckpt",
+        str(original),
+        "--vae",
+        str(tmp_path / "vae.ckpt"),
+        "--output",
+        str(tmp_path / "x.ckpt"),
+    ]
     assert convert.main(command) == 1
     assert f"'{next(iter(ours))}' is missing or different" in caplog.text
 
@@ -178,7 +216,10 @@ def test_the_end_of_a_training(workspace, original, caplog):
     assert f"exported  {exported}" in caplog.text
     with safe_open(exported, "pt") as file:
         facts = json.loads(file.metadata()["training"])
-    assert facts["prompts"] == ["photo of a sks dog"] and (facts["identifier"], facts["class_word"]) == ("sks", "dog")
+    assert facts["prompts"] == ["photo of a sks dog"] and (
+        facts["identifier"],
+        facts["class_word"],
+    ) == ("sks", "dog")
     assert (facts["steps"], facts["learning_rate"], facts["reg_weight"]) == (2, 1e-3, 1.0)
     assert facts["software"].startswith("dreambooth-ldm 0.") and "base_model" not in facts
     last = runs.checkpoint(first)["state_dict"]
@@ -194,7 +235,9 @@ def test_the_end_of_a_training(workspace, original, caplog):
 
 
 def test_which_weights_a_training_starts_from(workspace, caplog):
-    base = runs.config(workspace.path, model__params__use_ema="true", lightning__trainer__max_steps=2)
+    base = runs.config(
+        workspace.path, model__params__use_ema="true", lightning__trainer__max_steps=2
+    )
     run = workspace.train("averaging", base=base)
     last = run / "checkpoints" / "last.ckpt"
     state, key = runs.checkpoint(run)["state_dict"], "model.diffusion_model.time_embed.0.weight"
@@ -248,7 +291,9 @@ def test_conversion_takes_the_averages_and_says_what_they_fit(tmp_path):
     both, trained = tmp_path / "both.ckpt", tmp_path / "trained.safetensors"
     assert convert.main([*command[:2], "--output", str(both), "--keep_ema"]) == 0
     assert same(read_checkpoint(both)["state_dict"], dict(state))
-    assert convert.main(["--ckpt", str(both), "--output", str(trained), "--weights", "trained"]) == 0
+    assert (
+        convert.main(["--ckpt", str(both), "--output", str(trained), "--weights", "trained"]) == 0
+    )
     assert torch.equal(load_file(trained)[key], state[key])
     assert torch.equal(load_model(both).state_dict()[key], average)  # to sample from
     assert torch.equal(load_model(both, weights="trained").state_dict()[key], state[key])
@@ -265,15 +310,27 @@ def test_averages_that_are_not_there():
 
 def test_conversion_to_another_format(tmp_path, caplog):
     save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
-    assert convert.main(["--ckpt", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "b.pt")]) == 1
+    assert (
+        convert.main(
+            ["--ckpt", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "b.pt")]
+        )
+        == 1
+    )
     assert "expected a .safetensors or .ckpt file" in caplog.text
-    command = ["--ckpt", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "b.safetensors")]
+    command = [
+        "--ckpt",
+        str(tmp_path / "a.safetensors"),
+        "--output",
+        str(tmp_path / "b.safetensors"),
+    ]
     assert convert.main([*command, "--only", "clip."]) == 1
     assert "no tensor of" in caplog.text
 
 
 def test_a_header_that_is_no_config_is_left_alone(tmp_path):
-    save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"config": json.dumps([1])})
+    save_file(
+        {"weight": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"config": json.dumps([1])}
+    )
     assert set(read_checkpoint(tmp_path / "a.safetensors")) == {"weight"}
     save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"config": "{"})
     assert set(read_checkpoint(tmp_path / "a.safetensors")) == {"weight"}

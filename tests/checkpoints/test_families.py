@@ -1,4 +1,6 @@
-"""A stranger's weights are recognised from keys and shapes, and an error names the config that fits."""
+"""A stranger's weights are recognised from keys and shapes, and an error names the config that
+fits.
+"""
 
 import pytest
 import torch

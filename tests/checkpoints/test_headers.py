@@ -1,4 +1,6 @@
-"""What the header of a safetensors file says, for the programs that read ModelSpec's and sd-scripts' entries."""
+"""What the header of a safetensors file says, for the programs that read ModelSpec's and
+sd-scripts' entries.
+"""
 
 import hashlib
 import json
@@ -21,7 +23,9 @@ from tests.support.families import params
 
 CONFIGS = {name: path for family in FAMILIES for name, path in zip(family.configs, family.paths)}
 # A tensor of each network is enough to tell which Stable Diffusion it is.
-V1 = dict.fromkeys(("model.diffusion_model.out.2.bias", "cond_stage_model.transformer.x"), torch.zeros(1))
+V1 = dict.fromkeys(
+    ("model.diffusion_model.out.2.bias", "cond_stage_model.transformer.x"), torch.zeros(1)
+)
 V2 = dict.fromkeys(("model.diffusion_model.out.2.bias", "cond_stage_model.model.x"), torch.zeros(1))
 FACTS = {
     "identifier": "sks",
@@ -48,7 +52,9 @@ def lora(rank=4, alpha=2.0, conv_rank=None):
     tensors = {}
     for name, shape in shapes.items():
         tensors[f"lora_unet_{name}.lora_down.weight"] = torch.ones(shape)
-        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.ones(8, shape[0], *[1] * (len(shape) - 2))
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.ones(
+            8, shape[0], *[1] * (len(shape) - 2)
+        )
         tensors[f"lora_unet_{name}.alpha"] = torch.tensor(alpha)
     return tensors
 
@@ -76,7 +82,12 @@ def test_what_is_not_known_is_left_out():
     found = model_spec("a title", kind_of(V2, {}), {}, is_lora=False)
     assert "modelspec.architecture" not in found and "modelspec.prediction_type" not in found
     assert "modelspec.resolution" not in found and "modelspec.trigger_phrase" not in found
-    assert model_spec("a part", kind_of({"first_stage_model.x": torch.zeros(1)}, {}), {}, is_lora=False) == {}
+    assert (
+        model_spec(
+            "a part", kind_of({"first_stage_model.x": torch.zeros(1)}, {}), {}, is_lora=False
+        )
+        == {}
+    )
 
 
 def test_the_hash_is_that_of_the_tensors_bytes(tmp_path):
@@ -88,7 +99,9 @@ def test_the_hash_is_that_of_the_tensors_bytes(tmp_path):
     found = entries(path)
     assert found["modelspec.hash_sha256"] == "0x" + hashlib.sha256(data).hexdigest() != NO_HASH
     assert len(load_file(path)) == 3
-    date = datetime.strptime(found["modelspec.date"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    date = datetime.strptime(found["modelspec.date"], "%Y-%m-%dT%H:%M:%SZ").replace(
+        tzinfo=timezone.utc
+    )
     assert abs((datetime.now(timezone.utc) - date).total_seconds()) < 600
     assert found["modelspec.title"] == "my-dog" and json.loads(found["training"]) == FACTS
 
@@ -140,13 +153,20 @@ def test_convolutions_stand_in_the_networks_arguments(tmp_path):
     found = entries(tmp_path / "a.safetensors")
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "1.0")
     assert json.loads(found["ss_network_args"]) == {"conv_dim": "3", "conv_alpha": "1.0"}
-    assert "ss_v2" not in found and "ss_steps" not in found and "modelspec.architecture" not in found
+    assert (
+        "ss_v2" not in found and "ss_steps" not in found and "modelspec.architecture" not in found
+    )
 
 
 def test_the_facts_of_a_run_hold_what_the_headers_need():
     config = {
         "model": {"params": {"reg_weight": 0.5}, "base_learning_rate": 1e-6},
-        "data": {"params": {"batch_size": 1, "train": {"params": {"size": 64, "placeholder_token": "dog"}}}},
+        "data": {
+            "params": {
+                "batch_size": 1,
+                "train": {"params": {"size": 64, "placeholder_token": "dog"}},
+            }
+        },
     }
     facts = training_facts(config, 7, {"subject_images": 3, "class_images": 9})
     assert (facts["resolution"], facts["subject_images"], facts["class_images"]) == (64, 3, 9)
@@ -157,16 +177,31 @@ def test_the_commands_files_say_it(tmp_path):
     """A model of our own layout, and the LoRA between two of them."""
     model = LatentDiffusion(**params("v1"))
     golden.load_golden_weights(model)
-    config = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params("v1")}}
+    config = {
+        "model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params("v1")}
+    }
     state = dict(model.state_dict())
     write_weights(tmp_path / "base.safetensors", state, config, {})
     key = "model.diffusion_model.middle_block.1.proj_in.weight"
-    tuned = Checkpoint(tmp_path / "tuned.safetensors", {**state, key: state[key] + 1}, config, FACTS)
+    tuned = Checkpoint(
+        tmp_path / "tuned.safetensors", {**state, key: state[key] + 1}, config, FACTS
+    )
     tuned.save(tuned.path)
-    flags = ["--ckpt", str(tuned.path), "--lora_base", str(tmp_path / "base.safetensors"), "--rank", "2"]
+    flags = [
+        "--ckpt",
+        str(tuned.path),
+        "--lora_base",
+        str(tmp_path / "base.safetensors"),
+        "--rank",
+        "2",
+    ]
     assert convert.main([*flags, "--output", str(tmp_path / "my-lora.safetensors")]) == 0
     of_model, of_lora = (entries(tmp_path / f"{name}.safetensors") for name in ("tuned", "my-lora"))
     assert of_model["modelspec.architecture"] == "stable-diffusion-v1" and "ss_v2" not in of_model
     assert of_lora["modelspec.architecture"] == "stable-diffusion-v1/lora"
-    assert (of_lora["ss_v2"], of_lora["ss_steps"], of_lora["ss_output_name"]) == ("False", "800", "my-lora")
+    assert (of_lora["ss_v2"], of_lora["ss_steps"], of_lora["ss_output_name"]) == (
+        "False",
+        "800",
+        "my-lora",
+    )
     assert "config" not in of_lora and json.loads(of_lora["training"])["model"]["version"] == "1"

@@ -1,5 +1,6 @@
-"""What people's files of one model have in common is the model: every layout builds the same one, and so does what
-our own command writes from it."""
+"""What people's files of one model have in common is the model: every layout builds the same one,
+and so does what our own command writes from it.
+"""
 
 import pytest
 import torch
@@ -75,9 +76,11 @@ LAYOUTS = {
     "model_state_dict": lambda state: {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {"state": {}}},
     "state_dict in model": lambda state: {"model": {"state_dict": state}},
     "three networks": lambda state: without(state, *SCHEDULE, POSITIONS),
-    "of the schedule, alphas_cumprod": lambda state: without(state, *(set(SCHEDULE) - {"alphas_cumprod"})),
+    "of the schedule, "
+    "alphas_cumprod": lambda state: without(state, *(set(SCHEDULE) - {"alphas_cumprod"})),
     "a rounded schedule": lambda state: rounded(state, *SCHEDULE),
-    "a rounded part of the schedule": lambda state: rounded(without(state, *SCHEDULE[2:]), *SCHEDULE[:2]),
+    "a rounded part of "
+    "the schedule": lambda state: rounded(without(state, *SCHEDULE[2:]), *SCHEDULE[:2]),
     "rounded positions": worn,
     "counters of EMA": lambda state: {**state, **COUNTERS},
     "DDP": lambda state: prefixed(state, "module."),
@@ -90,9 +93,11 @@ LAYOUTS = {
     "a model in a model": lambda state: prefixed(state, "model."),
     "an unknown word before all": lambda state: prefixed(state, "ldm_net."),
     "older CLIP": lambda state: renamed(state, *OLD_CLIP),
-    "older CLIP under DDP": lambda state: {"model": prefixed(renamed(without(state, POSITIONS), *OLD_CLIP), "module.")},
+    "older CLIP under "
+    "DDP": lambda state: {"model": prefixed(renamed(without(state, POSITIONS), *OLD_CLIP), "module.")},
     "generative-models": lambda state: renamed(state, "cond_stage_model.", "conditioner.embedders.0."),
-    "of an older LDM": lambda state: {**state, "logvar": torch.zeros(1000), "lvlb_weights": torch.ones(1000)},
+    "of an older "
+    "LDM": lambda state: {**state, "logvar": torch.zeros(1000), "lvlb_weights": torch.ones(1000)},
 }  # fmt: skip
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 

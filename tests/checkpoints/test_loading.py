@@ -51,9 +51,12 @@ def test_a_long_report_is_cut():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"a.weight": torch.ones(3, 2)}, r"x\.ckpt: 'a.weight' has shape \[3, 2\], the config's model has \[2, 3\]"),
-    ({"a.bias": None}, r"x\.ckpt: 1 of the model's 4 tensors are missing, first 'a.bias' .the file has 2, first 'a.w"),
-    ({"a.bias": None, "a.weight": None, "steps": None}, r"x\.ckpt: 3 of the model's 4 .*the file has 0"),
+    ({"a.weight": torch.ones(3, 2)}, r"x\.ckpt: 'a.weight' has shape \[3, 2\], the config's model "
+                                     r"has \[2, 3\]"),
+    ({"a.bias": None}, r"x\.ckpt: 1 of the model's 4 tensors are missing, first 'a.bias' .the file "
+                       r"has 2, first 'a.w"),
+    ({"a.bias": None, "a.weight": None, "steps": None}, r"x\.ckpt: 3 of the model's 4 .*the "
+                                                        r"file has 0"),
 ])  # fmt: skip
 @pytest.mark.parametrize("check", [compare, load_state])
 def test_what_does_not_fit_changes_nothing(check, change, message):

@@ -1,4 +1,6 @@
-"""LoRA files as other programs write them: each is merged as its own program would, or refused by its name."""
+"""LoRA files as other programs write them: each is merged as its own program would, or refused
+by its name.
+"""
 
 import json
 
@@ -79,7 +81,12 @@ PROGRAMS = {
         list(OLD_TEXT),
     ),
     "diffusers' processors of a UNet alone": spelled(
-        lambda ours, theirs: old_processor(theirs), lambda text: "", ".down.weight", ".up.weight", ATTENTION, []
+        lambda ours, theirs: old_processor(theirs),
+        lambda text: "",
+        ".down.weight",
+        ".up.weight",
+        ATTENTION,
+        [],
     ),
     "diffusers": spelled(
         lambda ours, theirs: f"unet.{theirs}.lora",
@@ -88,13 +95,19 @@ PROGRAMS = {
         ".up.weight",
     ),
     "diffusers with peft's names": spelled(
-        lambda ours, theirs: f"unet.{theirs}", lambda text: f"text_encoder.{THEIR_TEXT}{text}", *PEFT
+        lambda ours, theirs: f"unet.{theirs}",
+        lambda text: f"text_encoder.{THEIR_TEXT}{text}",
+        *PEFT,
     ),
     "diffusers with transformers 5": spelled(
-        lambda ours, theirs: f"unet.{theirs}", lambda text: f"text_encoder.{THEIR_TEXT[11:]}{text}", *PEFT
+        lambda ours, theirs: f"unet.{theirs}",
+        lambda text: f"text_encoder.{THEIR_TEXT[11:]}{text}",
+        *PEFT,
     ),
     "peft": spelled(
-        lambda ours, theirs: f"base_model.model.{theirs}", lambda text: f"base_model.model.{THEIR_TEXT}{text}", *PEFT
+        lambda ours, theirs: f"base_model.model.{theirs}",
+        lambda text: f"base_model.model.{THEIR_TEXT}{text}",
+        *PEFT,
     ),
     "peft in memory": spelled(
         lambda ours, theirs: f"base_model.model.unet.{theirs}",
@@ -102,7 +115,9 @@ PROGRAMS = {
         ".lora_A.default.weight",
         ".lora_B.default.weight",
     ),
-    "ComfyUI": spelled(lambda ours, theirs: f"diffusion_model.{ours}", lambda text: "", *PEFT, text_layers=[]),
+    "ComfyUI": spelled(
+        lambda ours, theirs: f"diffusion_model.{ours}", lambda text: "", *PEFT, text_layers=[]
+    ),
 }
 
 
@@ -119,7 +134,9 @@ def copied(state):
 
 
 def factors(weight, rank=2, seed=0):
-    """Random factors of a difference, as programs write them: a convolution's `up` is one of 1x1."""
+    """Random factors of a difference, as programs write them: a convolution's `up` is one of
+    1x1.
+    """
     random = torch.Generator().manual_seed(seed)
     down = torch.randn((rank, *weight.shape[1:]), generator=random)
     up = torch.randn((len(weight), rank, *[1] * (weight.ndim - 2)), generator=random)
@@ -127,11 +144,15 @@ def factors(weight, rank=2, seed=0):
 
 
 def product(down, up):
-    return torch.einsum("mr,rn->mn", up.flatten(1), down.flatten(1)).reshape(len(up), *down.shape[1:])
+    return torch.einsum("mr,rn->mn", up.flatten(1), down.flatten(1)).reshape(
+        len(up), *down.shape[1:]
+    )
 
 
 def written(state, program, alpha=None):
-    """A program's file with a difference of every layer that it names; what each layer's weight becomes."""
+    """A program's file with a difference of every layer that it names; what each layer's weight
+    becomes.
+    """
     names, down_end, up_end = PROGRAMS[program]
     tensors, expected = {}, {}
     for number, (key, name) in enumerate(names.items()):
@@ -172,10 +193,14 @@ def test_a_convolution_split_into_three(state):
     image = torch.randn(1, n, 5, 5, generator=random)
     conv = torch.nn.functional.conv2d
     expected = conv(conv(conv(image, parts["down"]), parts["mid"], padding=1), parts["up"])
-    torch.testing.assert_close(conv(image, found[key] - state[key], padding=1), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        conv(image, found[key] - state[key], padding=1), expected, atol=1e-3, rtol=1e-3
+    )
 
 
-@pytest.mark.parametrize("layer, reshaped", [("middle_block.1.proj_in", (2, 64)), ("time_embed.2", (2, 128, 1, 1))])
+@pytest.mark.parametrize(
+    "layer, reshaped", [("middle_block.1.proj_in", (2, 64)), ("time_embed.2", (2, 128, 1, 1))]
+)
 def test_a_linear_layer_is_a_convolution_of_one_pixel(state, layer, reshaped):
     key = f"{UNET}{layer}.weight"
     down, up = factors(state[key].flatten(1))
@@ -188,7 +213,9 @@ def test_a_linear_layer_is_a_convolution_of_one_pixel(state, layer, reshaped):
 
 
 def test_the_text_encoder_of_stable_diffusion_2():
-    """open_clip keeps q, k and v in one matrix; the layer that SD 2 does not read may be in a file, too."""
+    """open_clip keeps q, k and v in one matrix; the layer that SD 2 does not read may be in a
+    file, too.
+    """
     model = LatentDiffusion(**params("v2"))
     golden.load_golden_weights(model)
     state, found = dict(model.state_dict()), copied(model.state_dict())
@@ -202,7 +229,9 @@ def test_the_text_encoder_of_stable_diffusion_2():
 
 def test_half_precision_weights_are_added_in_full(state):
     key = f"{UNET}time_embed.2.weight"
-    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    half = {
+        name: value.half() if value.is_floating_point() else value for name, value in state.items()
+    }
     down, up = factors(state[key])
     name = "lora_unet_time_embedding_linear_2"
     merge_lora(half, {f"{name}.lora_down.weight": down.half(), f"{name}.lora_up.weight": up.half()})
@@ -210,7 +239,8 @@ def test_half_precision_weights_are_added_in_full(state):
     assert torch.equal(half[key], expected.half())
 
 
-# ---- scales that stand beside the tensors ---------------------------------------------------------------------
+# ---- scales that stand beside the tensors
+# ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config, scale", [
@@ -236,7 +266,9 @@ def test_a_folder_of_peft(state, tmp_path, config, scale, suffix):
 
 
 def test_a_folder_with_both_networks_of_peft(state, tmp_path):
-    """As peft's example of DreamBooth writes it: a folder each, whose names do not say the network."""
+    """As peft's example of DreamBooth writes it: a folder each, whose names do not say the
+    network.
+    """
     text, unet = f"{TEXT}mlp.fc1.weight", f"{UNET}time_embed.2.weight"
     expected = {}
     for folder, key, name in (
@@ -245,9 +277,14 @@ def test_a_folder_with_both_networks_of_peft(state, tmp_path):
     ):
         down, up = factors(state[key])
         (tmp_path / folder).mkdir()
-        tensors = {f"base_model.model.{name}.lora_{ab}.weight": value for ab, value in zip("AB", (down, up))}
+        tensors = {
+            f"base_model.model.{name}.lora_{ab}.weight": value
+            for ab, value in zip("AB", (down, up))
+        }
         save_file(tensors, tmp_path / folder / "adapter_model.safetensors")
-        (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "r": 2}))
+        (tmp_path / folder / "adapter_config.json").write_text(
+            json.dumps({"lora_alpha": 4, "r": 2})
+        )
         expected[key] = state[key] + 2 * product(down, up)
     found = copied(state)
     assert merge_lora(found, read_lora(tmp_path)) == 2
@@ -264,7 +301,9 @@ def test_the_scale_in_the_header_of_diffusers(state, tmp_path):
     merge_lora(found, read_lora(tmp_path))
     for key in (f"{UNET}time_embed.2.weight", f"{TEXT}mlp.fc1.weight"):
         scale = 3.0 if key.startswith(UNET) else 0.5
-        torch.testing.assert_close(found[key] - state[key], scale * (plain[key] - state[key]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            found[key] - state[key], scale * (plain[key] - state[key]), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_a_scale_that_nothing_says_is_said(state, tmp_path, caplog):
@@ -276,7 +315,8 @@ def test_a_scale_that_nothing_says_is_said(state, tmp_path, caplog):
     assert "no adapter_config.json beside it says the scale" in caplog.text
 
 
-# ---- what is not read -----------------------------------------------------------------------------------------
+# ---- what is not read
+# -----------------------------------------------------------------------------------------
 
 KINDS = {
     "lora_unet_x.hada_w1_a": "a LoHa",
@@ -310,17 +350,24 @@ KINDS = {
 def test_other_kinds_are_named_and_nothing_is_merged(state, key):
     tensors, _ = written(state, "sd-scripts")
     found = copied(state)
-    with pytest.raises(UserError, match=rf"x\.safetensors: {KINDS[key]} \('.*'\), which is not read: \w+"):
+    with pytest.raises(
+        UserError, match=rf"x\.safetensors: {KINDS[key]} \('.*'\), which is not read: \w+"
+    ):
         merge_lora(found, {**tensors, key: torch.zeros(2, 2)}, path="x.safetensors")
     assert_merged(found, state, {})
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"lora_unet_time_embed_2.gate": torch.zeros(1)}, "keys are of no kind that is read, first 'lora_unet_time"),
-    ({"lora_unet_y.lora_up.weight": torch.zeros(2, 2)}, "'lora_unet_y' has no down: the file is not whole"),
-    ({"lora_unet_y.alpha": torch.tensor(1.0)}, "1 keys are of no kind that is read, first 'lora_unet_y.alpha'"),
-    ({"lora_unet_conv_in.lora_up.weight": torch.zeros(32, 3, 1, 1)}, "its factors do not fit together: down"),
-    ({"lora_unet_conv_in.lora_up.weight": torch.zeros(31, 2, 1, 1)}, r"no layer of this model: it is \[31, 4, 3, 3\]"),
+    ({"lora_unet_time_embed_2.gate": torch.zeros(1)}, "keys are of no kind that is read, first "
+                                                      "'lora_unet_time"),
+    ({"lora_unet_y.lora_up.weight": torch.zeros(2, 2)}, "'lora_unet_y' has no down: the file "
+                                                        "is not whole"),
+    ({"lora_unet_y.alpha": torch.tensor(1.0)}, "1 keys are of no kind that is read, first "
+                                               "'lora_unet_y.alpha'"),
+    ({"lora_unet_conv_in.lora_up.weight": torch.zeros(32, 3, 1, 1)}, "its factors do not fit "
+                                                                     "together: down"),
+    ({"lora_unet_conv_in.lora_up.weight": torch.zeros(31, 2, 1, 1)}, r"no layer of this model: it "
+                                                                     r"is \[31, 4, 3, 3\]"),
     ({"lora_unet_conv_in.lora_up.weight": torch.full((32, 2, 1, 1), torch.nan)}, "has values that are not finite"),
     ({"lora_unet_input_blocks_0_0.lora_down.weight": torch.zeros(2, 4, 3, 3),
       "lora_unet_input_blocks_0_0.lora_up.weight": torch.zeros(32, 2, 1, 1)}, "two differences of one layer"),
@@ -352,18 +399,26 @@ def test_other_kinds_of_peft_are_named(state, tmp_path, config, message):
 
 
 def test_folders_and_files_without_a_lora(state, tmp_path):
-    with pytest.raises(UserError, match=r"a folder without LoRA weights: expected adapter_model\.safetensors or"):
+    with pytest.raises(
+        UserError, match=r"a folder without LoRA weights: expected adapter_model\.safetensors or"
+    ):
         read_lora(tmp_path)
     with pytest.raises(UserError, match="a whole model; it holds no `lora_up` and `lora_down`"):
         merge_lora(copied(state), state)
 
 
-# ---- extraction -----------------------------------------------------------------------------------------------
+# ---- extraction
+# -----------------------------------------------------------------------------------------------
 
 
 def test_an_extracted_lora_holds_every_layer_that_differs_and_no_other(state):
     tuned = copied(state)
-    changed = ["out.2", "middle_block.1.proj_out", "input_blocks.3.0.op", f"middle_block.1.{BLOCK}.ff.net.2"]
+    changed = [
+        "out.2",
+        "middle_block.1.proj_out",
+        "input_blocks.3.0.op",
+        f"middle_block.1.{BLOCK}.ff.net.2",
+    ]
     for layer in changed:
         tuned[f"{UNET}{layer}.weight"] += product(*factors(tuned[f"{UNET}{layer}.weight"]))
     lora = extract_lora(state, tuned, rank=2)
@@ -375,7 +430,9 @@ def test_an_extracted_lora_holds_every_layer_that_differs_and_no_other(state):
 
 
 def test_rounding_is_no_difference(state):
-    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    half = {
+        key: value.half() if value.is_floating_point() else value for key, value in state.items()
+    }
     with pytest.raises(UserError, match="no layer differs between the two checkpoints"):
         extract_lora(state, half, 2)
 
@@ -383,16 +440,28 @@ def test_rounding_is_no_difference(state):
 def test_what_a_lora_cannot_hold_is_said(state, tmp_path, capsys):
     tuned = copied(state)
     lost = ["out.2.bias", "out.0.weight"]
-    for key in [*(UNET + key for key in lost), f"{UNET}out.2.weight", "first_stage_model.decoder.conv_in.weight"]:
+    for key in [
+        *(UNET + key for key in lost),
+        f"{UNET}out.2.weight",
+        "first_stage_model.decoder.conv_in.weight",
+    ]:
         tuned[key] += 1
     embedding = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     tuned[embedding][7] += 1
-    expected = [*(UNET + key for key in lost), "first_stage_model.decoder.conv_in.weight", embedding]
+    expected = [
+        *(UNET + key for key in lost),
+        "first_stage_model.decoder.conv_in.weight",
+        embedding,
+    ]
     assert sorted(not_in_lora(state, tuned)) == sorted(expected)
     save_file(state, tmp_path / "base.safetensors")
     save_file(tuned, tmp_path / "tuned.safetensors")
     paths = [tmp_path / f"{name}.safetensors" for name in ("tuned", "base", "lora")]
-    flags = [text for pair in zip(("--ckpt", "--lora_base", "--output"), map(str, paths)) for text in pair]
+    flags = [
+        text
+        for pair in zip(("--ckpt", "--lora_base", "--output"), map(str, paths))
+        for text in pair
+    ]
     assert convert.main([*flags, "--rank", "2"]) == 0
     assert "4 tensors differ that a LoRA cannot hold" in capsys.readouterr().out
     assert len(load_file(paths[2])) == 3

@@ -55,7 +55,8 @@ FILES = {
     "picture": (picture(), "a picture"),
     "gzip": (b"\x1f\x8b\x08" + b"\0" * 100, "a gzip archive.*unpack it"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + b"\1" * 100, "a 7z archive.*unpack it"),
-    "zip of a model": (archive("readme.txt", "v1-5.safetensors"), r"a zip archive.*unpack it.*'v1-5\.safetensors'"),
+    "zip of a model": (archive("readme.txt", "v1-5.safetensors"), r"a zip archive.*unpack "
+                                                                  r"it.*'v1-5\.safetensors'"),
     "numpy arrays": (numpy_file(np.savez, np.ones(3)), "numpy arrays"),
     "numpy array": (numpy_file(np.save, np.ones(30)), "a numpy array"),
 }  # fmt: skip
@@ -112,7 +113,8 @@ STRANGERS = {
     "an AnimateDiff motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],
     "an upscaler": ["model.1.sub.0.RDB1.conv1.0.weight"],
     "a Stable Diffusion XL model": ["conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x"],
-    "a Stable Diffusion XL model ": [UNET + "label_emb.0.0.weight", UNET + "input_blocks.0.0.weight"],
+    "a Stable Diffusion XL "
+    "model ": [UNET + "label_emb.0.0.weight", UNET + "input_blocks.0.0.weight"],
     "a Stable Diffusion 3 model": [UNET + "joint_blocks.0.context_block.attn.qkv.weight"],
     "a Flux model": ["double_blocks.0.img_attn.qkv.weight"],
     "a Flux model ": [UNET + "double_blocks.0.img_attn.qkv.weight"],
@@ -120,7 +122,8 @@ STRANGERS = {
     "a model with quantised weights": [UNET + "out.2.weight.absmax", UNET + "out.2.weight"],
     "an autoencoder alone": ["encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight"],
     "an autoencoder alone ": ["first_stage_model.encoder.conv_in.weight"],
-    "the UNet of a diffusers pipeline alone": ["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
+    "the UNet of a diffusers "
+    "pipeline alone": ["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
     "a text encoder alone": ["text_model.embeddings.token_embedding.weight"],
 }  # fmt: skip
 

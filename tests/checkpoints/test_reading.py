@@ -178,7 +178,9 @@ def test_stubs_can_be_keys_and_members(tmp_path):
 
 
 class Module(pl.LightningModule):
-    """As small as a module can be that Lightning trains; its hyperparameters hold all sorts of things."""
+    """As small as a module can be that Lightning trains; its hyperparameters hold all sorts of
+    things.
+    """
 
     def __init__(self, config, options, folder, custom):
         super().__init__()

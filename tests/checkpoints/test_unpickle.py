@@ -108,8 +108,10 @@ def test_a_record_of_a_class_with_its_source_writes_no_patch(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("named", [
-    "torch._utils _rebuild_tensor_v2", "torch UntypedStorage", "torch FloatStorage", "collections OrderedDict",
-    "torch.nn Linear", "ldm.checkpoints.unpickle Stub", "torch Size", "torch float32", "builtins dict",
+    "torch._utils "
+    "_rebuild_tensor_v2", "torch UntypedStorage", "torch FloatStorage", "collections OrderedDict",
+    "torch.nn Linear", "ldm.checkpoints.unpickle "
+                       "Stub", "torch Size", "torch float32", "builtins dict",
 ])  # fmt: skip
 def test_a_pickle_cannot_set_attributes_of_what_it_names(named, tmp_path):
     module, name = named.split()

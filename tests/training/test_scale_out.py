@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -291,6 +292,8 @@ def test_slurm_processes_agree_and_lightning_knows_them(tmp_path):
             cluster.is_first(),
         ]
         (tmp_path / f"facts{rank}").write_text(json.dumps(facts))
+        while not (tmp_path / "facts1").exists():  # the first process holds what both agree by
+            time.sleep(0.05)
 
     together(tmp_path, job, of_slurm)
     first, second = (json.loads((tmp_path / f"facts{rank}").read_text()) for rank in (0, 1))

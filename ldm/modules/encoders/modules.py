@@ -203,6 +203,8 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
     """
 
+    pad = 0  # as Stable Diffusion 2 was trained; it is the token of "!"
+
     def __init__(
         self,
         arch: str = "ViT-H-14",
