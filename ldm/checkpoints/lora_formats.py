@@ -70,7 +70,8 @@ ANOTHER_MODEL = "this project has no model that it fits"
 NOT_READ = (
     (r"\.base_layer\.", "a LoRA run's checkpoint",
      "write its LoRA file first: scripts/convert.py --adapters"),
-    (r"^lora_te[123]_|^text_encoder_[23]\.|add_embedding|label_emb", "a LoRA of Stable Diffusion XL",
+    (r"^lora_te[123]_|^text_encoder_[23]\.|add_embedding|label_emb",
+     "a LoRA of Stable Diffusion XL",
      ANOTHER_MODEL),
     (r"(double|single|joint)_(transformer_)?blocks|^transformer\.|^lora_transformer_",
      "a LoRA of Flux or SD 3", ANOTHER_MODEL),
