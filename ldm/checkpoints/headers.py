@@ -109,7 +109,8 @@ def model_spec(
     if "version" not in kind:
         return {}
     now = now or datetime.now(timezone.utc)
-    architecture = ARCHITECTURES.get((kind["version"], kind.get("inpaints"), kind.get("predicts")))
+    known: Mapping[Any, str] = ARCHITECTURES
+    architecture = known.get((kind["version"], kind.get("inpaints"), kind.get("predicts")))
     side = facts.get("resolution", kind.get("side"))
     entries = {
         "sai_model_spec": SPEC,
@@ -174,8 +175,9 @@ def network_of(lora: Mapping[str, Tensor]) -> dict[str, Any]:
     sizes: dict[bool, tuple[int, float]] = {}
     for key, down in lora.items():
         if key.endswith(".lora_down.weight"):
-            alpha = lora.get(key.replace(".lora_down.weight", ".alpha"))
-            size = (len(down), len(down) if alpha is None else float(alpha))
+            scale = lora.get(key.replace(".lora_down.weight", ".alpha"))
+            rank: float = len(down)
+            size = (len(down), rank if scale is None else float(scale))
             is_convolution = down.shape[2:].numel() > 1
             sizes[is_convolution] = max(size, sizes.get(is_convolution, size))
     dim, alpha = sizes.get(False) or sizes[True]

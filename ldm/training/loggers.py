@@ -40,11 +40,8 @@ def make_loggers(given: Any, run: Run) -> Any:
     if given is None or given is False:
         return False
     if given is True:
-        names = []
-    elif isinstance(given, (list, tuple)):
-        names = given
-    else:
-        names = [given]
+        given = []
+    names: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     # A folder for each start: Lightning's CSV logger empties the one it finds.
     own = [
         TensorBoardLogger(run.folder, name="tensorboard", version="", default_hp_metric=False),
