@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -55,7 +56,8 @@ def write_atomically(
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk as a RuntimeError, safetensors as an error of its own.
         raise UserError(f"{path}: not written: {first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.errors import UserError
@@ -24,6 +25,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"), RuntimeError("[enforce fail] . unexpected pos 64\nmore"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     KeyboardInterrupt(), KeyError("x"),
 ])  # fmt: skip
 @pytest.mark.parametrize("after", [0, 4])
@@ -36,7 +38,7 @@ def test_a_writer_that_fails_keeps_the_old_file(error, after, tmp_path):
             temporary.write_bytes(b"half")
         raise error
 
-    told = isinstance(error, (OSError, RuntimeError))
+    told = isinstance(error, (OSError, RuntimeError, SafetensorError))
     with pytest.raises(UserError if told else type(error)) as raised:
         write_atomically(path, write)
     if told:
