@@ -32,6 +32,13 @@ OF_THE_DISK = {
 }
 
 
+def disk_text(error: OSError) -> str:
+    """Return one line for a disk that refuses, with the way out, or nothing for other errors."""
+    if error.errno not in OF_THE_DISK:
+        return ""
+    return f"{error.filename or 'writing'}: {error.strerror}: {OF_THE_DISK[error.errno]}"
+
+
 def exit_status(
     command: Callable[[], int | None], debug: Callable[[], bool] = lambda: False
 ) -> int:
@@ -58,10 +65,10 @@ def exit_status(
                 raise
             log.error("error: %s", error)
         except OSError as error:
-            if debug() or error.errno not in OF_THE_DISK:
+            text = disk_text(error)
+            if debug() or not text:
                 raise
-            where, advice = error.filename or "writing", OF_THE_DISK[error.errno]
-            log.error("error: %s: %s: %s", where, error.strerror, advice)
+            log.error("error: %s", text)
         except Exception:
             if not has_told_failure():
                 raise

@@ -23,6 +23,7 @@ from ldm.checkpoints.loading import compare
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.parts import load_parts
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
+from ldm.commands import disk_text
 from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import failure_of_others, is_sharded
 from ldm.errors import ParameterError, UserError, under
@@ -194,6 +195,8 @@ def _as_user_error(error: BaseException, trainer: Any, model: Any) -> str:
         return str(error)
     if isinstance(error, MisconfigurationException):
         return f"lightning.trainer: {' '.join(str(error).split())}"
+    if isinstance(error, OSError) and disk_text(error):
+        return disk_text(error)
     # Memory follows from the config, so the advice names the settings that need less.
     if memory.is_out_of_memory(error) and hasattr(model, "objective"):
         step, device = trainer.global_step + 1, trainer.strategy.root_device
