@@ -107,6 +107,16 @@ def training_facts(
     return {key: value for key, value in facts.items() if value is not None}
 
 
+def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise a `UserError` for tensors with values that are no numbers: no model works with them."""
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(
+                f"{path}: not written: '{key}' has values that are no numbers: the weights were "
+                "broken before, or are too large for this precision"
+            )
+
+
 def write_weights(
     path: Path,
     state: Mapping[str, Tensor],
@@ -122,9 +132,10 @@ def write_weights(
         title: of the weights, for people; by default the file's name.
 
     Raises:
-        UserError: another suffix, or a disk that is too small.
+        UserError: another suffix, values that are no numbers, or a disk that is too small.
     """
     state = {key: value.contiguous() for key, value in state.items()}
+    check_finite(state, path)
     if path.suffix == ".ckpt":
         extra = {"config": dict(config)} if config else {}
         save_checkpoint(

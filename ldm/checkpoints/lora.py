@@ -80,7 +80,10 @@ def extract_lora(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rank: 
             )
         if not differs(old, new):
             continue
-        down, up = factors(new.float() - old.float(), rank)
+        difference = new.float() - old.float()
+        if not difference.isfinite().all():
+            raise UserError(f"'{key}' has values that are no numbers: the weights are broken")
+        down, up = factors(difference, rank)
         name = lora_name(part_name, key)
         lora |= {
             f"{name}.lora_down.weight": down,

@@ -53,7 +53,6 @@ def make_class_images(
     """
     # These pictures show what the model knows of the class before it is trained, which is what the
     # prior's loss preserves. So they have to come before the first step.
-    folder.mkdir(parents=True, exist_ok=True)
     first = next_number(folder)
     log.info("making %d class images in %s: %s", count, folder, ", ".join(prompts))
 
@@ -79,6 +78,8 @@ def make_class_images(
             how = recipe if texts[batch[0]] else replace(recipe, scale=1.0)
             seeds = [image_seed(seed, number) for number in batch]
             images = text_to_image(model, [texts[number] for number in batch], seeds, how)
+            # Only now: a run that is stopped before the first picture leaves no empty folder.
+            folder.mkdir(parents=True, exist_ok=True)
             for number, image in zip(batch, images):
                 # The empty caption comes first: without it, a picture would have the class's.
                 if not texts[number]:

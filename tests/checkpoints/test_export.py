@@ -334,3 +334,12 @@ def test_a_header_that_is_no_config_is_left_alone(tmp_path):
     assert set(read_checkpoint(tmp_path / "a.safetensors")) == {"weight"}
     save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"config": "{"})
     assert set(read_checkpoint(tmp_path / "a.safetensors")) == {"weight"}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_values_that_are_no_numbers_are_not_written(tmp_path, suffix):
+    path = tmp_path / f"broken{suffix}"
+    state = {"a.weight": torch.ones(2, 2), "b.weight": torch.tensor([[1.0, float("nan")]])}
+    with pytest.raises(UserError, match=r"not written: 'b\.weight' has values that are no numbers"):
+        write_weights(path, state, {}, {})
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import main
 from ldm.checkpoints.export import write_weights
-from ldm.checkpoints.lora import adapted_layers, adapters_alone, merge_adapters
+from ldm.checkpoints.lora import adapted_layers, adapters_alone, extract_lora, merge_adapters
 from ldm.checkpoints.pipeline_folder import save_pipeline
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -369,3 +369,13 @@ def test_refused_before_anything_is_written(workspace, caplog):
     assert main.main(workspace.arguments("refused", "lora.rank=0")) == 1
     assert "error: model.params.lora.rank: expected 1 or more, got 0" in caplog.text
     assert not list(workspace.logs.glob("*_refused"))
+
+
+def test_a_difference_that_is_no_number_is_refused(base):
+    state = {key: value.clone() for key, value in base.state_dict().items()}
+    before = {key: value.clone() for key, value in state.items()}
+    next(value for key, value in state.items() if key.endswith("attn1.to_q.weight"))[0, 0] = float(
+        "nan"
+    )
+    with pytest.raises(UserError, match="no numbers: the weights are broken"):
+        extract_lora(before, state, 4)
