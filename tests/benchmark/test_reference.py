@@ -7,8 +7,8 @@ from einops import rearrange
 from ldm.benchmark.reference import DiffusersDreamBooth, TwoForward
 from ldm.benchmark.variants import checked_config
 from ldm.checkpoints.diffusers_format import to_diffusers
-from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.rng import SampleRandom
+from ldm.util import instantiate_from_config
 from tests.support import golden, runs
 
 
@@ -30,7 +30,7 @@ def test_the_diffusers_step_has_our_loss(tmp_path):
     pytest.importorskip("diffusers")
     base = runs.config(tmp_path, data__params__batch_size=2, model__params__reg_weight=0.5)
     config = checked_config([base], ["data.params.train.params.size=16"])
-    ours = LatentDiffusion(**config["model"]["params"])
+    ours = instantiate_from_config(config["model"])
     golden.load_golden_weights(ours)
     theirs = DiffusersDreamBooth(config, torch.device("cpu"))
     for name, state in to_diffusers(ours.state_dict()).items():
@@ -79,7 +79,7 @@ def test_two_passes_have_our_loss(tmp_path):
         checked_config([base], ["data.params.train.params.size=16"]), torch.device("cpu")
     )
     golden.load_golden_weights(plain.model)
-    (images, captions), (prior_images, prior_captions) = plain.halves
+    (images, captions), (prior_images, prior_captions) = plain.parts
     torch.manual_seed(5)
     found = plain.loss()
     torch.manual_seed(5)

@@ -256,7 +256,7 @@ def test_a_resumed_lora_run_repeats_the_uninterrupted_one(workspace, run, more):
 
 
 def test_a_run_cannot_go_on_with_other_adapters(workspace, finished, caplog):
-    assert main.main(["-r", str(finished), "--max_steps", "5", "lora.rank=2"]) == 1
+    assert main.main(["-r", str(finished), "--max_steps", "5", "model.params.lora.rank=2"]) == 1
     assert re.search(r"model\.params\.lora: .*'rank': 4.* in the run, now .*'rank': 2", caplog.text)
 
 
@@ -366,7 +366,7 @@ def test_models_that_take_no_adapters(monkeypatch):
 
 
 def test_refused_before_anything_is_written(workspace, caplog):
-    assert main.main(workspace.arguments("refused", "lora.rank=0")) == 1
+    assert main.main(workspace.arguments("refused", "model.params.lora.rank=0")) == 1
     assert "error: model.params.lora.rank: expected 1 or more, got 0" in caplog.text
     assert not list(workspace.logs.glob("*_refused"))
 

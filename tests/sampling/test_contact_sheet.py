@@ -85,7 +85,7 @@ def test_five_photos_of_every_subject_ship_with_the_project(name):
 
 def test_the_script_that_renders_them_is_deterministic(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from render_subjects import main
+    from scripts.tiny.render_subjects import main
 
     for folder in ("first", "second"):
         main(["--size", "32", "--subjects", "robot", "--outdir", str(tmp_path / folder)])
@@ -99,7 +99,7 @@ def test_the_script_that_renders_them_is_deterministic(tmp_path, monkeypatch):
 def test_the_committed_photos_are_what_the_script_renders(monkeypatch):
     """To within what JPEG and another processor's rounding change, at an eighth of the size."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from render_subjects import TOYS, render
+    from scripts.tiny.render_subjects import TOYS, render
 
     rendered = np.asarray(render(TOYS["teapot"](), 0, 32), np.float32)
     committed = Image.open(SUBJECTS / "teapot/00.jpg").resize((32, 32), Image.Resampling.BOX)

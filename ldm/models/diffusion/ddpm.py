@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -389,7 +388,7 @@ class LatentDiffusion(CompVisInterface):
         return pictures
 
 
-def _clips_scaled(trainer: pl.Trainer | None) -> bool:
+def _clips_scaled(trainer: Any) -> bool:
     """Return whether Lightning has to unscale fp16's gradients to clip them.
 
     Fused kernels would unscale them once more.
