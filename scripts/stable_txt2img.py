@@ -29,6 +29,7 @@ from ldm.checkpoints.export import sha256
 from ldm.commands import exit_status
 from ldm.data.captions import read_text
 from ldm.errors import UserError
+from ldm.models.diffusion.samplers import find_sampler
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.sampling.metadata import picture_texts
 from ldm.sampling.pictures import grid, next_number, save_png
@@ -71,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--embedding_path", help="textual-inversion embeddings to add")
     add("--outdir", default="outputs/txt2img-samples", help="default: %(default)s")
-    add("--ddim_steps", type=int, default=50, help="sampling steps (default: %(default)s)")
+    add("--steps", "--ddim_steps", dest="ddim_steps", type=int, default=50, help="default: 50")
+    add("--sampler", help="ddim (default), plms, euler, dpmpp_2m, 'DPM++ 2M Karras', ...")
+    add("--schedule", help="of noise levels: normal, karras, sgm_uniform, ... (not for ddim, plms)")
     add("--plms", action="store_true", help="the PLMS sampler instead of DDIM")
     add("--ddim_eta", type=float, default=0.0, help="0 is deterministic (default: %(default)s)")
     add("--scale", type=float, default=7.5, help="guidance (default: %(default)s)")
@@ -118,6 +121,16 @@ def check_arguments(args: argparse.Namespace) -> None:
     for flag, value in (("ddim_steps", args.ddim_steps), ("H", args.H), ("W", args.W)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: expected at least 1")
+    sampler, _ = chosen_sampler(args)
+    if args.ddim_eta and sampler != "ddim":
+        raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
+
+
+def chosen_sampler(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Return the names of the sampler and its schedule; raise as `find_sampler` does."""
+    if args.plms and args.sampler:
+        raise UserError("--plms: is a sampler itself: leave --sampler out")
+    return find_sampler("plms" if args.plms else args.sampler or "ddim", args.schedule)
 
 
 def check_folder(folder: Path) -> None:
@@ -207,9 +220,11 @@ def sample(args: argparse.Namespace) -> None:
     height = side if args.H is None else args.H
     width = side if args.W is None else args.W
     check_size(model, height, width)
-    sampler = "plms" if args.plms else "ddim"
     seed = choose_seed(args.seed)
-    recipe = Recipe(args.ddim_steps, args.scale, args.ddim_eta, sampler, height, width, seed)
+    sampler, schedule = chosen_sampler(args)
+    recipe = Recipe(
+        args.ddim_steps, args.scale, args.ddim_eta, sampler, height, width, seed, schedule
+    )
     weights = {} if args.skip_save else weights_names(Path(args.ckpt))
 
     # Sample batch by batch. Each picture is written as soon as it is there, whole or not at all, so

@@ -25,8 +25,36 @@ if TYPE_CHECKING:
     from ldm.sampling.text_to_image import Recipe
 
 OURS, INFOTEXT = "dreambooth", "parameters"
-# The web UI's names of the samplers.
-SAMPLER_NAMES = {"ddim": "DDIM", "plms": "PLMS", "ddpm": "DDPM"}
+# The web UI's names of the samplers and of their schedules.
+SAMPLER_NAMES = {
+    "ddim": "DDIM",
+    "plms": "PLMS",
+    "ddpm": "DDPM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "lms": "LMS",
+    "dpm_2": "DPM2",
+    "dpm_2_ancestral": "DPM2 a",
+    "dpmpp_2s_ancestral": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "uni_pc": "UniPC",
+    "deis": "DEIS",
+    "lcm": "LCM",
+}
+SCHEDULE_NAMES = {
+    "normal": "Normal",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "beta": "Beta",
+    "ddim_uniform": "DDIM",
+    "align_your_steps": "Align Your Steps",
+}
 SHORT_HASH = 10  # digits of a model's SHA-256 that the web UI shows
 
 
@@ -65,7 +93,7 @@ def infotext(
     fields: dict[str, Any] = {
         "Steps": recipe.steps,
         "Sampler": SAMPLER_NAMES.get(recipe.sampler, recipe.sampler),
-        "Schedule type": "Automatic",
+        "Schedule type": SCHEDULE_NAMES.get(recipe.schedule or "", "Automatic"),
         "CFG scale": f"{recipe.scale:g}",
         "Seed": recipe.seed,
         "Size": f"{recipe.width}x{recipe.height}",

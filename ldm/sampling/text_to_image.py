@@ -75,7 +75,10 @@ def load_model(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a picture is a function of, besides the checkpoint and the prompt."""
+    """Everything that a picture is a function of, besides the checkpoint and the prompt.
+
+    `sampler` and `schedule` are names that `find_sampler` knows.
+    """
 
     steps: int = 50
     scale: float = 7.5
@@ -84,6 +87,7 @@ class Recipe:
     height: int = 512
     width: int = 512
     seed: int = 42
+    schedule: str | None = None
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -135,11 +139,10 @@ def text_to_image(
     Raises:
         UserError: a size, sampler or number of steps that the model cannot do, or such values.
     """
-    from ldm.models.diffusion.samplers import SAMPLERS
+    from ldm.models.diffusion.samplers import make_sampler
 
     # Refuse what this model cannot do before anything is computed.
-    if recipe.sampler not in SAMPLERS:
-        raise UserError(f"unknown sampler '{recipe.sampler}'; accepted: {', '.join(SAMPLERS)}")
+    sampler = make_sampler(model, recipe.sampler, recipe.schedule)
     if model.model.conditioning_key != "crossattn":
         raise UserError("this model inpaints: it needs an image and a mask beside the prompt")
     check_size(model, recipe.height, recipe.width)
@@ -154,7 +157,7 @@ def text_to_image(
 
         # Go from noise to latents. Each picture draws from its own seed, so the batch that it is
         # in does not matter.
-        latents, _ = SAMPLERS[recipe.sampler](model).sample(
+        latents, _ = sampler.sample(
             recipe.steps,
             len(prompts),
             (model.latent_channels, height, width),

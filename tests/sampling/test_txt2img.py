@@ -273,3 +273,30 @@ def test_a_stop_while_a_picture_is_written_leaves_none_of_it(sample, tmp_path, m
     with pytest.raises(AssertionError):
         sample("--n_samples", "1")
     assert not list((tmp_path / "out" / "samples").iterdir())
+
+
+def test_a_sampler_is_chosen_by_its_name_elsewhere(tmp_path, caplog):
+    """The picture's text names it as the web UI does; an unknown one is refused before anything."""
+    out = tmp_path / "out"
+    more = [
+        "--H",
+        "64",
+        "--W",
+        "64",
+        "--n_iter",
+        "1",
+        "--n_samples",
+        "1",
+        "--steps",
+        "3",
+        "--skip_grid",
+    ]
+    command = ["--ckpt", "models/tiny/sd-tiny.safetensors", "--outdir", str(out), *more]
+    assert stable_txt2img.main([*command, "--sampler", "DPM++ 2M Karras"]) == 0
+    with Image.open(out / "samples" / "00000.png") as picture:
+        assert "Sampler: DPM++ 2M, Schedule type: Karras" in picture.text["parameters"]
+    assert stable_txt2img.main([*command, "--sampler", "dpmpp_2n"]) == 1
+    assert "unknown 'dpmpp_2n' (did you mean 'dpmpp_2m'?)" in caplog.text
+    assert stable_txt2img.main([*command, "--sampler", "euler", "--ddim_eta", "1"]) == 1
+    assert stable_txt2img.main([*command, "--plms", "--sampler", "euler"]) == 1
+    assert len(list((out / "samples").iterdir())) == 1
