@@ -29,7 +29,7 @@ from ldm.checkpoints.export import sha256
 from ldm.commands import exit_status
 from ldm.data.captions import read_text
 from ldm.errors import UserError
-from ldm.models.diffusion.samplers import find_sampler
+from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.sampling.metadata import picture_texts
 from ldm.sampling.pictures import grid, next_number, save_png

@@ -139,7 +139,7 @@ def text_to_image(
     Raises:
         UserError: a size, sampler or number of steps that the model cannot do, or such values.
     """
-    from ldm.models.diffusion.samplers import make_sampler
+    from ldm.models.diffusion.sampler_names import make_sampler
 
     # Refuse what this model cannot do before anything is computed.
     sampler = make_sampler(model, recipe.sampler, recipe.schedule)

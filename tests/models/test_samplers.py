@@ -6,7 +6,7 @@ import torch
 from ldm.errors import UserError
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
 from ldm.models.diffusion.sampler import uniform_timesteps
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.sampler_names import SAMPLERS
 from ldm.rng import SampleRandom
 from tests.support.denoisers import SHAPE, Gaussian, count, draw, fake, means, noise_of, noisy
 

@@ -11,7 +11,7 @@ from ldm.models.diffusion.ancestral import DDPMSampler
 from ldm.models.diffusion.conditioning import concat_batches
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
 from ldm.models.diffusion.sampler import uniform_timesteps
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.sampler_names import SAMPLERS
 from ldm.rng import SampleRandom
 from tests.support.denoisers import SHAPE, Gaussian, count, draw, fake, means, noise_of
 

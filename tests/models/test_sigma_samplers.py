@@ -10,7 +10,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
-from ldm.models.diffusion.samplers import (
+from ldm.models.diffusion.sampler_names import (
     SAMPLERS,
     SIGMA_SAMPLERS,
     find_sampler,
@@ -284,6 +284,26 @@ def test_an_image_with_little_noise_comes_back(name):
         noisy, torch.zeros(2, 1, 1), 3, random=SampleRandom([1, 2]), verbose=False
     )
     assert (back - image).abs().mean() < 0.2
+
+
+@every_sampler
+def test_what_is_seen_on_the_way(name, capsys):
+    """The loop is that of DDIM: the same callbacks, intermediates and progress bar."""
+    numbers, pictures = [], []
+    x_T = SampleRandom([1, 2]).randn(SHAPE)
+    out, seen = draw(
+        Model(), name, "karras", 6, x_T=x_T, log_every_t=4, verbose=True, callback=numbers.append,
+        img_callback=lambda pred_x0, number: pictures.append((number, pred_x0)),
+    )  # fmt: skip
+    sigma = Model().levels.largest
+    torch.testing.assert_close(seen["x_inter"][0], x_T * math.sqrt(1 + sigma**2))
+    assert torch.equal(seen["x_inter"][-1], out)
+    assert numbers == [number for number, _ in pictures] == list(range(6))
+    # The first step, and those of which 4 and 0 are left.
+    assert len(seen["x_inter"]) == len(seen["pred_x0"]) == 1 + 3
+    kept = [pictures[number][1] for number in (0, 1, 5)]
+    assert all(map(torch.equal, seen["pred_x0"][1:], kept))
+    assert type(make_sampler(Model(), name)).__name__ in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)

@@ -8,7 +8,7 @@ from ldm.checkpoints.pipeline_folder import schedule_of_pipeline
 from ldm.errors import UserError
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
 from ldm.models.diffusion.sampler import trailing_timesteps
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.sampler_names import SAMPLERS
 from ldm.models.diffusion.schedule import NoiseSchedule, with_zero_terminal_snr
 from ldm.sampling.text_to_image import load_model
 from tests.support import golden

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
-from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.models.diffusion.sampler_names import SAMPLERS
 from ldm.models.diffusion.schedule import NoiseSchedule, at
 from ldm.rng import SampleRandom
 

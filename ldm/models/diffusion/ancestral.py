@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Sampler, uniform_timesteps
+from ldm.models.diffusion.sampler import Noise, Sampler, uniform_timesteps
 
 
 class DDPMSampler(Sampler):
@@ -26,9 +24,7 @@ class DDPMSampler(Sampler):
             raise UserError(f"{message}: or use DDIM with eta 1")
         return uniform_timesteps(steps, total)
 
-    def step(
-        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Noise) -> tuple[Tensor, Tensor]:
         t = self._batch_of(index, x)
         # The output gives a predicted x_0, for an eps-model as in DDPM, eq. 15. It takes the place
         # of the true x_0 in the posterior (eq. 6 and 7).

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.sampler import Noise, Sampler
 
 
 class DDIMSampler(Sampler):
     """Deterministic with eta 0; with eta 1 its noise is DDPM's."""
 
-    def step(
-        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Noise) -> tuple[Tensor, Tensor]:
         # The model's output says what in x_t is noise, and so what x_0 is (DDIM, eq. 9).
         output = denoise(x, self._batch_of(index, x))
         eps, pred_x0 = self._predictions(x, index, output)

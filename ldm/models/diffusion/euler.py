@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.models.diffusion.sigma_sampler import Denoised, Noise, SigmaSampler, ancestral
+from ldm.models.diffusion.sampler import Noise
+from ldm.models.diffusion.sigma_sampler import Denoised, SigmaSampler, ancestral
 
 
 class Euler(SigmaSampler):

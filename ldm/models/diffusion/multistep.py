@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ldm.models.diffusion.dpm import Multistep, exponential_step
-from ldm.models.diffusion.sigma_sampler import Denoised, Noise
+from ldm.models.diffusion.dpm_solvers import Multistep, exponential_step
+from ldm.models.diffusion.sampler import Noise
+from ldm.models.diffusion.sigma_sampler import Denoised
 
 GAUSS = np.polynomial.legendre.leggauss(20)  # nodes and weights on [-1, 1]
 

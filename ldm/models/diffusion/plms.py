@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.sampler import Noise, Sampler
 
 # Adams-Bashforth coefficients of the current noise and the ones before it, by how many there are.
 # They extrapolate the noise over the coming step, which is more exact than keeping the newest.
@@ -28,9 +26,7 @@ class PLMSSampler(Sampler):
         # The noise of earlier steps, latest first.
         self._history: list[Tensor] = []
 
-    def step(
-        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Noise) -> tuple[Tensor, Tensor]:
         # The model runs once in each step; only the first step runs it again, below.
         eps, pred_x0 = self._predictions(x, index, denoise(x, self._batch_of(index, x)))
         if self.ddim_alphas[index] == 0:
@@ -52,7 +48,7 @@ class PLMSSampler(Sampler):
         x: Tensor,
         index: int,
         denoise: Denoiser,
-        noise: Callable[[], Tensor],
+        noise: Noise,
         eps: Tensor,
         pred_x0: Tensor,
     ) -> Tensor:

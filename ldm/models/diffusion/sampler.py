@@ -23,6 +23,9 @@ from ldm.modules.diffusionmodules.util import (
 )
 from ldm.rng import SampleRandom
 
+# Gives a fresh draw of a latent's shape.
+Noise = Callable[[], Tensor]
+
 
 def uniform_timesteps(steps: int, total: int) -> Tensor:
     """Return evenly spaced time steps, ascending, int64, see `make_ddim_timesteps`."""
@@ -80,12 +83,11 @@ class Sampler(ABC):
         return uniform_timesteps(steps, len(self.schedule))
 
     @abstractmethod
-    def step(
-        self, x: Tensor, index: int, denoise: Denoiser, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return x at the time step before the `index`-th visited one, and the predicted x_0.
+    def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Noise) -> tuple[Tensor, Tensor]:
+        """Return x after a step, and the x_0 that was predicted in it.
 
         Args:
+            index: how many steps are left after this one; the number of the visited time step.
             denoise: gives the (guided) model output for x and time steps.
             noise: gives a fresh draw of x's shape, already scaled by the temperature.
         """
@@ -211,9 +213,15 @@ class Sampler(ABC):
         callback: Callable[[int], None] | None = None,
         img_callback: Callable[[Tensor, int], None] | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Run through the first `steps` time steps, from the noisiest to the cleanest."""
+        """Run through the `steps` cleanest of the chosen steps, from the noisiest to the cleanest.
+
+        This is the loop of every sampler. Its steps are counted down, so that the last one is 0.
+        """
         # One object may sample many times. Nothing of an earlier run may reach this one.
         self.reset()
+
+        # From here on x is what the steps work on: x_t itself, or x_t on another scale.
+        x = self._scaled(x, steps)
         # Both lists begin with the noise itself, as LDM's do.
         intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
         indices, shape = range(steps)[::-1], x.shape
@@ -223,10 +231,10 @@ class Sampler(ABC):
 
         name = type(self).__name__
         for number, index in enumerate(tqdm(indices, desc=name, disable=not verbose, leave=False)):
-            # Inpainting: put x0 with this step's noise (DDPM, eq. 4) where the mask is 1, so that
-            # the model fills in the rest to fit it.
+            # Inpainting: put x0 with this step's noise where the mask is 1, so that the model fills
+            # in the rest to fit it.
             if mask is not None and x0 is not None:
-                known = self.schedule.q_sample(x0, self._batch_of(index, x), random.randn(x.shape))
+                known = self._noised(x0, index, random.randn(shape))
                 x = mask * known + (1 - mask) * x
 
             # One update, which is all that samplers differ in.
@@ -245,6 +253,14 @@ class Sampler(ABC):
 
     def reset(self) -> None:
         """Let go of earlier steps, before a run's first one; for samplers that remember some."""
+
+    def _scaled(self, x: Tensor, steps: int) -> Tensor:
+        """Return x_t on the scale of the steps, of which `steps` are left."""
+        return x
+
+    def _noised(self, x0: Tensor, index: int, noise: Tensor) -> Tensor:
+        """Return x0 with as much noise as x has before the `index`-th step (DDPM, eq. 4)."""
+        return self.schedule.q_sample(x0, self._batch_of(index, noise), noise)
 
     def _batch_of(self, index: int, x: Tensor) -> Tensor:
         """Return the `index`-th visited time step for each sample of x."""
@@ -295,9 +311,7 @@ class Sampler(ABC):
         random = random or SampleRandom(device=x_latent.device)
         return self._run(x_latent, t_start, denoise, random, verbose=verbose)[0]
 
-    def _ddim_update(
-        self, index: int, eps: Tensor, pred_x0: Tensor, noise: Callable[[], Tensor]
-    ) -> Tensor:
+    def _ddim_update(self, index: int, eps: Tensor, pred_x0: Tensor, noise: Noise) -> Tensor:
         """Return x at the time step before, from its predicted noise and x_0 (DDIM, eq. 12)."""
         a_prev, sigma = self.ddim_alphas_prev[index], self.ddim_sigmas[index]
         # Noise has the variance 1 - a_prev here. Sigma squared of it is drawn anew; the rest keeps

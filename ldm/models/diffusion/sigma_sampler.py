@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Denoiser
-from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.sampler import Noise, Sampler
 from ldm.models.diffusion.sigmas import (
     NoiseLevels,
     batch_of,
@@ -22,17 +21,16 @@ from ldm.models.diffusion.sigmas import (
     noise_levels,
     scaled_to_model,
 )
-from ldm.rng import SampleRandom
 
 # The clean latent that the model predicts from x at a noise level.
 Denoised = Callable[[Tensor, float], Tensor]
-Noise = Callable[[], Tensor]
 
 
 class SigmaSampler(Sampler):
     """Draws latents by steps between noise levels.
 
-    A subclass gives `sigma_step`. Noise levels are Python floats, so the loop waits for no GPU.
+    A subclass gives `sigma_step`; the loop is that of `Sampler`. Noise levels are Python floats, so
+    it waits for no GPU.
 
     Args:
         model: a `LatentDiffusion`.
@@ -54,8 +52,21 @@ class SigmaSampler(Sampler):
         """
 
     def step(self, x: Tensor, index: int, denoise: Denoiser, noise: Noise) -> tuple[Tensor, Tensor]:
-        """Not used: `sigma_step` takes its place."""
-        raise NotImplementedError
+        """Return x after a step, and the first x_0 that was predicted in it."""
+        predicted: list[Tensor] = []
+
+        # The model knows x_t and time steps. Translate to them and back, so that a method can be
+        # written down as its paper has it.
+        def denoised(x: Tensor, sigma: float) -> Tensor:
+            t = batch_of(self.levels.timestep(sigma), x)
+            output = denoise(scaled_to_model(x, sigma), t)
+            predicted.append(clean_latent(str(self.model.parameterization), x, sigma, output))
+            return predicted[-1]
+
+        x = self.sigma_step(x, self._place(index), denoised, noise)
+        # A method may ask the model again later in the step. The prediction to show is that for
+        # the x of its beginning.
+        return x, predicted[0]
 
     def make_schedule(
         self,
@@ -72,54 +83,20 @@ class SigmaSampler(Sampler):
         self.sigmas = noise_levels(self.noise_schedule, self.levels, ddim_num_steps)
         check_descending(self.sigmas)
 
-    def _run(
-        self,
-        x: Tensor,
-        steps: int,
-        denoise: Denoiser,
-        random: SampleRandom,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        temperature: float = 1.0,
-        verbose: bool = True,
-        log_every_t: int = 100,
-        callback: Callable[[int], None] | None = None,
-        img_callback: Callable[[Tensor, int], None] | None = None,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Take the last `steps` steps, from x_t as the model has it."""
-        self.reset()
-        predicted: list[Tensor] = []
+    def _place(self, index: int) -> int:
+        """Return where in `sigmas` a step begins, of which `index` steps are left after it."""
+        # The last entry is 0, where no step begins.
+        return len(self.sigmas) - 2 - index
 
-        def denoised(x: Tensor, sigma: float) -> Tensor:
-            t = batch_of(self.levels.timestep(sigma), x)
-            output = denoise(scaled_to_model(x, sigma), t)
-            predicted.append(clean_latent(str(self.model.parameterization), x, sigma, output))
-            return predicted[-1]
+    def _scaled(self, x: Tensor, steps: int) -> Tensor:
+        """Return x_0 + sigma eps of x_t, from which `steps` steps are left."""
+        return x * math.sqrt(1 + self.sigmas[self._place(steps - 1)] ** 2)
 
-        def noise() -> Tensor:
-            return temperature * random.randn(x.shape)
+    def _noised(self, x0: Tensor, index: int, noise: Tensor) -> Tensor:
+        """Return x0 with the noise level at which the step begins."""
+        return x0 + self.sigmas[self._place(index)] * noise
 
-        # The steps to take: all of them, or the last ones of an image that got some noise.
-        first = len(self.sigmas) - 1 - steps
-        x = x * math.sqrt(1 + self.sigmas[first] ** 2)
-        intermediates: dict[str, list[Tensor]] = {"x_inter": [x], "pred_x0": [x]}
-        order = tqdm(range(first, first + steps), type(self).__name__, disable=not verbose)
-        for number, index in enumerate(order):
-            sigma = self.sigmas[index]
-            # Outside of what is painted anew, the latent follows x0 with the noise of this level.
-            if mask is not None and x0 is not None:
-                x = mask * (x0 + sigma * random.randn(x.shape)) + (1 - mask) * x
-            predicted.clear()
-            x = self.sigma_step(x, index, denoised, noise)
-            if callback:
-                callback(number)
-            if img_callback:
-                img_callback(predicted[0], number)
-            if (steps - 1 - number) % log_every_t == 0 or number == 0:
-                intermediates["x_inter"].append(x)
-                intermediates["pred_x0"].append(predicted[0])
-        return x, intermediates
-
+    @torch.no_grad()
     def stochastic_encode(
         self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
@@ -131,8 +108,8 @@ class SigmaSampler(Sampler):
         if use_original_steps:
             return super().stochastic_encode(x0, t, use_original_steps, noise)
         noise = torch.randn_like(x0) if noise is None else noise
-        sigma = self.sigmas[len(self.sigmas) - 2 - int(t.flatten()[0])]
-        return scaled_to_model(x0 + sigma * noise, sigma)
+        index = int(t.flatten()[0])
+        return scaled_to_model(self._noised(x0, index, noise), self.sigmas[self._place(index)])
 
 
 def ancestral(sigma: float, after: float) -> tuple[float, float]:

@@ -11,7 +11,8 @@ import math
 
 from torch import Tensor
 
-from ldm.models.diffusion.sigma_sampler import Denoised, Noise, SigmaSampler, ancestral
+from ldm.models.diffusion.sampler import Noise
+from ldm.models.diffusion.sigma_sampler import Denoised, SigmaSampler, ancestral
 
 
 def exponential_step(x: Tensor, start: Tensor, sigma: float, after: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from ldm.errors import UserError, nearest
 from ldm.models.diffusion.ancestral import DDPMSampler
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm import (
+from ldm.models.diffusion.dpm_solvers import (
     DPM2,
     DPM2Ancestral,
     DPMpp2M,
