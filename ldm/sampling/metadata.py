@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from ldm.sampling.text_to_image import Recipe
@@ -79,6 +80,14 @@ def picture_texts(
         INFOTEXT: infotext(prompt, recipe, negative_prompt, model, model_sha256),
         OURS: json.dumps(everything, ensure_ascii=False),
     }
+
+
+def png_info(texts: Mapping[str, str]) -> PngInfo:
+    """Return texts in the form in which a PNG file holds them."""
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)  # iTXt, unless Latin-1 has all its letters
+    return info
 
 
 def infotext(

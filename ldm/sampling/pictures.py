@@ -9,11 +9,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.files import write_atomically
+from ldm.sampling.metadata import png_info
 
 
 def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
@@ -28,9 +28,7 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG with texts as its metadata, by key; never over another file."""
-    info = PngInfo()
-    for key, text in (texts or {}).items():
-        info.add_text(key, text)  # iTXt, unless Latin-1 has all its letters
+    info = png_info(texts or {})
     # A picture may have cost much time: no other one replaces it.
     if path.exists():
         raise UserError(f"{path}: is there already, and is not overwritten")

@@ -11,7 +11,7 @@ from ldm.data.finding import find_images, list_images
 from ldm.data.latents import CachedLatents
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
-from ldm.modules.losses.diffusion import per_sample_loss, place_weights
+from ldm.modules.losses.per_sample import per_sample_loss, place_weights
 from tests.support import runs
 from tests.support.models import SIZE, batch, build, step
 from tests.support.runs import Workspace, assert_resumes_exactly, metrics

@@ -8,7 +8,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.models.diffusion.objective import Objective
-from ldm.modules.losses.diffusion import per_sample_loss
+from ldm.modules.losses.per_sample import per_sample_loss
 from tests.support.models import batch, build, step
 
 # Losses

@@ -8,7 +8,7 @@ import torch
 from ldm.errors import UserError
 from ldm.models.diffusion.objective import Objective
 from ldm.modules.losses.batch import Batch
-from ldm.modules.losses.diffusion import with_offset
+from ldm.modules.losses.per_sample import with_offset
 from ldm.rng import SampleRandom
 from tests.support.models import (
     batch,

@@ -14,7 +14,7 @@ from ldm.errors import ParameterError
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 from ldm.modules.losses.batch import Batch, Examples
-from ldm.modules.losses.diffusion import per_sample_loss, pixel_loss, place_weights, with_offset
+from ldm.modules.losses.per_sample import per_sample_loss, pixel_loss, place_weights, with_offset
 from ldm.rng import SampleRandom, derive_seed
 
 

@@ -1,4 +1,8 @@
-"""Pieces of the training objective: each sample's error, what a mask leaves of it, offset noise."""
+"""What is computed for each sample of a batch: its error, what a mask leaves of it, offset noise.
+
+`Objective` in `ldm/models/diffusion/objective.py` puts these together: the prior's weight, the
+weights of time steps and all other settings of the loss are there.
+"""
 
 from __future__ import annotations
 
