@@ -1,0 +1,36 @@
+"""Tables of scores, with their intervals and what pins them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ldm.evaluation.protocols import MINIATURE, NO_COMPARISON, Protocol
+from ldm.evaluation.scores import SCORES, Scored
+
+
+def score_table(rows: Mapping[str, Scored], protocol: Protocol) -> str:
+    """Return a table in Markdown: a row a method, a column a score that any of them has.
+
+    Under it stand the protocol and the hashes of the encoders: no score goes without them.
+    """
+    found = {name: scored.estimates() for name, scored in rows.items()}
+    columns = [score for score in SCORES if any(score in each for each in found.values())]
+    heads = [f"{score} {'↑' if SCORES[score][0] else '↓'}" for score in columns]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
+    for name, estimates in found.items():
+        cells = [str(estimates[score]) if score in estimates else "-" for score in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", pinned(protocol, rows)])
+
+
+def pinned(protocol: Protocol, rows: Mapping[str, Scored]) -> str:
+    """Say what a table's scores are a function of, besides the pictures."""
+    hashes: dict[str, str] = {}
+    for scored in rows.values():
+        hashes |= scored.hashes
+    encoders = ", ".join(f"{name} {digits}" for name, digits in sorted(hashes.items()))
+    alone = f" ({NO_COMPARISON})" if protocol.dino == MINIATURE.dino else ""
+    return (
+        f"Protocol: {protocol.name}{alone}; encoders: {encoders}; {protocol.pairing}; identifier "
+        f"{protocol.identifier} in the text; [95 % bootstrap intervals over subjects and seeds]."
+    )
