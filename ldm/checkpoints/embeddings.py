@@ -11,13 +11,14 @@ Web UIs call an embedding by the name of its file, so that this is a word, too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoints.lora_formats import FACTOR
+from ldm.checkpoints import other_files
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.checkpoints.unpickle import Stub
 from ldm.errors import UserError
@@ -28,6 +29,7 @@ PICTURES = (".png", ".webp", ".jxl", ".avif")
 NO_WORD = "emb_params"
 # The text encoders by whose names files for several of them keep their vectors.
 SEVERAL_ENCODERS = ("clip_l", "clip_g", "t5xxl")
+WHOLE_MODEL = re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.")
 
 
 def read_embeddings(path: str | Path) -> list[Embedding]:
@@ -102,20 +104,11 @@ def what_else(content: Mapping[str, Any]) -> str:
     do not.
     """
     inside = content.get("state_dict", content)
-    entries = inside if isinstance(inside, Mapping) else {}
-    keys = [str(key) for key in entries]
-    if any(FACTOR.fullmatch(key) for key in keys):
+    keys = [str(key) for key in inside] if isinstance(inside, Mapping) else []
+    if other_files.LORA.fits(keys):
         return ": it is a LoRA, which scripts/convert.py merges into a model"
-    if any(
-        key.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model."))
-        for key in keys
-    ):
+    if any(WHOLE_MODEL.match(key) for key in keys):
         return ": it is a whole model, for --ckpt"
-    layers = [
-        key
-        for key, value in entries.items()
-        if str(key).isdigit() and not isinstance(value, Tensor)
-    ]
-    if layers or "layer_structure" in content:
+    if other_files.is_hypernetwork(content):
         return ": it looks like a hypernetwork, which is not read"
     return ""

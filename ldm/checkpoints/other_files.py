@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,12 @@ class Kind:
     def __str__(self) -> str:
         return f"{self.name}: {self.way_out}"
 
+    def fits(self, keys: Collection[str]) -> bool:
+        """Whether weights of these names are of this kind."""
+        if self.but_not is not None and any(self.but_not.search(key) for key in keys):
+            return False
+        return any(self.found.search(key) for key in keys)
+
 
 def _kind(name: str, way_out: str, found: str, but_not: str = "", is_part: bool = False) -> Kind:
     return Kind(name, way_out, re.compile(found), re.compile(but_not) if but_not else None, is_part)
@@ -187,27 +193,32 @@ def _kind(name: str, way_out: str, found: str, but_not: str = "", is_part: bool 
 UNET = r"^model\.diffusion_model\."
 OTHER_KIND = f"not read: {SUPPORTED}"
 
+LORA = _kind(
+    "a LoRA, not a whole model",
+    "merge it into the model that it was made for (scripts/convert.py --ckpt MODEL --lora THIS)",
+    r"^lora_(unet|te\d?|prior)_|[._]lora[._](down|up|mid|A|B)\b|lora_linear_layer|\.hada_w[12]|\.lokr_w[12]|\.oft_",
+    r"\.base_layer\.",
+)
+EMBEDDING = _kind(
+    "a textual-inversion embedding, not a whole model",
+    "give it beside a model (stable_txt2img.py --embedding_path, main.py --embedding_manager_ckpt)",
+    r"^(string_to_param|emb_params|clip_[lg])$",
+)
+IP_ADAPTER = _kind(
+    "an IP-Adapter, not a whole model", NEEDS_WHOLE, r"^(ip_adapter|image_proj)(\.|$)", UNET
+)
+
+# In this order: the first that fits says what a file is.
 KINDS = (
-    _kind(
-        "a LoRA, not a whole model",
-        "merge it into the model that it was made for (scripts/convert.py --ckpt MODEL --lora "
-        "THIS)",
-        r"^lora_(unet|te\d?|prior)_|[._]lora[._](down|up|mid|A|B)\b|lora_linear_layer|\.hada_w[12]|\.lokr_w[12]|\.oft_",
-        r"\.base_layer\.",
-    ),
-    _kind(
-        "a textual-inversion embedding, not a whole model",
-        "give it beside a model (stable_txt2img.py --embedding_path, main.py "
-        "--embedding_manager_ckpt)",
-        r"^(string_to_param|emb_params|clip_[lg])$",
-    ),
+    LORA,
+    EMBEDDING,
     _kind(
         "a ControlNet, not a whole model",
         "give the model that it steers, it is not needed for training or sampling here",
         r"^(module\.)?control_model\.|^controlnet_(cond_embedding|down_blocks)\.|^input_hint_block\.",
         UNET,
     ),
-    _kind("an IP-Adapter, not a whole model", NEEDS_WHOLE, r"^(ip_adapter|image_proj)(\.|$)", UNET),
+    IP_ADAPTER,
     _kind(
         "a T2I-Adapter, not a whole model",
         NEEDS_WHOLE,
@@ -290,13 +301,11 @@ def of_content(content: Mapping[Any, Any]) -> str | None:
         "string_to_param" in content or "emb_params" in content or _is_one_vector(content)
     )
     if is_embedding:
-        return str(KINDS[1])
-    if any(
-        isinstance(key, int) and isinstance(value, (list, tuple)) for key, value in content.items()
-    ):
+        return str(EMBEDDING)
+    if is_hypernetwork(content):
         return HYPERNETWORK
     if {"image_proj", "ip_adapter"} <= set(content):
-        return str(KINDS[3])
+        return str(IP_ADAPTER)
     for key, value in content.items():
         if is_module(value):
             return (
@@ -315,6 +324,13 @@ def of_content(content: Mapping[Any, Any]) -> str | None:
     return None
 
 
+def is_hypernetwork(content: Mapping[Any, Any]) -> bool:
+    """Whether a read file is a hypernetwork: the layers of each width under the width's number."""
+    return "layer_structure" in content or any(
+        str(key).isdigit() and isinstance(value, (list, tuple)) for key, value in content.items()
+    )
+
+
 def _is_one_vector(content: Mapping[Any, Any]) -> bool:
     """Whether a file is a diffusers embedding: one word, or two, and their vectors."""
     vectors = [value for value in content.values() if isinstance(value, Tensor)]
@@ -330,8 +346,6 @@ def of_weights(keys: Iterable[str]) -> Kind | None:
     """Return the kind of something else whose names these are."""
     keys = list(keys)
     for kind in KINDS:
-        found = any(kind.found.search(key) for key in keys)
-        excluded = kind.but_not is not None and any(kind.but_not.search(key) for key in keys)
-        if found and not excluded:
+        if kind.fits(keys):
             return kind
     return None
