@@ -43,7 +43,7 @@ CLIP_VIT_L_14_TEXT: dict[str, Any] = {
 class TextEncoder(nn.Module):
     """Turns texts into the embeddings that the UNet reads; the base of all text encoders.
 
-    A subclass sets `max_length`, and gives `forward` and `token_embedding`.
+    A subclass sets `max_length`, and gives `embed` and `token_embedding`.
     """
 
     max_length: int
@@ -56,6 +56,14 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.added_words = {}
 
+    def forward(self, text: Sequence[str] | str) -> Float[Tensor, "b n d"]:
+        """Return embeddings of the texts, (b, max_length, width)."""
+        return self.embed(self.tokenize(text))
+
+    def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Return embeddings of token ids, which may be on any device."""
+        raise NotImplementedError
+
     def encode(self, text: Sequence[str] | str) -> Float[Tensor, "b n d"]:
         """Return embeddings of the texts."""
         return self(text)
@@ -63,14 +71,15 @@ class TextEncoder(nn.Module):
     def tokenize(self, text: Sequence[str] | str) -> Int[Tensor, "b n"]:
         """Return token ids of the texts, on the CPU."""
         texts = [text] if isinstance(text, str) else text
-        added = self.added_words | self._words_of_scripts()
-        return tokenize(texts, self.max_length, self.pad, added)
+        return tokenize(texts, self.max_length, self.pad, self.all_added_words())
 
-    def _words_of_scripts(self) -> dict[str, list[int]]:
-        """Return the words that a script has added to `tokenizer`, if it asked for that."""
+    def all_added_words(self) -> dict[str, list[int]]:
+        """Return `added_words`, and those that a script has added to `tokenizer`, if any."""
         used = vars(self).get("tokenizer")
-        added = {} if used is None else used.get_added_vocab()
-        return {word.lower(): [number] for word, number in added.items() if number >= VOCABULARY}
+        theirs = {} if used is None else used.get_added_vocab()
+        return self.added_words | {
+            word.lower(): [number] for word, number in theirs.items() if number >= VOCABULARY
+        }
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -175,10 +184,10 @@ class FrozenCLIPEmbedder(TextEncoder):
         self.transformer = TextTransformer(text_model)
         self.ckpt_path = ckpt_path
 
-    def forward(self, text: Sequence[str] | str) -> Float[Tensor, "b n d"]:
-        """Return embeddings of the texts, (b, max_length, hidden_size)."""
+    def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Return embeddings of token ids, (b, n, hidden_size)."""
         text_model: Any = self.transformer.text_model
-        tokens = self.tokenize(text).to(text_model.embeddings.position_ids.device)
+        tokens = tokens.to(text_model.embeddings.position_ids.device)
         return text_model(input_ids=tokens).last_hidden_state
 
     @property
@@ -231,10 +240,10 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
             raise ParameterError("max_length", f"{max_length} exceeds context_length {limit}")
         self.model.transformer.grad_checkpointing = use_checkpoint
 
-    def forward(self, text: Sequence[str] | str) -> Float[Tensor, "b n d"]:
-        """Return embeddings of the texts, (b, max_length, width)."""
+    def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """Return embeddings of token ids, (b, n, width)."""
         model: Any = self.model
-        tokens = self.tokenize(text).to(model.positional_embedding.device)
+        tokens = tokens.to(model.positional_embedding.device)
         n = tokens.shape[1]
         x = model.token_embedding(tokens) + model.positional_embedding[:n]
         mask = model.attn_mask[:n, :n].to(x.dtype)

@@ -45,18 +45,27 @@ def encode_with(text: str, added: Mapping[str, Sequence[int]]) -> list[int]:
 
     A word is found wherever it stands for itself: "my-dog" in "my-dog's toy", not in "my-dogs".
     """
+    return [number for group in groups_with(text, added) for number in group]
+
+
+def groups_with(text: str, added: Mapping[str, Sequence[int]]) -> list[list[int]]:
+    """Return the ids of a text as `encode_with` does, in groups that must not be parted.
+
+    The ids of a word that was added are one group; every other id is a group of its own.
+    """
     if not added:
-        return encode(text)
+        return [[number] for number in encode(text)]
     # The longest first: of "my-dog" and "my-dog-2", the second is meant where both fit.
     patterns = []
     for word in sorted(added, key=len, reverse=True):
         before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
         after = r"(?!\w)" if re.match(r"\w", word[-1]) else ""
         patterns.append(before + re.escape(word) + after)
-    ids: list[int] = []
+    groups: list[list[int]] = []
     for piece in re.split(f"({'|'.join(patterns)})", text, flags=re.IGNORECASE):
-        ids += added.get(piece.lower()) or encode(piece)
-    return ids
+        own = added.get(piece.lower())
+        groups += [list(own)] if own else [[number] for number in encode(piece)]
+    return groups
 
 
 def lost_text(
