@@ -1,6 +1,10 @@
 # Set-up is part of every target: a fresh machine needs Python and make, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+# What the commands import, compiled once at the installation. Where the environment forbids Python to
+# keep compiled files, as many containers do, every start would compile them again, for 8 seconds.
+COMPILED := import open_clip, ldm.training.train, ldm.models.diffusion.ddpm, ldm.models.autoencoder, \
+	transformers.models.clip.modeling_clip
 
 .PHONY: install demo test lint format
 
@@ -10,6 +14,7 @@ install: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[test]'
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$(COMPILED)"
 	touch $@
 
 demo: install
