@@ -165,6 +165,21 @@ def diversity(a: Features) -> float:
     return float(torch.pdist(a).mean())
 
 
+def frechet_distance(a: Features, b: Features) -> float:
+    """Return the Fréchet distance of two sets of features, each taken for a normal distribution.
+
+    |mean_a - mean_b|² + trace(C_a + C_b - 2 (C_a C_b)^½) (Heusel et al., arXiv 1706.08500). Sets of
+    another size or features of another encoder give numbers that do not compare.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # The eigenvalues of a product of two positive matrices are real; rounding makes some slightly
+    # negative or complex.
+    eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum())
+
+
 def gap_closed(reached: float, base: float, ceiling: float) -> float:
     """Return the share of the way from `base` to `ceiling` that `reached` has gone."""
     return (reached - base) / (ceiling - base)

@@ -17,6 +17,7 @@ from ldm.evaluation.metrics import (
     centred_similarity,
     diversity,
     features_of,
+    frechet_distance,
     gap_closed,
     middle,
     nearest_psnr,
@@ -25,15 +26,19 @@ from ldm.evaluation.metrics import (
     to_tensor,
 )
 from ldm.rng import generator
+from ldm.tiny.rendered import LABELS
 from ldm.tiny.scenes import PLAIN, SCENES
 from ldm.tiny.world import World, with_article
 
 Draw = Callable[[Sequence[str]], list[Image.Image]]
+Reconstruct = Callable[[Tensor], Tensor]  # pictures as the first stage gives them back
 
 SIZE = 64
 CLASS_IMAGES = 64  # pictures of a class that similarity and diversity are measured on
 SUBJECT_IMAGES = 16
 PER_PROMPT = 4
+FRECHET = 1000
+OF_EACH_CLASS = 32
 PLACES = [scene for scene in SCENES if scene not in PLAIN]
 
 
@@ -50,16 +55,14 @@ class Judges:
 
 
 def renderings(world: World, count: int, key: str) -> tuple[Tensor, dict[str, list[str]]]:
-    """`count` pictures of the world, which has labels, and their labels; another `key` gives
-    others.
+    """Draw `count` pictures of a world with labels; another `key` gives others. Return the
+    pictures (count, 3, size, size) in [-1, 1] and their labels.
     """
     examples = [world.example(0, generator(key, number)) for number in range(count)]
     images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).permute(
         0, 3, 1, 2
     )
-    return images.contiguous(), {
-        name: [e[name] for e in examples] for name in ("class_word", "scene")
-    }
+    return images.contiguous(), {name: [e[name] for e in examples] for name in LABELS}
 
 
 def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> Recognizer:
@@ -68,7 +71,7 @@ def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> 
 
 
 def fit_recognizer(
-    recognizer: Recognizer, train: World, reconstruct: Callable[[Tensor], Tensor], count: int = 6000
+    recognizer: Recognizer, train: World, reconstruct: Reconstruct, count: int = 6000
 ) -> None:
     """Fit a recognizer to `count` renderings, half of them as the model's first stage gives them
     back.
@@ -130,6 +133,40 @@ def measure_base(
         measured[f"diversity, {name}"] = diversity(features_of(encoder, made))
         measured[f"diversity of renderings, {name}"] = diversity(features_of(encoder, real))
     return measured
+
+
+def measure_pictures(draw: Draw, encoder: Encoder, test: World, train: World) -> dict[str, Any]:
+    """Measure how near samples are to unseen renderings, and how varied those of every class are.
+
+    Returns:
+        "fréchet": distance of the features of `FRECHET` samples to those of as many renderings
+        with the same captions. "fréchet of renderings": the same for seen designs, what is in
+        reach. "diversity by class": class -> that of samples as a share of that of renderings.
+    """
+    real = features_of(encoder, renderings(test, FRECHET, "fréchet")[0])
+    captions = [test.describe(generator("fréchet", n)).caption for n in range(FRECHET)]
+    made = features_of(encoder, to_tensor(draw(captions), SIZE))
+    seen = features_of(encoder, renderings(train, FRECHET, "fréchet, seen")[0])
+    by_class: dict[str, float] = {}
+    for class_word in train.classes:
+        drawn = draw([f"a photo of {with_article(class_word)}"] * OF_EACH_CLASS)
+        only = World(train.root, SIZE, [class_word], labels=True, plain=True)
+        shown, _ = renderings(only, OF_EACH_CLASS, "diversity")
+        by_class[class_word] = diversity(features_of(encoder, to_tensor(drawn, SIZE))) / diversity(
+            features_of(encoder, shown)
+        )
+    return {
+        "fréchet": frechet_distance(made, real),
+        "fréchet of renderings": frechet_distance(seen, real),
+        "diversity by class": by_class,
+    }
+
+
+def measure_decoder(reconstruct: Reconstruct, world: World, count: int = 300) -> float:
+    """Return the mean peak signal-to-noise ratio, in dB, of renderings given back."""
+    images, _ = renderings(world, count, "decoder")
+    errors = (features_of(reconstruct, images).clamp(-1, 1) - images) / 2
+    return float((-10 * errors.square().mean((1, 2, 3)).log10()).mean())
 
 
 def subject_prompts(noun: str) -> tuple[list[str], list[str]]:

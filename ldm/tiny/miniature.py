@@ -55,6 +55,7 @@ def dreambooth(
     logdir: Path,
     more: Sequence[str] = (),
     say: Callable[[str], object] | None = None,
+    weights: Path = WEIGHTS,
 ) -> Path:
     """Fine-tune the miniature on photos with the training command; the last checkpoint.
 
@@ -62,6 +63,7 @@ def dreambooth(
         class_images: where the class images are, or go.
         more: further words of the command line.
         say: gets the command line; None also silences the training.
+        weights: the miniature to start from.
 
     Raises:
         UserError: the training failed.
@@ -75,7 +77,7 @@ def dreambooth(
             str(CONFIG),
             "-t",
             "--actual_resume",
-            str(WEIGHTS),
+            str(weights),
         ],
         *[
             "--data_root",

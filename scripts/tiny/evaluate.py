@@ -19,10 +19,12 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
+
+from torch import Tensor
 
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.commands import exit_status
@@ -30,16 +32,24 @@ from ldm.config import load_config, to_plain
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
 from ldm.errors import UserError
-from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0
+from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0, Recognizer, to_tensor
 from ldm.files import save_checkpoint, write_atomically
 from ldm.sampling.text_to_image import load_model
+from ldm.tiny.attributes import (
+    fit_attribute_judge,
+    make_attribute_judge,
+    measure_applications,
+    measure_attributes,
+)
 from ldm.tiny.measure import (
-    CLASS_IMAGES,
-    PLACES,
+    SIZE,
     Judges,
+    Reconstruct,
     fit_recognizer,
     make_recognizer,
     measure_base,
+    measure_decoder,
+    measure_pictures,
     measure_subject,
 )
 from ldm.tiny.miniature import (
@@ -54,13 +64,10 @@ from ldm.tiny.miniature import (
     photos_of,
     subject_names,
 )
-from ldm.tiny.scenes import SCENES
+from ldm.tiny.report import WITH, WITHOUT, Results, report_of
 from ldm.tiny.world import SPRITES, World
 
 LDM_CONFIG = ROOT / "configs/tiny/ldm.yaml"
-WITH, WITHOUT = "with prior preservation", "without"
-
-Results = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -79,53 +86,66 @@ def build_parser() -> argparse.ArgumentParser:
         "--outdir", type=Path, default=Path("outputs/evaluation"), help="default: %(default)s"
     )
     parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="the miniature (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clip_images",
+        type=Path,
+        default=CLIP_IMAGES,
+        help="the image tower of its CLIP (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--base_only", action="store_true", help="measure the base model alone; write no report"
+    )
+    parser.add_argument(
         "--report", type=Path, default=ROOT / "docs/results.md", help="default: %(default)s"
     )
     return parser
 
 
-def worlds(sprites: Path) -> tuple[World, World]:
+def worlds(sprites: Path, plain: bool = True) -> tuple[World, World]:
     """Return the world that the miniature was trained on, and the designs that its CLIP was not.
 
-    Both are plain, as "a photo of a dog" is: no style, no material, nothing worn, no view that is
-    said.
+    Where they are plain, as "a photo of a dog" is, they have no style, no material, nothing worn
+    and no view that is said.
     """
     classes = to_plain(load_config([LDM_CONFIG]))["data"]["params"]["train"]["params"]["dataset"][
         "params"
     ]["classes"]
-    common = {"classes": classes, "labels": True, "held_out": 0.1, "plain": True}
+    common = {"classes": classes, "labels": True, "held_out": 0.1, "plain": plain}
     return World(sprites, split="train", **common), World(sprites, split="test", **common)
 
 
-def make_judges(train: World, path: Path) -> Judges:
-    """The two encoders, and the classifiers that are fitted to renderings, unless `path` has them
-    from before.
-    """
-    clip = CLIPImages(CLIP_IMAGES, to_plain(load_config([CLIP_CONFIG]))["model"])
+def make_judges(clip_images: Path, train: World, path: Path, reconstruct: Reconstruct) -> Judges:
+    """Make the two encoders, and the classifiers of class and scene."""
+    clip = CLIPImages(clip_images, to_plain(load_config([CLIP_CONFIG]))["model"])
     encoders = {"CLIP-I": clip, "EfficientNet-Lite0": EfficientNetLite0()}
     recognizer = make_recognizer(encoders, train.classes)
+    fitted(recognizer, path, lambda: fit_recognizer(recognizer, train, reconstruct))
+    return Judges(encoders, recognizer)
+
+
+def fitted(recognizer: Recognizer, path: Path, fit: Callable[[], None]) -> Recognizer:
+    """Fit a recognizer to renderings, or take what `path` has from before."""
     if path.is_file():
         state = read_checkpoint(path)
         recognizer.add_heads(next(iter(state.values())).shape[-1])
         recognizer.heads.load_state_dict(state)
     else:
-        model = load_model(WEIGHTS)
-        fit_recognizer(
-            recognizer, train, lambda x: model.first_stage_model(x, sample_posterior=False)[0]
-        )
+        fit()
         save_checkpoint(recognizer.heads.state_dict(), path)
-    return Judges(encoders, recognizer)
+    return recognizer
 
 
 @functools.cache
-def base_painter(seed: int) -> Callable[[Sequence[str]], list[Any]]:
-    """Draws with the base model, the pictures of a class once for all of its subjects."""
-    draw = functools.cache(Painter(WEIGHTS, seed))
+def base_painter(weights: Path, seed: int) -> Callable[[Sequence[str]], list[Any]]:
+    """Draw with the base model, the pictures of a class once for all of its subjects."""
+    draw = functools.cache(Painter(weights, seed))
     return lambda prompts: draw(tuple(prompts))
 
 
 def remembered(path: Path, measure: Callable[[], Results]) -> Results:
-    """What is in the file, or what `measure` gives, which goes into it."""
+    """Return what is in the file, or what `measure` gives, which goes into it."""
     if not path.is_file():
         text = json.dumps(measure(), indent=1)
         write_atomically(path, lambda temporary: temporary.write_text(text))
@@ -140,165 +160,122 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(
             f"--subjects: unknown {', '.join(unknown)}; there are {', '.join(subject_names())}"
         )
-    train, test = worlds(args.sprites)
-    outdir = (
-        args.outdir / hashlib.sha256(WEIGHTS.read_bytes() + CONFIG.read_bytes()).hexdigest()[:8]
-    )
-    judges = make_judges(train, outdir / "recognizer.ckpt")
+    # Results of other weights or of another recipe stay in a folder of their own.
+    key = hashlib.sha256(args.weights.read_bytes() + CONFIG.read_bytes()).hexdigest()[:8]
+    outdir = args.outdir / key
     begin = time.monotonic()
-    base = remembered(
-        outdir / "base.json", lambda: measure_base(Painter(WEIGHTS), judges, train, test)
-    )
+
+    def measured(name: str, measure: Callable[[], Results]) -> Results:
+        results = remembered(outdir / f"{name}.json", measure)
+        print(f"{(time.monotonic() - begin) / 60:5.1f} min  {name}", flush=True)
+        return results
+
+    # The base model: classes and scenes, then what the wider world has.
+    judges = make_all_judges(args, outdir)
+    base: Results = {}
+    for part, measure in base_parts(args, judges).items():
+        base |= measured(part, measure)
+    if args.base_only:
+        return
+
+    # DreamBooth: every subject and seed.
     runs: dict[tuple[str, str, int], Results] = {}
     for seed in args.seeds:
         for subject in subjects:
             for kind in [WITH] + [WITHOUT] * (subject in args.without_prior):
                 name = f"{subject}-{seed}" + ("-without" if kind == WITHOUT else "")
-                runs[kind, subject, seed] = remembered(
-                    outdir / f"{name}.json",
-                    functools.partial(measure_run, subject, seed, kind, outdir, judges),
-                )
-                print(f"{(time.monotonic() - begin) / 60:5.1f} min  {name}", flush=True)
+                run = functools.partial(measure_run, args, subject, seed, kind, outdir, judges)
+                runs[kind, subject, seed] = measured(name, run)
     only = ["--subjects", *args.subjects] if args.subjects else []
-    command = shlex.join(
-        ["python", "scripts/tiny/evaluate.py", *only, "--seeds", *map(str, args.seeds)]
-    )
-    report = "\n".join([HEAD, f"    {command}\n", *base_table(base), *run_tables(runs)]) + "\n"
+    seeds = ["--seeds", *map(str, args.seeds)]
+    command = shlex.join(["python", "scripts/tiny/evaluate.py", *only, *seeds])
+    report = report_of(command, base, runs)
     write_atomically(args.report, lambda temporary: temporary.write_text(report))
     print(args.report)
 
 
-def measure_run(subject: str, seed: int, kind: str, outdir: Path, judges: Judges) -> Results:
-    """One DreamBooth run and its measurements."""
+@dataclass(frozen=True)
+class AllJudges:
+    """The judges of classes and scenes, that of attributes, and the worlds they learnt from."""
+
+    judges: Judges
+    attributes: Recognizer
+    plain: tuple[World, World]
+    whole: tuple[World, World]
+    reconstruct: Reconstruct
+
+
+def make_all_judges(args: argparse.Namespace, outdir: Path) -> AllJudges:
+    """Make the judges; fit those that `outdir` does not have from before."""
+    plain, whole = worlds(args.sprites), worlds(args.sprites, plain=False)
+    first_stage = load_model(args.weights).first_stage_model
+
+    def reconstruct(images: Tensor) -> Tensor:
+        return first_stage(images, sample_posterior=False)[0]
+
+    judges = make_judges(args.clip_images, plain[0], outdir / "recognizer.ckpt", reconstruct)
+    attributes = make_attribute_judge(judges.encoders)
+    fitted(
+        attributes,
+        outdir / "attributes.ckpt",
+        lambda: fit_attribute_judge(attributes, whole[0], reconstruct),
+    )
+    return AllJudges(judges, attributes, plain, whole, reconstruct)
+
+
+def base_parts(args: argparse.Namespace, all_judges: AllJudges) -> dict[str, Callable[[], Results]]:
+    """Return what is measured of the base model, each part by the name of its file."""
+    judges, reconstruct = all_judges.judges, all_judges.reconstruct
+    (train, test), (whole_train, whole_test) = all_judges.plain, all_judges.whole
+    draw = Painter(args.weights)
+    encoder = judges.encoders["EfficientNet-Lite0"]
+    return {
+        "base": lambda: measure_base(draw, judges, train, test),
+        "pictures": lambda: measure_pictures(draw, encoder, test, train),
+        "attributes": lambda: measure_attributes(
+            draw, all_judges.attributes, whole_train, whole_test
+        ),
+        "decoder": lambda: {
+            "decoder, plain": measure_decoder(reconstruct, test),
+            "decoder": measure_decoder(reconstruct, whole_test),
+        },
+    }
+
+
+def measure_run(
+    args: argparse.Namespace,
+    subject: str,
+    seed: int,
+    kind: str,
+    outdir: Path,
+    all_judges: AllJudges,
+) -> Results:
+    """Run DreamBooth once and measure what came of it."""
     photos, class_word = photos_of(subject), class_word_of(photos_of(subject))
     quiet = "lightning.callbacks.image_logger=null"  # its pictures change nothing
     more = ["--seed", str(seed), quiet] + (["model.params.reg_weight=0"] if kind == WITHOUT else [])
     start = time.monotonic()
     # A folder of its own: others may train at the same time.
     logdir = outdir / f"logs-{subject}-{seed}"
-    checkpoint = dreambooth(
-        photos, class_word, outdir / f"class_images-{seed}" / class_word, logdir, more
-    )
+    class_images = outdir / f"class_images-{seed}" / class_word
+    checkpoint = dreambooth(photos, class_word, class_images, logdir, more, weights=args.weights)
     seconds = time.monotonic() - start
+
     pictures = [load_image(path) for path in find_images(photos)]
-    measured = measure_subject(
-        base_painter(seed), Painter(checkpoint, seed), pictures, class_word, judges
-    )
+    base, tuned = base_painter(args.weights, seed), Painter(checkpoint, seed)
+    judges = all_judges.judges
+    measured = measure_subject(base, tuned, pictures, class_word, judges)
+    if kind == WITH:
+        measured["applications"] = measure_applications(
+            base,
+            tuned,
+            to_tensor(pictures, SIZE),
+            class_word,
+            all_judges.attributes,
+            judges.encoders,
+        )
     checkpoint.unlink()
     return {**measured, "seconds": seconds}
-
-
-# The report
-
-HEAD = """# Results of the miniature
-
-Measured by the command below, with the weights in `models/tiny` and `configs/tiny/dreambooth.yaml`.
-Class and scene are read off by linear classifiers on the features of both encoders, fitted to
-renderings of the tiny world (half of them reconstructed by the first stage), never to samples.
-`CLIP-I` is the mean cosine of our small CLIP's image features, the other encoder is
-EfficientNet-Lite0, pretrained on ImageNet.
-"""
-
-BASE = """
-## The base model
-
-4 samples for each of {classes} classes ("a photo of a dog") and of {scenes} scenes ("a photo of a
-dog in the snow", classes in turn); diversity is the mean pairwise distance of the features of
-{pictures} pictures of "a photo of a dog".
-
-| | samples | renderings of seen designs | of unseen designs |
-|---|---|---|---|"""
-
-SUBJECTS = """
-## DreamBooth, {kind}
-
-Means over seeds {seeds}; likeness is that of the pictures' middles, 70 % of each side. *Gap
-closed*: how much of the way from the base model's pictures of the class to the photos' own likeness
-the pictures of "photo of a sks dog" have gone. *Scenes*: share of {places} scenes recognised with
-the subject in them, and with the class by the base model.
-*Class drift*: likeness of "photo of a dog" to the photos, both centred on the base model's
-pictures: 0 for no change, and in brackets that of "photo of a sks dog".
-*Diversity kept*: of "photo of a dog", after / before. *Nearest*: the sample most like a training
-image or its mirror, in dB.
-
-| subject | {columns} |
-|---|---|---|---|---|---|---|---|---|---|---|"""
-
-COLUMNS = (
-    *("gap closed, CLIP-I", "EfficientNet", "scenes (base)", "class drift, CLIP-I", "EfficientNet"),
-    *(
-        "diversity kept, CLIP-I",
-        "EfficientNet",
-        "class recognised (base)",
-        "nearest, dB",
-        "minutes",
-    ),
-)
-
-
-def base_table(base: Mapping[str, Any]) -> list[str]:
-    """The base model's numbers."""
-    lines = [BASE.format(classes=len(base["by_class"]), scenes=len(SCENES), pictures=CLASS_IMAGES)]
-    for name in ("class", "scene"):
-        seen, unseen = (base[f"{name}, {kind} designs"] for kind in ("seen", "unseen"))
-        lines.append(f"| {name} recognised | {base[name]:.0%} | {seen:.0%} | {unseen:.0%} |")
-    for encoder in ("CLIP-I", "EfficientNet-Lite0"):
-        made, real = base[f"diversity, {encoder}"], base[f"diversity of renderings, {encoder}"]
-        lines.append(
-            f"| diversity, {encoder} | {made:.3f} ({made / real:.0%} of renderings) "
-            f"| {real:.3f} | |"
-        )
-    by_class = ", ".join(
-        f"{name} {share:.0%}"
-        for name, share in sorted(base["by_class"].items(), key=lambda x: x[1])
-    )
-    return [*lines, "", f"By class: {by_class}."]
-
-
-def run_tables(runs: Mapping[tuple[str, str, int], Results]) -> list[str]:
-    """A table for each kind of run."""
-    lines: list[str] = []
-    for kind in (WITH, WITHOUT):
-        found = {key: value for key, value in runs.items() if key[0] == kind}
-        if not found:
-            continue
-        seeds = ", ".join(str(seed) for seed in sorted({seed for _, _, seed in found}))
-        heading = kind if kind == WITH else "without prior preservation"
-        fields = {
-            "kind": heading,
-            "seeds": seeds,
-            "places": len(PLACES),
-            "columns": " | ".join(COLUMNS),
-        }
-        lines.append(SUBJECTS.format(**fields))
-        subjects = sorted({subject for _, subject, _ in found})
-        rows = {
-            s: [value for (_, subject, _), value in found.items() if subject == s] for s in subjects
-        }
-        lines += [row(name, results) for name, results in rows.items()]
-        if len(rows) > 1:
-            lines.append(row("**mean**", list(found.values())))
-    return lines
-
-
-def row(name: str, results: Sequence[Results]) -> str:
-    """The means of some runs."""
-    m = {key: mean(result[key] for result in results) for key in results[0]}
-    clip, effnet = "CLIP-I", "EfficientNet-Lite0"
-    cells = [
-        name,
-        *(f"{m[f'{e}, gap closed']:.0%}" for e in (clip, effnet)),
-        f"{m['scenes']:.0%} ({m['scenes, base']:.0%})",
-        *(
-            f"{m[f'{e}, class drift']:.2f} ({m[f'{e}, centred subject']:.2f})"
-            for e in (clip, effnet)
-        ),
-        *(f"{m[f'{e}, diversity kept']:.0%}" for e in (clip, effnet)),
-        f"{m['class kept']:.0%} ({m['class, base']:.0%})",
-        f"{max(result['nearest training image, dB'] for result in results):.1f}",
-        f"{m['seconds'] / 60:.1f}",
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

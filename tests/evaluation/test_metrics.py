@@ -16,6 +16,7 @@ from ldm.evaluation.metrics import (
     centred_similarity,
     diversity,
     features_of,
+    frechet_distance,
     gap_closed,
     middle,
     nearest_psnr,
@@ -154,3 +155,13 @@ def test_measurements_of_a_subject():
 def test_the_subjects_and_their_classes():
     assert {"dog", "dog2", "cat", "backpack", "teapot", "robot"} <= set(subject_names())
     assert class_word_of(photos_of("dog2")) == "dog"
+
+
+def test_frechet_distance_of_moved_and_scaled_features():
+    features = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    moved = 3 * features + torch.tensor([1.0, 0, 0, 0, 2])
+    between_means = (moved.mean(0) - features.mean(0)).square().sum()
+    # For covariances C and 9 C the trace's part is tr(C) + 9 tr(C) - 2 * 3 tr(C).
+    expected = between_means + 4 * torch.cov(features.T).trace()
+    assert frechet_distance(features, moved) == pytest.approx(float(expected), rel=1e-9)

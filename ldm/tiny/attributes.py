@@ -1,0 +1,170 @@
+"""Styles, materials, views and accessories: how often the miniature shows what is asked for.
+
+The judges are linear classifiers of renderings, as for classes and scenes (`ldm.tiny.measure`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.evaluation.metrics import (
+    Encoder,
+    Recognizer,
+    accuracy,
+    features_of,
+    gap_closed,
+    middle,
+    similarity,
+    similarity_within,
+    to_tensor,
+)
+from ldm.rng import generator
+from ldm.tiny.accessories import ACCESSORIES
+from ldm.tiny.captions import MASS, with_article
+from ldm.tiny.materials import MATERIALS, PATTERNS
+from ldm.tiny.measure import SIZE, Draw, Reconstruct, renderings
+from ldm.tiny.styles import STYLES
+from ldm.tiny.views import VIEWS
+from ldm.tiny.world import World
+
+# Kind -> its words. A judge can also answer "", which is none of them.
+KINDS: dict[str, list[str]] = {
+    "style": list(STYLES),
+    "material": [*MATERIALS, *PATTERNS],
+    "view": list(VIEWS),
+    "accessory": list(ACCESSORIES),
+}
+FITTED_TO = 8000  # renderings that the judges learn from
+CEILING = 1500  # renderings that they are tried on
+PER_WORD = 8  # pictures that are asked for with each word
+
+
+def prompt_with(kind: str, word: str, noun: str) -> str:
+    """Return a prompt that asks for a word of a kind: "photo of a golden sks dog"."""
+    thing = with_article(noun)
+    if kind == "style":
+        return f"{word if word in MASS else with_article(word)} of {thing}"
+    if kind == "material":
+        return f"photo of {with_article(f'{word} {noun}')}"
+    if word == "close-up":
+        return f"a close-up photo of {thing}"
+    return f"photo of {thing} {word}"
+
+
+def make_attribute_judge(encoders: Mapping[str, Encoder]) -> Recognizer:
+    """Make a recognizer of styles, materials, views and accessories that has not been fitted."""
+    return Recognizer(
+        list(encoders.values()), {kind: ["", *words] for kind, words in KINDS.items()}
+    )
+
+
+def fit_attribute_judge(
+    judge: Recognizer, train: World, reconstruct: Reconstruct, count: int = FITTED_TO
+) -> None:
+    """Fit a judge to `count` renderings of the whole world, half of them through the decoder."""
+    images, found = renderings(train, count, "attributes")
+    images[::2] = features_of(reconstruct, images[::2]).clamp(-1, 1)
+    targets = {
+        kind: torch.tensor([labels.index(value) for value in found[kind]])
+        for kind, labels in judge.labels.items()
+    }
+    judge.fit(judge.features(images), targets)
+
+
+def classes_by_word(world: World, tries: int = 3000) -> dict[tuple[str, str], list[str]]:
+    """Return (kind, word) -> the classes that the world shows it with, among `tries` pictures.
+
+    A teapot has no side that looks left, and wears no hat.
+    """
+    classes: dict[tuple[str, str], list[str]] = {}
+    for number in range(tries):
+        seen = world.describe(generator("words", number))
+        for kind in KINDS:
+            shown = classes.setdefault((kind, getattr(seen, kind)), [])
+            if seen.class_word not in shown:
+                shown.append(seen.class_word)
+    return classes
+
+
+def measure_attributes(
+    draw: Draw, judge: Recognizer, train: World, test: World, ceiling: int = CEILING
+) -> dict[str, Any]:
+    """Measure how often each kind is recognised in samples, and in renderings of unseen designs.
+
+    Returns:
+        "style", "style, unseen designs" and "by style" (word -> share), and so for each kind.
+    """
+    images, labels = renderings(test, ceiling, "ceiling of attributes")
+    features = judge.features(images)
+    classes = classes_by_word(train)
+    measured: dict[str, Any] = {}
+    for kind, words in KINDS.items():
+        wanted = [word for word in words for _ in range(PER_WORD)]
+        prompts = [
+            prompt_with(kind, word, noun)
+            for word in words
+            for noun in islice(cycle(classes[kind, word]), PER_WORD)
+        ]
+        found = _recognised(judge, to_tensor(draw(prompts), SIZE), kind)
+        measured[kind] = accuracy(found, wanted)
+        measured[f"by {kind}"] = {
+            word: accuracy([f for f, w in zip(found, wanted) if w == word], [word] * PER_WORD)
+            for word in words
+        }
+        # The ceiling: what the judge finds in renderings that do have something of the kind.
+        shown = [number for number, word in enumerate(labels[kind]) if word]
+        answers = judge.recognise(features[shown], kind)
+        measured[f"{kind}, unseen designs"] = accuracy(answers, [labels[kind][i] for i in shown])
+    return measured
+
+
+def measure_applications(
+    base: Draw,
+    tuned: Draw,
+    photos: Tensor,
+    class_word: str,
+    judge: Recognizer,
+    encoders: Mapping[str, Encoder],
+    words: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """Measure a subject in every style, material, view and accessory.
+
+    "style" is the share of pictures in which the judge finds what was asked for; "style, NAME gap
+    closed" says how far the subject came from the class's pictures for the same prompts to the
+    photos' likeness among each other.
+
+    Args:
+        base, tuned: draw with the model before and after.
+        photos: (n, 3, h, w) in [-1, 1].
+        words: kind -> what is asked for; None for all of the world's.
+    """
+    measured: dict[str, Any] = {}
+    for kind, asked in (words or KINDS).items():
+        wanted = [word for word in asked for _ in range(PER_WORD // 2)]
+        after = _asked(tuned, kind, wanted, f"sks {class_word}")
+        before = _asked(base, kind, wanted, class_word)
+        measured[kind] = accuracy(_recognised(judge, after, kind), wanted)
+        measured[f"{kind}, base"] = accuracy(_recognised(judge, before, kind), wanted)
+        for name, encoder in encoders.items():
+            real, reached, start = (
+                features_of(encoder, middle(images)) for images in (photos, after, before)
+            )
+            measured[f"{kind}, {name} gap closed"] = gap_closed(
+                similarity(reached, real), similarity(start, real), similarity_within(real)
+            )
+    return measured
+
+
+def _asked(draw: Draw, kind: str, wanted: Sequence[str], noun: str) -> Tensor:
+    """Draw a noun with each word."""
+    return to_tensor(draw([prompt_with(kind, word, noun) for word in wanted]), SIZE)
+
+
+def _recognised(judge: Recognizer, images: Tensor, kind: str) -> list[str]:
+    """Return the most likely word of each picture."""
+    return judge.recognise(judge.features(images), kind)
