@@ -87,6 +87,39 @@ def _answer(store: Any, question: str) -> str:
     return answer.removeprefix(DECIDED)
 
 
+def share() -> tuple[int, int]:
+    """Return this process's place among those of torchrun or srun, and how many they are."""
+    environment = _environment()
+    if environment is None:
+        return 0, 1
+    return environment.global_rank(), environment.world_size()
+
+
+def place_on_machine() -> int:
+    """Return this process's place among those on its machine."""
+    environment = _environment()
+    return 0 if environment is None else environment.local_rank()
+
+
+def wait_for_all() -> None:
+    """Return in the first process when all others have called this, and in them at once.
+
+    Raises:
+        UserError: another process has ended in another way.
+    """
+    environment = _environment()
+    if environment is None or environment.world_size() == 1:
+        return
+    rank, size = environment.global_rank(), environment.world_size()
+    store = _store(environment.main_address, environment.main_port, rank, size)
+    question = f"dreambooth/{next(_questions)}"
+    if rank > 0:
+        store.set(f"{question}/{rank}", DECIDED)
+        return
+    for other in range(1, size):
+        _answer(store, f"{question}/{other}")
+
+
 def first_alone(act: Callable[[], object]) -> None:
     """Let the first process act while the others wait until it has.
 

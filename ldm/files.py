@@ -29,12 +29,16 @@ def tensor_bytes(value: Any) -> int:
 
 
 def write_atomically(
-    path: str | Path, write: Callable[[Path], object], expected_bytes: int = 0
+    path: str | Path,
+    write: Callable[[Path], object],
+    expected_bytes: int = 0,
+    may_replace: bool = True,
 ) -> None:
     """Let `write` make a temporary file beside `path`, then rename it: there is never half a file
     at `path`.
 
     Raises:
+        FileExistsError: there is a file at `path`, and not `may_replace`.
         UserError: the disk lacks `expected_bytes`, or writing failed; what was at `path` is still
             there.
     """
@@ -55,12 +59,29 @@ def write_atomically(
         give_usual_permissions(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if may_replace:
+            os.replace(temporary, path)
+        else:
+            _rename_to_new(temporary, path)
+    except FileExistsError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a full disk as a RuntimeError, safetensors as an error of its own.
         raise UserError(f"{path}: not written: {first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless another file has that already, which raises."""
+    try:
+        os.link(temporary, path)  # the only way that no other process can come between
+    except FileExistsError:
+        raise
+    except OSError as error:  # not every file system has links
+        if path.exists():
+            raise FileExistsError(path) from error
+        os.replace(temporary, path)
 
 
 def give_usual_permissions(path: Path) -> None:

@@ -11,9 +11,10 @@ from string import Formatter
 
 import yaml
 
+from ldm.config import PROJECT
 from ldm.errors import UserError, nearest
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "prompts"
+FOLDER = PROJECT / "configs" / "prompts"
 FIELDS = ("subject", "class")
 
 
@@ -62,3 +63,33 @@ def filled(templates: list[str], class_word: str, identifier: str = "sks") -> li
     """Return the prompts of a suite for a subject: "a sks dog in the snow"."""
     subject = f"{identifier} {class_word}"
     return [template.format(subject=subject, **{"class": class_word}) for template in templates]
+
+
+def find_suite(name: str | Path) -> Path:
+    """Return the file of a suite: a path, or a name in `configs/prompts`, such as `art`.
+
+    Raises:
+        UserError: there is no such suite.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    found = FOLDER / f"{name}.yaml"
+    if found.is_file():
+        return found
+    known = sorted(str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.yaml"))
+    hint = nearest(str(name), known)
+    raise UserError(f"{name}: no such suite of prompts{hint}; there are {', '.join(known)}")
+
+
+def suite_prompts(name: str | Path, subject: str | None) -> list[str]:
+    """Return the prompts of a suite for a subject: its identifier, then its class word: `sks dog`.
+
+    Raises:
+        UserError: no such suite, or no such subject.
+    """
+    identifier, _, class_word = (subject or "").strip().partition(" ")
+    if not class_word:
+        problem = f"'{subject}'" if subject else "is not given"
+        raise UserError(f"subject {problem}: a suite needs identifier and class word, as 'sks dog'")
+    return filled(read_suite(find_suite(name)), class_word.strip(), identifier)

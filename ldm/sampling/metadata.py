@@ -16,47 +16,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.checkpoints.export import sha256
+from ldm.sampling.infotext import infotext
+
 if TYPE_CHECKING:
     from ldm.sampling.text_to_image import Recipe
 
 OURS, INFOTEXT = "dreambooth", "parameters"
-# The web UI's names of the samplers and of their schedules.
-SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "ddpm": "DDPM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "lms": "LMS",
-    "dpm_2": "DPM2",
-    "dpm_2_ancestral": "DPM2 a",
-    "dpmpp_2s_ancestral": "DPM++ 2S a",
-    "dpmpp_sde": "DPM++ SDE",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE",
-    "uni_pc": "UniPC",
-    "deis": "DEIS",
-    "lcm": "LCM",
-}
-SCHEDULE_NAMES = {
-    "normal": "Normal",
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "sgm_uniform": "SGM Uniform",
-    "simple": "Simple",
-    "beta": "Beta",
-    "ddim_uniform": "DDIM",
-    "align_your_steps": "Align Your Steps",
-}
-SHORT_HASH = 10  # digits of a model's SHA-256 that the web UI shows
 
 
 def picture_texts(
@@ -65,6 +38,7 @@ def picture_texts(
     negative_prompt: str = "",
     model: str | None = None,
     model_sha256: str | None = None,
+    index: int = 0,
     **more: Any,
 ) -> dict[str, str]:
     """Return the texts of a picture's PNG file, by key.
@@ -72,12 +46,14 @@ def picture_texts(
     Args:
         model: the name of the weights' file, without its suffix; left out if it is not known, as is
             `model_sha256`.
+        index: the picture's number in its series; its noise is a function of the seed and this.
         more: goes into our own entry alone.
     """
     # The first entry is for other programs, which know its form. Ours is complete.
-    everything = {"prompt": prompt, **asdict(recipe), "negative_prompt": negative_prompt, **more}
+    everything = {"prompt": prompt, **asdict(recipe), "negative_prompt": negative_prompt}
+    everything |= {"index": index, "model": model, "model_sha256": model_sha256, **more}
     return {
-        INFOTEXT: infotext(prompt, recipe, negative_prompt, model, model_sha256),
+        INFOTEXT: infotext(prompt, recipe, negative_prompt, model, model_sha256, index),
         OURS: json.dumps(everything, ensure_ascii=False),
     }
 
@@ -90,42 +66,21 @@ def png_info(texts: Mapping[str, str]) -> PngInfo:
     return info
 
 
-def infotext(
-    prompt: str,
-    recipe: Recipe,
-    negative_prompt: str = "",
-    model: str | None = None,
-    model_sha256: str | None = None,
-) -> str:
-    """Return the recipe in the form of AUTOMATIC1111's web UI: prompts, then one line of fields."""
-    # The names are the web UI's: its parser fills the settings by them.
-    fields: dict[str, Any] = {
-        "Steps": recipe.steps,
-        "Sampler": SAMPLER_NAMES.get(recipe.sampler, recipe.sampler),
-        "Schedule type": SCHEDULE_NAMES.get(recipe.schedule or "", "Automatic"),
-        "CFG scale": f"{recipe.scale:g}",
-        "Seed": recipe.seed,
-        "Size": f"{recipe.width}x{recipe.height}",
-    }
-    # What is not known has no field: the parser would take an empty one for a setting.
-    if model_sha256:
-        fields["Model hash"] = model_sha256[:SHORT_HASH]
-    if model:
-        fields["Model"] = model
-    if recipe.eta:
-        fields["Eta DDIM"] = f"{recipe.eta:g}"
-    lines = [prompt]
-    if negative_prompt:
-        lines.append(f"Negative prompt: {negative_prompt}")
-    lines.append(", ".join(f"{name}: {quoted(value)}" for name, value in fields.items()))
-    return "\n".join(lines).strip()
+def weights_names(checkpoint: Path) -> dict[str, str]:
+    """Return the name and, of a single file, the digest by which other programs know a
+    checkpoint.
+    """
+    if not checkpoint.is_file() or checkpoint.suffix == ".json":
+        return {"model": checkpoint.name}
+    state = checkpoint.stat()
+    digest = _digest(checkpoint, state.st_mtime_ns, state.st_size)
+    return {"model": checkpoint.stem, "model_sha256": digest}
 
 
-def quoted(value: Any) -> str:
-    """Return a field's value as text, in quotation marks if it holds what separates fields."""
-    # The web UI quotes in the same way, with JSON.
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
+@cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    """Return a file's SHA-256, computed once for as long as the file stays as it is."""
+    return sha256(path)
 
 
 def read_recipe(picture: str | Path | Image.Image) -> dict[str, Any] | None:

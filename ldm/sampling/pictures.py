@@ -28,12 +28,36 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG with texts as its metadata, by key; never over another file."""
+    try:
+        _write_png(image, path, texts)
+    except FileExistsError as error:
+        raise UserError(f"{path}: is there already, and is not overwritten") from error
+
+
+def save_numbered(
+    image: Image.Image, folder: Path, texts: Mapping[str, str] | None = None, prefix: str = ""
+) -> Path:
+    """Write a PNG under the folder's next free number, as 00012.png, and return its path.
+
+    With a prefix, such as `grid-`, the number has four digits.
+    """
+    digits = 4 if prefix else 5
+    while True:
+        path = folder / f"{prefix}{next_number(folder, prefix):0{digits}}.png"
+        try:
+            _write_png(image, path, texts)
+        except FileExistsError:
+            continue  # another command writes into the folder, too
+        return path
+
+
+def _write_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None) -> None:
     info = png_info(texts or {})
-    # A picture may have cost much time: no other one replaces it.
-    if path.exists():
-        raise UserError(f"{path}: is there already, and is not overwritten")
-    # A run that is cut short leaves no damaged picture under this name.
-    write_atomically(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
+    # A picture may have cost much time: no other one replaces it. A run that is cut short leaves no
+    # damaged picture under this name.
+    write_atomically(
+        path, lambda temporary: image.save(temporary, "PNG", pnginfo=info), may_replace=False
+    )
 
 
 def next_number(folder: Path, prefix: str = "") -> int:

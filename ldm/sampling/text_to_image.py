@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.distributed import place_on_machine
 from ldm.errors import UserError
 from ldm.host import CUDA
 from ldm.rng import SampleRandom, derive_seed
@@ -32,7 +33,9 @@ def pick_device(name: str | None = None) -> torch.device:
     """
     if name is None:
         if torch.cuda.is_available():
-            name = CUDA
+            # Of several processes on a machine, each has a GPU of its own as long as they last.
+            place = place_on_machine()
+            name = f"{CUDA}:{place % torch.cuda.device_count()}" if place else CUDA
         elif torch.backends.mps.is_available():
             name = "mps"
         else:
@@ -91,8 +94,11 @@ class Recipe:
 
 
 def image_seed(seed: int, index: int) -> int:
-    """Return the seed of the `index`-th picture of a series with `seed`."""
-    return derive_seed("image", seed, index)
+    """Return the seed of the noise of picture `index` of a series: a function of their sum.
+
+    So picture 3 of seed 42 is picture 0 of seed 45.
+    """
+    return derive_seed("image", seed + index, 0)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from ldm.sampling.metadata import read_recipe
+from ldm.sampling.pictures import next_number
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
-from scripts import stable_txt2img
+from scripts import stable_txt2img, txt2img
 from tests.support.runs import SIZE, Workspace
 
 
@@ -39,7 +40,7 @@ def sample(ckpt, tmp_path):
             "1",
         ]
         assert stable_txt2img.main([*always, *arguments]) == 0
-        return [Image.open(path) for path in sorted((outdir / "samples").iterdir())]
+        return [Image.open(path) for path in sorted((outdir / "samples").glob("*"))]
 
     return call
 
@@ -171,7 +172,7 @@ def test_numbers_go_on_behind_whatever_has_one(sample, tmp_path):
     (tmp_path / "out" / "samples").mkdir(parents=True)
     for name in ("00004.txt", ".00090.png.77.tmp", "IMG_2024.txt"):
         (tmp_path / "out" / "samples" / name).touch()
-    assert stable_txt2img.next_number(tmp_path / "out" / "samples") == 5
+    assert next_number(tmp_path / "out" / "samples") == 5
 
 
 # what is refused
@@ -244,7 +245,7 @@ def test_values_that_are_no_numbers_are_no_picture(ckpt):
 
 
 def test_a_stop_keeps_the_pictures_that_are_finished(sample, tmp_path, monkeypatch, capsys):
-    draw, batches = stable_txt2img.text_to_image, []
+    draw, batches = txt2img.text_to_image, []
 
     def stopped(*arguments, **options):
         batches.append(arguments)
@@ -252,7 +253,7 @@ def test_a_stop_keeps_the_pictures_that_are_finished(sample, tmp_path, monkeypat
             raise KeyboardInterrupt
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(stable_txt2img, "text_to_image", stopped)
+    monkeypatch.setattr(txt2img, "text_to_image", stopped)
     with pytest.raises(AssertionError):
         sample("--n_samples", "2", "--n_iter", "3")
     kept = sorted((tmp_path / "out" / "samples").iterdir())

@@ -1,0 +1,322 @@
+"""The flags that the sampling commands share: one place for their names, defaults and checks.
+
+A command adds the groups that it wants, parses with `parse`, and asks for what the flags say:
+
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    add_recipe_flags(parser)
+    add_series_flags(parser, outdir="outputs/txt2img-samples")
+    args = parse(parser, argv)
+    check_flags(args)
+    model = model_of(args)
+    recipe = recipe_of(args, model)
+
+A new knob of a picture is a field of `Recipe` and a flag with the same name. Then it is in the
+picture's metadata, and `--like` reads it back from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.checkpoints.ema import WEIGHTS
+from ldm.data.captions import read_text
+from ldm.distributed import agreed, share
+from ldm.errors import UserError
+from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.sampling.like import FLAG_OF, flags_of_picture
+from ldm.sampling.metadata import weights_names
+from ldm.sampling.series import Picture
+from ldm.sampling.text_to_image import Recipe, check_size, load_model, pick_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
+_MISSING: Any = object()  # the value of a flag that is not given
+
+
+# The flags
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose a model, and how it computes."""
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", default=DEFAULT_CKPT, help=".ckpt, .safetensors or a diffusers folder")
+    add("--config", help="the model's YAML (default: the checkpoint's own, or its family's)")
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        help="which of the checkpoint's (default: the EMA weights, if it has them)",
+    )
+    add("--embedding_path", help="textual-inversion embeddings to add")
+    add("--C", type=int, help="latent channels, only to check the model against")
+    add("--f", type=int, help="downsampling factor, only to check the model against")
+    add(
+        "--precision", choices=["full", "autocast"], default="autocast", help="default: %(default)s"
+    )
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+
+
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what to draw."""
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompt", default="a painting of a virus monster playing guitar", help="what to draw")
+    add(
+        "--from-file",
+        metavar="FILE",
+        help="a prompt a line, instead of --prompt; empty lines and those that begin with # "
+        "are left out",
+    )
+    add(
+        "--suite",
+        metavar="NAME",
+        help="the prompts of configs/prompts/NAME.yaml, such as art, or of a file like those",
+    )
+    add("--subject", metavar="'sks dog'", help="identifier and class word, for --suite")
+    add("--negative_prompt", default="", help="what guidance leads away from")
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a picture is drawn."""
+    add = parser.add_argument_group("recipe").add_argument
+    add("--steps", "--ddim_steps", dest="ddim_steps", type=int, default=50, help="default: 50")
+    add("--sampler", help="ddim (default), plms, euler, dpmpp_2m, 'DPM++ 2M Karras', ...")
+    add("--schedule", help="of noise levels: normal, karras, sgm_uniform, ... (not for ddim, plms)")
+    add("--plms", action="store_true", help="the PLMS sampler instead of DDIM")
+    add("--ddim_eta", type=float, default=0.0, help="0 is deterministic (default: %(default)s)")
+    add("--scale", type=float, default=7.5, help="guidance (default: %(default)s)")
+    add("--H", type=int, help="height, pixels (default: the model's)")
+    add("--W", type=int, help="width, pixels (default: the model's)")
+    add(
+        "--seed",
+        type=int,
+        default=42,
+        help="-1 chooses one at random and says which (default: %(default)s)",
+    )
+
+
+def add_series_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
+    """Add the flags that say how many pictures there are, which of them, and where they go."""
+    add = parser.add_argument_group("series").add_argument
+    add("--n_samples", type=int, default=3, help="pictures in a batch (default: %(default)s)")
+    add("--n_iter", type=int, default=2, help="batches for each prompt (default: %(default)s)")
+    add("--only", type=whole_numbers, metavar="I,J", help="of the series, only these pictures")
+    add("--fixed_code", action="store_true", help="the same starting noise in every batch")
+    add(
+        "--exact",
+        action="store_true",
+        help="one picture at a time, so that its pixels do not depend on a batch",
+    )
+    add(
+        "--like",
+        metavar="PNG",
+        help="draw this picture again; flags that are given beside it change its recipe",
+    )
+    add("--outdir", default=outdir, help="default: %(default)s")
+    add("--n_rows", type=int, default=0, help="pictures in a row of the grid (default: n_samples)")
+    add("--skip_grid", action="store_true", help="no grid")
+    add("--skip_save", action="store_true", help="no single pictures")
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Read numbers from 0 that commas separate."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"expected numbers from 0, got {text}")
+    return numbers
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the flags; with `--like`, those that are not given are as the picture has them.
+
+    `given` of the result holds the names of those that were given.
+
+    Raises:
+        UserError: the picture says nothing of how it was made, or not enough.
+    """
+    args = parser.parse_args(argv)
+    # Parse again, without the defaults: what has a value then was given.
+    without = argparse.Namespace(**dict.fromkeys(vars(args), _MISSING))
+    found = vars(parser.parse_args(argv, without))
+    args.given = {name for name, value in found.items() if value is not _MISSING}
+    args.like_batch = None
+    if getattr(args, "like", None):
+        for name, value in flags_of_picture(args.like, args).items():
+            if name not in args.given:
+                setattr(args, name, value)
+    return args
+
+
+# Checks
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for what no model can do."""
+    if args.n_samples < 1 or args.n_iter < 1 or args.n_rows < 0:
+        raise UserError("--n_samples and --n_iter must be at least 1, --n_rows at least 0")
+    check_recipe_flags(args)
+    if args.skip_save and args.skip_grid:
+        log.warning("--skip_save and --skip_grid: no picture will be kept")
+    _, world = share()
+    if world > 1 and args.skip_save and not args.skip_grid:
+        raise UserError("--skip_save: several processes share the pictures by their files")
+
+
+def check_recipe_flags(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a recipe that no model can follow."""
+    if not math.isfinite(args.scale) or not math.isfinite(args.ddim_eta):
+        raise UserError(f"--scale {args.scale} and --ddim_eta {args.ddim_eta} must be numbers")
+    if not 0 <= args.ddim_eta <= 1:
+        raise UserError(f"--ddim_eta {args.ddim_eta}: expected a number from 0 to 1")
+    for flag, value in (("ddim_steps", args.ddim_steps), ("H", args.H), ("W", args.W)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: expected at least 1")
+    sampler, _ = chosen_sampler(args)
+    if args.ddim_eta and sampler != "ddim":
+        raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a `UserError` if a folder cannot be made, or nothing can be written into it.
+
+    It is not made yet: a command that is refused leaves nothing behind.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{place}: a file stands where a folder is needed; choose another --outdir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place}: cannot write there; choose another --outdir")
+
+
+# What the flags say
+
+
+def chosen_sampler(args: argparse.Namespace) -> tuple[str, str | None]:
+    """Return the names of the sampler and its schedule; raise as `find_sampler` does."""
+    if args.plms and args.sampler:
+        raise UserError("--plms: is a sampler itself: leave --sampler out")
+    return find_sampler("plms" if args.plms else args.sampler or "ddim", args.schedule)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Return the device that is named, or the best one; of several processes, each has its own."""
+    return pick_device(args.device)
+
+
+def model_of(args: argparse.Namespace) -> LatentDiffusion:
+    """Return the model that the flags name, with the embeddings that they add."""
+    import torch
+
+    from ldm.checkpoints.embeddings import read_embeddings
+    from ldm.modules.embedding_manager import EmbeddingManager
+
+    device = device_of(args)
+    # Under autocast a GPU would make half-precision copies of the weights anyway.
+    halved = args.precision == "autocast" and device.type != "cpu"
+    dtype = torch.float16 if halved else None
+    model = load_model(args.ckpt, args.config, device, args.weights, dtype)
+    for flag, given, actual in (
+        ("C", args.C, model.latent_channels),
+        ("f", args.f, model.downsampling),
+    ):
+        if given not in (None, actual):
+            raise UserError(f"--{flag} {given}: this model has {actual}")
+    if args.embedding_path:
+        EmbeddingManager(model.cond_stage_model).load(read_embeddings(args.embedding_path))
+    return model
+
+
+def recipe_of(args: argparse.Namespace, model: LatentDiffusion) -> Recipe:
+    """Return the recipe that the flags give, with the model's size where they give none.
+
+    Raises:
+        UserError: a size that the model cannot have.
+    """
+    # Every field of the recipe that this command has a flag for.
+    flags = {field.name: FLAG_OF.get(field.name, field.name) for field in fields(Recipe)}
+    values = {name: getattr(args, flag) for name, flag in flags.items() if hasattr(args, flag)}
+
+    # Flags that may be left out, or may say the same in several ways.
+    side = model.image_size * model.downsampling
+    for name in ("height", "width"):
+        if values[name] is None:
+            values[name] = side
+    check_size(model, values["height"], values["width"])
+    values["sampler"], values["schedule"] = chosen_sampler(args)
+    values["seed"] = chosen_seed(args.seed)
+    return Recipe(**values)
+
+
+def chosen_seed(given: int) -> int:
+    """Return the seed, or a random one where -1 asks for it, as in AUTOMATIC1111's web UI."""
+    if given != -1:
+        return given
+    seed = int(agreed(lambda: str(secrets.randbelow(2**32))))
+    log.info("--seed -1: the seed is %d", seed)
+    return seed
+
+
+def how_made(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the metadata of all pictures says besides prompt and recipe."""
+    how = {name: getattr(args, name) for name in ("ckpt", "config", "weights", "embedding_path")}
+    how = {name: str(value) for name, value in how.items() if value is not None}
+    how |= {"precision": args.precision, "device": device_of(args).type}
+    return {**weights_names(Path(args.ckpt)), **how}
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """Return the prompt, or the lines of a file of them."""
+    if not args.from_file:
+        return [args.prompt]
+    path = Path(args.from_file)
+    if not path.is_file():
+        raise UserError(f"--from-file {path}: no such file")
+    lines = [line.strip() for line in read_text(path, "file of prompts").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"--from-file {path}: no prompts in it")
+
+    # Say what becomes of the file: of a single --prompt, --n_samples pictures are drawn.
+    comments = sum(line.startswith("#") for line in lines)
+    left_out = f" ({comments} comments left out)" if comments else ""
+    count = len(prompts) * args.n_iter
+    rest = count % args.n_samples
+    last = f", the last of {rest}" if rest else ""
+    log.info(
+        "%s: %d prompts%s in batches of %d%s", path, len(prompts), left_out, args.n_samples, last
+    )
+    log.info("each prompt is drawn %d times, as --n_iter says", args.n_iter)
+    return prompts
+
+
+def series_of(args: argparse.Namespace, prompts: Sequence[str], recipe: Recipe) -> list[Picture]:
+    """Return the pictures that the flags ask for.
+
+    Of one prompt there are `n_samples` for each of `n_iter`; of several, each has one.
+    """
+    one = not (args.from_file or args.suite)
+    count = args.n_iter * (args.n_samples if one else len(prompts))
+    wanted = range(count) if args.only is None else args.only
+    found = []
+    for number in wanted:
+        line = number % len(prompts)
+        # With --fixed_code the numbers that choose the noise begin anew in each batch.
+        fixed = (number if one else line) % args.n_samples
+        index = fixed if args.fixed_code else number
+        found.append(Picture(prompts[line], recipe, index, args.negative_prompt))
+    return found

@@ -1,0 +1,184 @@
+"""A picture's recipe, read back from its file as the flags that draw it again.
+
+Our own pictures say everything. Those of AUTOMATIC1111's web UI say a prompt and a recipe, but draw
+their noise in another way, so theirs gives another picture of the same kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ldm.errors import UserError
+from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.sampling.infotext import SIZE, parse_infotext, web_ui_schedule
+from ldm.sampling.metadata import INFOTEXT, read_recipe, weights_names
+from ldm.sampling.text_to_image import Recipe
+
+log = logging.getLogger(__name__)
+
+# Fields of `Recipe` whose flag has an older name.
+FLAG_OF = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"}
+# Flags beside the recipe that our pictures have the values of.
+OTHERS = ("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt")
+# Any of these asks for more than the one picture.
+OF_A_SERIES = {"n_samples", "n_iter", "only", "from_file", "suite", "x", "y"}
+
+
+def flags_of_picture(path: str | Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return values of flags, by name, that draw a picture again.
+
+    Args:
+        args: has all flags of the command, and in `given` the names of those that the user gave.
+
+    Raises:
+        UserError: no picture, or one that does not say how it was made or by what.
+    """
+    path = Path(path)
+    found, text = _read(path)
+    values = _of_ours(path, found, args) if found is not None else _of_web_ui(path, text, args)
+
+    # A sampler that is given leaves the picture's behind, with what belongs to that.
+    if {"sampler", "plms"} & args.given:
+        for name in ("sampler", "schedule", "ddim_eta"):
+            values.pop(name, None)
+    return values
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return our entry of a picture's file and the web UI's text; None and "" if there is none."""
+    try:
+        with Image.open(path) as picture:
+            texts: Mapping[str, Any] = getattr(picture, "text", {})
+            return read_recipe(picture), str(texts.get(INFOTEXT, ""))
+    except FileNotFoundError:
+        raise UserError(f"--like {path}: no such file") from None
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--like {path}: cannot read this picture ({error})") from error
+
+
+# Our own pictures
+
+
+def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    values = {name: found[name] for name in OTHERS if name in found and hasattr(args, name)}
+    for field in fields(Recipe):
+        flag = FLAG_OF.get(field.name, field.name)
+        if field.name not in found:
+            continue
+        if hasattr(args, flag):
+            values[flag] = found[field.name]
+        elif found[field.name] != field.default:
+            raise UserError(
+                f"--like {path}: its recipe has {field.name} {found[field.name]}, for which this "
+                "command has no flag"
+            )
+
+    # One picture of a series, in a batch as large as the one that it was drawn in: kernels may
+    # round differently in another one.
+    if not OF_A_SERIES & args.given:
+        index = 0 if "seed" in args.given else int(found.get("index", 0))
+        if index and "noise_seed" not in found:
+            raise UserError(
+                f"--like {path}: is of an earlier version, which numbered noise in another way: "
+                "only the first picture of its series can be drawn again"
+            )
+        batch = None if args.exact else (found.get("batch", 1), found.get("place", 0))
+        values.update(only=[index], n_samples=1, n_iter=1, skip_grid=True, like_batch=batch)
+        values["fixed_code"] = False
+
+    _check_weights(path, found, args)
+    return values
+
+
+def _check_weights(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Compare the weights that the command will take with those that drew a picture.
+
+    Raises:
+        UserError: they are not given by the user, and not there or others.
+    """
+    recorded = found.get("model_sha256") or ""
+    if "ckpt" in args.given:
+        # A digest of the web UI is shorter.
+        now = weights_names(Path(args.ckpt)).get("model_sha256", "") if recorded else ""
+        if now and not now.startswith(recorded):
+            log.warning("%s: was drawn by other weights than %s", path, args.ckpt)
+        return
+    ckpt = found.get("ckpt")
+    if not ckpt:
+        named = f"by '{found['model']}' " if found.get("model") else ""
+        digest = f"({recorded}) " if recorded else ""
+        raise UserError(f"--like {path}: was drawn {named}{digest}elsewhere: give --ckpt FILE")
+    if not Path(ckpt).exists():
+        raise UserError(f"--like {path}: {ckpt}, which drew it, is not there: give --ckpt FILE")
+    if recorded and weights_names(Path(ckpt)).get("model_sha256") != recorded:
+        raise UserError(
+            f"--like {path}: {ckpt} is not the file any more that drew it: give --ckpt FILE"
+        )
+
+
+# Pictures of the web UI
+
+
+def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any]:
+    parsed = parse_infotext(text)
+    if parsed is None:
+        raise UserError(
+            f"--like {path}: nothing in it says how it was made (read are PNG files of this "
+            "project and of AUTOMATIC1111's web UI)"
+        )
+    prompt, negative, given = parsed
+    left: list[str] = []  # what is in the text and not in our recipe
+
+    def take(name: str) -> str | None:
+        return given.pop(name, None)
+
+    values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
+    for name, flag, kind in (
+        ("Steps", "ddim_steps", int),
+        ("CFG scale", "scale", float),
+        ("Seed", "seed", int),
+        ("Eta DDIM", "ddim_eta", float),
+        ("Denoising strength", "strength", float),
+    ):
+        if name in given and hasattr(args, flag):
+            values[flag] = _number(path, name, given.pop(name), kind)
+    size = SIZE.fullmatch(take("Size") or "")
+    if size:
+        values["W"], values["H"] = int(size[1]), int(size[2])
+
+    # The sampler, unless it is one that we have not: then the picture's recipe is not ours.
+    sampler, schedule = take("Sampler"), take("Schedule type")
+    if sampler is not None and not {"sampler", "plms"} & args.given:
+        try:
+            plain, _ = find_sampler(sampler)
+            values["sampler"], values["schedule"] = find_sampler(
+                sampler, web_ui_schedule(plain, schedule)
+            )
+        except UserError as error:
+            raise UserError(f"--like {path}: {error}; choose one with --sampler") from error
+
+    # Say what else the text asks for.
+    model = {"model": take("Model"), "model_sha256": take("Model hash")}
+    left += [f"{name} {value}" for name, value in given.items() if name != "Version"]
+    left += re.findall(r"<\w+:[^>]*>", prompt + negative)
+    if left:
+        log.warning("%s: not part of a recipe here, and left out: %s", path, ", ".join(left))
+    if not OF_A_SERIES & args.given:
+        values.update(only=[0], n_samples=1, n_iter=1, skip_grid=True)
+    _check_weights(path, model, args)
+    return values
+
+
+def _number(path: Path, name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise UserError(f"--like {path}: {name}: expected a number, got {text}") from error

@@ -1,0 +1,121 @@
+"""Draw pictures of a text.
+
+    python scripts/txt2img.py --ckpt logs/.../checkpoints/last.ckpt --sampler "DPM++ 2M Karras" \\
+        --steps 25 --prompt "photo of a sks dog on the beach"
+    python scripts/txt2img.py --ckpt my-dog.ckpt --suite art --subject "sks dog"
+    python scripts/txt2img.py --ckpt my-dog.ckpt --x scale=4,7.5,12 --y sampler=ddim,dpmpp_2m
+    python scripts/txt2img.py --like outputs/txt2img-samples/samples/00003.png
+
+Pictures go to {outdir}/samples/00000.png, 00001.png, ...; numbers go on from what is there. Each
+holds its recipe as PNG metadata. Picture i of seed s is picture 0 of seed s + i, whatever the batch
+size and the number of processes (started by torchrun or srun), but for rounding: --exact excludes
+that, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ldm.commands import exit_status
+from ldm.distributed import is_first
+from ldm.errors import UserError
+from ldm.evaluation.prompt_suites import suite_prompts
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.sampling.flags import (
+    add_model_flags,
+    add_prompt_flags,
+    add_recipe_flags,
+    add_series_flags,
+    check_flags,
+    check_folder,
+    how_made,
+    model_of,
+    parse,
+    prompts_of,
+    recipe_of,
+    series_of,
+)
+from ldm.sampling.pictures import grid, save_numbered
+from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
+from ldm.sampling.text_to_image import text_to_image
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_prompt_flags(parser)
+    add_model_flags(parser)
+    add_recipe_flags(parser)
+    add_series_flags(parser, outdir="outputs/txt2img-samples")
+    parser.add_argument(
+        "--laion400m",
+        action="store_true",
+        help="not supported: that model's text encoder is not part of this project",
+    )
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for what can be refused before the minutes that a large model takes."""
+    if args.laion400m:
+        raise UserError(
+            "--laion400m: not supported: that model's BERT text encoder is not part of this project"
+        )
+    check_flags(args)
+    check_folder(Path(args.outdir))
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Read the prompts, load the model, draw, and show all pictures on one sheet."""
+    check(args)
+    prompts = suite_prompts(args.suite, args.subject) if args.suite else prompts_of(args)
+    outdir = Path(args.outdir)
+    folder = None if args.skip_save else outdir / "samples"
+
+    model = model_of(args)
+    pictures = series_of(args, prompts, recipe_of(args, model))
+    draw, how = drawing(model, args), {} if args.skip_save else how_made(args)
+
+    # Each picture is written as soon as it is there, whole or not at all, so a command that is
+    # stopped keeps those that it has finished.
+    if args.like_batch is not None and len(pictures) == 1:
+        batches = as_in_batch(pictures[0], *args.like_batch)
+        made = list(draw_series(batches, draw, folder, how, say=print).values())
+    else:
+        size = 1 if args.exact else args.n_samples
+        made = draw_shares(pictures, draw, size, folder, how, print)
+    if not args.skip_grid and is_first():
+        print(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))
+
+
+def drawing(model: LatentDiffusion, args: argparse.Namespace) -> Draw:
+    """Return what draws a batch of pictures with a model."""
+
+    def draw(batch: Sequence[Picture]) -> list[Image.Image]:
+        return text_to_image(
+            model,
+            [picture.prompt for picture in batch],
+            [picture.noise_seed for picture in batch],
+            batch[0].recipe,
+            batch[0].negative_prompt,
+            args.precision,
+            verbose=True,
+        )
+
+    return draw
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return exit_status(lambda: sample(parse(build_parser(), argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
