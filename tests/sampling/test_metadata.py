@@ -62,7 +62,7 @@ def test_a_parser_of_others_reads_it(saved, prompt, negative):
     assert [prompt.value for prompt in sampler.prompts] == ([prompt] if prompt else [])
     assert [prompt.value for prompt in sampler.negative_prompts] == ([negative] if negative else [])
     assert (sampler.name, sampler.model.name, sampler.model.hash) == ("DDIM", "my-dog", SHA256[:10])
-    parameters = {"cfg_scale": "7", "seed": "7", "steps": "20", "scheduler": "Automatic"}
+    parameters = {"cfg_scale": "7", "seed": "10", "steps": "20", "scheduler": "Automatic"}
     assert sampler.parameters == parameters
     assert found.metadata == {"Size": "64x32"}
 
