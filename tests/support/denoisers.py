@@ -1,5 +1,6 @@
 """Models whose exact sample is known, for every sampler."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
 from ldm.models.diffusion.sampler_names import SAMPLERS
 from ldm.models.diffusion.schedule import NoiseSchedule, at
+from ldm.models.diffusion.sigmas import NoiseLevels
 from ldm.rng import SampleRandom
 
 SHAPE = (2, 4, 4)
@@ -79,3 +81,21 @@ def noise_of(batch: int = 2, seed: int = 0) -> Tensor:
 def noisy(name: str) -> dict[str, float]:
     """Return the options with which a sampler draws noise in its steps."""
     return {"eta": 1.0} if SAMPLERS[name].supports_eta else {}
+
+
+class AnyTime(Gaussian):
+    """The same denoiser at time steps that may lie between two, for samplers over noise levels."""
+
+    def __init__(self, parameterization: str = "eps", std: float = 0.5, timesteps: int = 1000):
+        super().__init__(parameterization, std, timesteps)
+        self.levels = NoiseLevels.of(self.schedule)
+        self.sizes: list[int] = []  # of the batch of every call
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        self.sizes.append(len(x))
+        sigma = float(self.levels.sigma(float(t[0])))
+        noisy, mean = x * math.sqrt(1 + sigma**2), self.mean(cond)
+        start = mean + self.std**2 / (self.std**2 + sigma**2) * (noisy - mean)
+        eps = (noisy - start) / sigma
+        v = (eps - sigma * start) / math.sqrt(1 + sigma**2)
+        return {"eps": eps, "v": v, "x0": start}[self.parameterization]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,9 +12,8 @@ from tqdm import tqdm
 from ldm.errors import UserError
 from ldm.models.diffusion import conditioning as conditions
 from ldm.models.diffusion.conditioning import Cond
-from ldm.models.diffusion.guidance import Denoiser, guided
+from ldm.models.diffusion.guidance import Denoiser, Guidance, SampledModel, guided
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
-from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.diffusionmodules.util import (
     check_steps,
     make_ddim_sampling_parameters,
@@ -41,22 +39,6 @@ def trailing_timesteps(steps: int, total: int) -> Tensor:
     check_steps(steps, total)
     ends = torch.arange(1, steps + 1, dtype=torch.float64) * total / steps
     return ends.round().long() - 1
-
-
-@runtime_checkable
-class SampledModel(Protocol):
-    """What a sampler needs of a model."""
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """Return the noise schedule, of which a sampler visits some steps."""
-
-    @property
-    def parameterization(self) -> str:
-        """Return what the output stands for: a name in `PARAMETERIZATIONS`."""
-
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """Return the output for noisy latents at time steps `t`."""
 
 
 class Sampler(ABC):
@@ -145,6 +127,7 @@ class Sampler(ABC):
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Cond | None = None,
         random: SampleRandom | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Return latents after `S` steps from pure noise, and `x_inter` / `pred_x0` on the way.
 
@@ -159,6 +142,7 @@ class Sampler(ABC):
             x_T: the noise to start from.
             log_every_t: every how many steps the intermediates are kept.
             random: where noise comes from; torch's global generator when None.
+            guidance: what changes classifier-free guidance.
 
         Raises:
             UserError: more steps than the schedule has, or an eta that the sampler does not know.
@@ -183,8 +167,8 @@ class Sampler(ABC):
         x = random.randn((batch_size, *shape)) if x_T is None else x_T.to(device)
 
         # Guide the model towards the prompt. The loop sees one model and one output.
-        apply_model, scale = self.model.apply_model, unconditional_guidance_scale
-        denoise = guided(apply_model, conditioning, unconditional_conditioning, scale)
+        scale = unconditional_guidance_scale
+        denoise = guided(self.model, conditioning, unconditional_conditioning, scale, guidance)
         return self._run(
             x,
             S,
@@ -299,6 +283,7 @@ class Sampler(ABC):
         unconditional_conditioning: Cond | None = None,
         random: SampleRandom | None = None,
         verbose: bool = True,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Return the clean latent from one that has the noise of visited time step `t_start - 1`.
 
@@ -306,8 +291,8 @@ class Sampler(ABC):
         """
         # Image to image, second part: the usual loop, started in the middle, draws new details that
         # fit the text.
-        apply_model, scale = self.model.apply_model, unconditional_guidance_scale
-        denoise = guided(apply_model, cond, unconditional_conditioning, scale)
+        scale = unconditional_guidance_scale
+        denoise = guided(self.model, cond, unconditional_conditioning, scale, guidance)
         random = random or SampleRandom(device=x_latent.device)
         return self._run(x_latent, t_start, denoise, random, verbose=verbose)[0]
 

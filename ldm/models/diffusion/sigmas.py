@@ -171,6 +171,15 @@ def clean_latent(parameterization: str, x: Tensor, sigma: float, output: Tensor)
     return output
 
 
+def output_slope(parameterization: str, sigma: float) -> float:
+    """Return how much a model's output changes with the x_0 that it stands for, at a given x_t."""
+    if parameterization == "eps":
+        return -1 / sigma
+    if parameterization == "v":
+        return -math.sqrt(1 + sigma**2) / sigma
+    return 1.0
+
+
 def batch_of(timestep: float, like: Tensor) -> Tensor:
     """Return a time step for each sample of a batch; a whole one as int64, as training has it."""
     if timestep.is_integer():
