@@ -19,6 +19,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -44,6 +45,7 @@ from ldm.sampling.flags import (
 from ldm.sampling.pictures import grid, save_numbered
 from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
 from ldm.sampling.text_to_image import text_to_image
+from ldm.sampling.xy_grid import add_grid_flags, by_checkpoint, cells, grid_axes, labelled_grid
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_flags(parser)
     add_recipe_flags(parser)
     add_series_flags(parser, outdir="outputs/txt2img-samples")
+    add_grid_flags(parser)
     parser.add_argument(
         "--laion400m",
         action="store_true",
@@ -75,6 +78,9 @@ def check(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace) -> None:
     """Read the prompts, load the model, draw, and show all pictures on one sheet."""
     check(args)
+    if args.x or args.y:
+        sample_grid(args)
+        return
     prompts = suite_prompts(args.suite, args.subject) if args.suite else prompts_of(args)
     outdir = Path(args.outdir)
     folder = None if args.skip_save else outdir / "samples"
@@ -93,6 +99,38 @@ def sample(args: argparse.Namespace) -> None:
         made = draw_shares(pictures, draw, size, folder, how, print)
     if not args.skip_grid and is_first():
         print(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))
+
+
+def sample_grid(args: argparse.Namespace) -> None:
+    """Draw one picture for each pair of values of two flags, and show them on a labelled sheet."""
+    across, down = grid_axes(build_parser(), args)
+    found = cells(across, down, args)
+    outdir = Path(args.outdir)
+    folder = None if args.skip_save else outdir / "samples"
+    index = args.only[0] if args.only else 0
+
+    # One checkpoint after the other is loaded, so that there is never more than one in memory.
+    made: dict[tuple[Any, Any], Image.Image] = {}
+    for places in by_checkpoint(found).values():
+        cell = found[places[0]]
+        model = model_of(cell)
+        pictures = [
+            Picture(
+                found[place].prompt,
+                recipe_of(found[place], model),
+                index,
+                found[place].negative_prompt,
+            )
+            for place in places
+        ]
+        draw, how = drawing(model, cell), {} if args.skip_save else how_made(cell)
+        size = 1 if args.exact else args.n_samples
+        images = draw_shares(pictures, draw, size, folder, how, print)
+        made.update(zip(places, images))
+        del model, draw
+    if not args.skip_grid and is_first():
+        title = args.prompt if "prompt" not in (across.name, down.name) else ""
+        print(save_numbered(labelled_grid(across, down, made, title), outdir, prefix="xy-"))
 
 
 def drawing(model: LatentDiffusion, args: argparse.Namespace) -> Draw:

@@ -28,7 +28,16 @@ from ldm.data.streams import (
 from ldm.errors import ParameterError, UserError, nearest, under
 from ldm.util import check_params, get_obj_from_str, instantiate_from_config
 
-CLASS_IMAGE_KEYS = ("batch_size", "steps", "scale", "unconditional")  # how class images are made
+# How class images are made.
+CLASS_IMAGE_KEYS = (
+    "batch_size",
+    "steps",
+    "scale",
+    "sampler",
+    "schedule",
+    "eta",
+    "unconditional",
+)
 
 
 def _as_is(batch: Any) -> Any:
@@ -40,8 +49,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     A batch is `{"image": (b, h, w, c) in [-1, 1], "caption": list[str], "noise_seed": (b,) int64}`;
     both of a pair have `batch_size` examples. With `num_class_images`, class images that `reg`'s
-    folder lacks are to be made before the training starts; `class_images` says how (`batch_size`,
-    `steps`, `scale`, `unconditional`, see `make_class_images`).
+    folder lacks are to be made before the training starts; `class_images` says how (see
+    `CLASS_IMAGE_KEYS` and `make_class_images`).
 
     With `latent_cache` the first stage encodes each image and its mirror once, when the training
     starts, and a batch has "moments" (b, 2 z, h, w) of the posteriors instead of images: the

@@ -5,21 +5,27 @@ Ruiz et al., DreamBooth, section 3.2.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
+from PIL import Image
 
 from ldm.data.prompts import class_word_of
+from ldm.distributed import agreed, share, wait_for_all
 from ldm.errors import UserError
-from ldm.sampling.metadata import picture_texts, read_recipe
-from ldm.sampling.pictures import next_number, save_png
-from ldm.sampling.text_to_image import Recipe, image_seed, text_to_image
+from ldm.files import write_atomically
+from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.sampling.metadata import read_recipe
+from ldm.sampling.pictures import next_number, taken_numbers
+from ldm.sampling.series import Picture, draw_series, in_batches, numbered
+from ldm.sampling.text_to_image import Recipe, text_to_image
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -39,10 +45,17 @@ def make_class_images(
     steps: int = 50,
     scale: float = 7.5,
     unconditional: float = 0.0,
+    sampler: str = "ddim",
+    schedule: str | None = None,
+    eta: float = 0.0,
+    precision: str = "full",
+    shared: bool = False,
+    how: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `count` pictures of the prompts, in turn, as numbered PNG files into `folder`.
 
-    What is there stays; a run that is cut short goes on with the next number.
+    What is there stays. A picture is a function of its number, so a run that was cut short goes on
+    as it would have, and several processes draw what one would.
 
     Args:
         size: side of a picture, pixels.
@@ -50,48 +63,101 @@ def make_class_images(
         unconditional: share of pictures of the empty prompt, each with an empty caption file.
             Guidance leads away from the unconditional model: where fine-tuning moves that towards
             the subject, it moves the class away from it.
+        shared: whether all processes call this, each to draw its share.
+        how: what else the pictures' metadata says.
     """
     # These pictures show what the model knows of the class before it is trained, which is what the
     # prior's loss preserves. So they have to come before the first step.
-    first = next_number(folder)
+    names = find_sampler(sampler, schedule)
+    recipe = Recipe(steps, scale, eta, names[0], size, size, seed, names[1])
+    series = {"prompts": list(prompts), "unconditional": unconditional, **asdict(recipe)}
+    rank, world = share() if shared else (0, 1)
+    if shared:
+        numbers = json.loads(agreed(lambda: json.dumps(numbers_to_make(folder, count, series))))
+    else:
+        numbers = numbers_to_make(folder, count, series)
     log.info("making %d class images in %s: %s", count, folder, ", ".join(prompts))
 
-    # A picture's number decides on its prompt and its noise, so a series that was cut short goes on
-    # as it would have. The empty prompt comes up evenly.
-    texts = {}
-    for number in range(first, first + count):
-        is_empty = int((number + 1) * unconditional) > int(number * unconditional)
-        texts[number] = "" if is_empty else prompts[number % len(prompts)]
+    # Pictures of the empty prompt have no guidance, which would lead from that prompt to itself.
+    # They come after the others, for a batch has one recipe.
+    pictures = [class_picture(number, prompts, recipe, unconditional) for number in numbers]
+    pictures.sort(key=lambda picture: not picture.prompt)
+    batches = [
+        replace(batch, positions=tuple(picture.index for picture in batch.pictures))
+        for batch in in_batches(pictures, batch_size, rank, world)
+    ]
 
-    # A batch has one recipe: pictures of the empty prompt have no guidance.
-    of_class = [number for number, text in texts.items() if text]
-    of_nothing = [number for number, text in texts.items() if not text]
-    batches = [*_in_batches(of_class, batch_size), *_in_batches(of_nothing, batch_size)]
-    recipe = Recipe(steps, scale, height=size, width=size, seed=seed)
+    def draw(batch: Sequence[Picture]) -> list[Image.Image]:
+        texts, seeds = [p.prompt for p in batch], [p.noise_seed for p in batch]
+        more = {} if precision == "full" else {"precision": precision}
+        images = text_to_image(model, texts, seeds, batch[0].recipe, **more)
+        # Only now: a run that is stopped before the first picture leaves no empty folder.
+        folder.mkdir(parents=True, exist_ok=True)
+        note_plan(folder, numbers, series)
+        # The empty caption comes first: without it, a picture would have the class's.
+        for picture in batch:
+            if not picture.prompt:
+                numbered(folder, picture.index).with_suffix(".txt").touch()
+        return images
 
     # The model is borrowed: it gets its device and mode back, also after an error.
     home, was_training = model.device, model.training
     model.to(device).eval()
+    begin = time.monotonic()
     try:
-        for batch in tqdm(batches, desc="class images"):
-            # Guidance leads from the empty prompt to the given one. Here both would be the same.
-            how = recipe if texts[batch[0]] else replace(recipe, scale=1.0)
-            seeds = [image_seed(seed, number) for number in batch]
-            images = text_to_image(model, [texts[number] for number in batch], seeds, how)
-            # Only now: a run that is stopped before the first picture leaves no empty folder.
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, image in zip(batch, images):
-                # The empty caption comes first: without it, a picture would have the class's.
-                if not texts[number]:
-                    (folder / f"{number:05}.txt").touch()
-                how_made = picture_texts(texts[number], how, index=number)
-                save_png(image, folder / f"{number:05}.png", how_made)
+        draw_series(batches, draw, folder, how or {}, first=0, desc="class images")
     finally:
         model.to(home).train(was_training)
+    if shared:
+        wait_for_all()
+    if rank == 0:
+        (folder / PLAN).unlink(missing_ok=True)
+        seconds = time.monotonic() - begin
+        speed = len(numbers) / max(seconds, 1e-9)
+        log.info("%d class images in %.1f s: %.3g a second", len(numbers), seconds, speed)
 
 
-def _in_batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def class_picture(
+    number: int, prompts: Sequence[str], recipe: Recipe, unconditional: float
+) -> Picture:
+    """Return the class image of a number, which decides on its prompt and its noise."""
+    # The empty prompt comes up evenly.
+    is_empty = int((number + 1) * unconditional) > int(number * unconditional)
+    if is_empty:
+        return Picture("", replace(recipe, scale=1.0), number)
+    return Picture(prompts[number % len(prompts)], recipe, number)
+
+
+# While a folder is filled, a hidden file says which numbers it is to have, so that a run that was
+# cut short is not taken for a folder from which somebody has removed pictures.
+PLAN = ".class_images.json"
+
+
+def numbers_to_make(folder: Path, count: int, series: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of `count` new pictures: what the same series lacks, then the next ones.
+
+    Args:
+        series: what the pictures are a function of, besides their numbers.
+    """
+    behind = next_number(folder)
+    lacking: list[int] = []
+    try:
+        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        if plan["series"] == series:
+            begin, end = int(plan["begin"]), int(plan["end"])
+            lacking = sorted(set(range(begin, end)) - taken_numbers(folder))
+            behind = max(behind, end)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is no plan, or it is of something else
+    return [*lacking, *range(behind, behind + count)][:count]
+
+
+def note_plan(folder: Path, numbers: Sequence[int], series: Mapping[str, Any]) -> None:
+    """Write down which numbers a folder is to have."""
+    plan = {"begin": min(numbers), "end": max(numbers) + 1, "series": series}
+    text, file = json.dumps(plan), folder / PLAN
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def check_class(

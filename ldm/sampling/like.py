@@ -29,7 +29,7 @@ FLAG_OF = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"
 # Flags beside the recipe that our pictures have the values of.
 OTHERS = ("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt")
 # Any of these asks for more than the one picture.
-OF_A_SERIES = {"n_samples", "n_iter", "only", "from_file", "suite", "x", "y"}
+OF_A_SERIES = {"n_samples", "n_iter", "only", "from_file", "suite"}
 
 
 def flags_of_picture(path: str | Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -84,18 +84,29 @@ def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> 
     # One picture of a series, in a batch as large as the one that it was drawn in: kernels may
     # round differently in another one.
     if not OF_A_SERIES & args.given:
-        index = 0 if "seed" in args.given else int(found.get("index", 0))
+        index = 0 if "seed" in args.given | _varied(args) else int(found.get("index", 0))
         if index and "noise_seed" not in found:
             raise UserError(
                 f"--like {path}: is of an earlier version, which numbered noise in another way: "
                 "only the first picture of its series can be drawn again"
             )
         batch = None if args.exact else (found.get("batch", 1), found.get("place", 0))
-        values.update(only=[index], n_samples=1, n_iter=1, skip_grid=True, like_batch=batch)
-        values["fixed_code"] = False
+        values.update(_one_picture(index, args), like_batch=batch)
 
     _check_weights(path, found, args)
     return values
+
+
+def _varied(args: argparse.Namespace) -> set[str]:
+    """Return the names of the flags that vary in a grid."""
+    axes = (getattr(args, "x", None), getattr(args, "y", None))
+    return {axis.partition("=")[0].strip() for axis in axes if axis}
+
+
+def _one_picture(index: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that draw one picture of a series, which needs no sheet."""
+    alone = {"only": [index], "n_samples": 1, "n_iter": 1, "fixed_code": False}
+    return alone if _varied(args) else {**alone, "skip_grid": True}
 
 
 def _check_weights(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> None:
@@ -171,8 +182,13 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
     left += re.findall(r"<\w+:[^>]*>", prompt + negative)
     if left:
         log.warning("%s: not part of a recipe here, and left out: %s", path, ", ".join(left))
+    log.info(
+        "%s: read from the text of a web UI, which draws other noise: expect another picture by "
+        "this recipe, unless this project has drawn it",
+        path,
+    )
     if not OF_A_SERIES & args.given:
-        values.update(only=[0], n_samples=1, n_iter=1, skip_grid=True)
+        values.update(_one_picture(0, args))
     _check_weights(path, model, args)
     return values
 

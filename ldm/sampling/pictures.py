@@ -60,17 +60,22 @@ def _write_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None) 
     )
 
 
-def next_number(folder: Path, prefix: str = "") -> int:
-    """Return the number after the highest that is the name of a file in the folder.
+def taken_numbers(folder: Path, prefix: str = "") -> set[int]:
+    """Return the numbers that are names of files in the folder.
 
     A name ends at its first dot: the caption 00012.txt and the mask 00012.mask.png have the number
     12, too, so that no new picture comes beside them. It may begin with a prefix, as grid-0003.png.
     """
     if not folder.is_dir():
-        return 0
+        return set()
     names = [path.name.partition(".")[0] for path in folder.iterdir()]
     numbers = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
+    return {int(number) for number in numbers if number.isdecimal()}
+
+
+def next_number(folder: Path, prefix: str = "") -> int:
+    """Return the number after the highest of `taken_numbers`."""
+    return max(taken_numbers(folder, prefix), default=-1) + 1
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,15 @@ class Picture:
         """Return the seed of its noise."""
         return image_seed(self.recipe.seed, self.index)
 
+    @property
+    def common(self) -> tuple[Recipe, str]:
+        """Return what the pictures of a batch have to share: all but the prompt and the noise."""
+        return replace(self.recipe, seed=0), self.negative_prompt
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that are drawn at once, all by one recipe.
+    """Pictures that are drawn at once, by recipes that differ in the seed at most.
 
     Attributes:
         positions: their places in the whole series.
@@ -85,7 +90,7 @@ def in_batches(
     # Each process takes every world-th picture, so that all have about the same to do.
     mine = list(enumerate(pictures))[rank::world]
     found = []
-    for _, group in groupby(mine, key=lambda item: (item[1].recipe, item[1].negative_prompt)):
+    for _, group in groupby(mine, key=lambda item: item[1].common):
         same = list(group)
         for start in range(0, len(same), size):
             positions, batch = zip(*same[start : start + size])
@@ -108,6 +113,7 @@ def draw_series(
     how: Mapping[str, Any],
     first: int | None = None,
     say: Callable[[str], object] = log.info,
+    desc: str = "batches",
 ) -> dict[int, Image.Image]:
     """Draw batches, write each picture as soon as it is there, and return them by position.
 
@@ -119,7 +125,7 @@ def draw_series(
     """
     made: dict[int, Image.Image] = {}
     try:
-        for batch in tqdm(batches, desc="batches", disable=len(batches) < 2):
+        for batch in tqdm(batches, desc=desc, disable=len(batches) < 2):
             images = draw(batch.pictures)
             for place, (position, image) in enumerate(zip(batch.positions, images)):
                 if batch.kept not in (None, place):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,12 @@ from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
 from ldm.sampling import class_images
 from ldm.sampling.class_images import check_class, make_class_images
-from ldm.sampling.metadata import picture_texts
+from ldm.sampling.metadata import picture_texts, read_recipe
 from ldm.sampling.pictures import next_number, save_png
 from ldm.sampling.text_to_image import Recipe
+from ldm.tiny.miniature import WEIGHTS
+from scripts import class_images as command_of_class_images
+from tests.support.together import of_torchrun, together
 
 PROMPT = "photo of a dog"
 
@@ -69,6 +73,88 @@ def test_pictures_of_nothing_have_an_empty_caption(make, tmp_path):
     make(tmp_path, 3, unconditional=0.5)
     data = PersonalizedBase(tmp_path, size=8, reg=True)
     assert [data.captions[path] for path in data.paths] == [[PROMPT], [""]] * 3
+
+
+# Stopped, and by several processes
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_that_was_cut_short_is_completed_as_it_would_have_been(make, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    make(whole, 6, unconditional=0.5, batch_size=2)
+    draw, calls = class_images.text_to_image, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(class_images, "text_to_image", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make(cut, 6, unconditional=0.5, batch_size=2)
+    assert names(cut) == [".class_images.json", "00000.png", "00002.png"]
+    make(cut, 4, unconditional=0.5, batch_size=2)
+    assert names(cut) == names(whole)
+    for path in whole.glob("*.png"):
+        found = Image.open(cut / path.name).text["parameters"]
+        assert found == Image.open(path).text["parameters"]
+
+
+def test_removed_pictures_are_replaced_by_others(make, tmp_path):
+    make(tmp_path, 4)
+    (tmp_path / "00001.png").unlink()
+    make(tmp_path, 1)
+    assert names(tmp_path) == ["00000.png", "00002.png", "00003.png", "00004.png"]
+
+
+def test_a_plan_of_other_pictures_does_not_count(make, tmp_path):
+    (tmp_path / ".class_images.json").write_text('{"begin": 0, "end": 9, "series": {}}')
+    (tmp_path / "00003.png").write_text("the user's")
+    make(tmp_path, 2)
+    assert names(tmp_path) == ["00003.png", "00004.png", "00005.png"]
+
+
+def test_the_command_fills_a_folder(model_once, tmp_path, capsys, caplog):
+    """It draws what is missing, alone or as two processes, and shows all on a sheet."""
+    caplog.set_level("INFO")
+    folder, sheets = tmp_path / "dog", tmp_path / "sheets"
+    common = ["--ckpt", str(WEIGHTS), "--class_word", "dog", "--size", "32", "--exact"]
+    common += ["--sampler", "ddim", "--steps", "1", "--eta", "1", "--sheets", str(sheets)]
+    command = [*common, "--outdir", str(folder), "--num"]
+    assert command_of_class_images.main([*command, "2"]) == 0
+    assert command_of_class_images.main([*command, "3"]) == 0
+    assert command_of_class_images.main([*command, "3"]) == 0
+    assert "has 3 class images: nothing to draw" in capsys.readouterr().out
+    assert names(folder) == ["00000.png", "00001.png", "00002.png"]
+    assert names(sheets) == ["dog-0000.png", "dog-0001.png"]
+    assert re.search(r"1 class images in [\d.]+ s: [\d.e+]+ a second", caplog.text)
+    recipe = read_recipe(folder / "00002.png")
+    assert (recipe["prompt"], recipe["eta"], recipe["model"]) == (PROMPT, 1.0, WEIGHTS.stem)
+
+    (tmp_path / "two").mkdir()
+    two = [*common, "--outdir", str(tmp_path / "two/dog"), "--num", "3"]
+    together(tmp_path, lambda rank: command_of_class_images.main(two), of_torchrun)
+    assert names(tmp_path / "two/dog") == names(folder)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "two/dog" / path.name).read_bytes()
+
+
+def test_by_default_the_command_draws_with_the_ancestral_sampler(model_once, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        command_of_class_images, "make_class_images", lambda *_, **how: calls.append(how)
+    )
+    monkeypatch.setattr(command_of_class_images, "sheet_of", lambda *_: "")
+    command = ["--ckpt", str(WEIGHTS), "--class_word", "dog", "--outdir", str(tmp_path / "dog")]
+    assert command_of_class_images.main(command) == 0
+    assert (calls[0]["sampler"], calls[0]["steps"]) == ("ddpm", 1000)
+
+
+# What is of another class
 
 
 def made_as(folder, prompt, number=0):

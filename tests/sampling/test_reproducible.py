@@ -1,0 +1,200 @@
+"""A picture is a function of model, prompt, recipe and s + i, and is drawn again from its file."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+from PIL import Image
+
+from ldm.models.diffusion.sampler_names import SAMPLERS, SIGMA_SAMPLERS
+from ldm.models.diffusion.sigmas import SCHEDULES
+from ldm.sampling.metadata import OURS
+from ldm.sampling.pictures import save_png
+from ldm.tiny.miniature import WEIGHTS
+from scripts import txt2img
+from tests.support.together import of_torchrun, together
+
+SMALL = ["--precision", "full", "--H", 32, "--W", 32, "--steps", 2, "--prompt", "a red car"]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def same(first, second):
+    return np.array_equal(pixels(first), pixels(second))
+
+
+def recipe(path):
+    return json.loads(Image.open(path).text[OURS])
+
+
+# Again from the file
+
+
+def random_recipes(count):
+    """Recipes of every sampler that needs few steps, with whatever else varies."""
+    chance = random.Random(0)
+    names = [name for name in (*SAMPLERS, *SIGMA_SAMPLERS) if name != "ddpm"]
+    for number in range(count):
+        name = names[number % len(names)]
+        flags = ["--sampler", name, "--steps", chance.choice([2, 2, 3, 4]), "--precision", "full"]
+        if name in SIGMA_SAMPLERS:
+            flags += [
+                "--schedule",
+                chance.choice([s for s in SCHEDULES if s != "align_your_steps"]),
+            ]
+        if name == "ddim":
+            flags += ["--ddim_eta", chance.choice([0, 0.3, 1])]
+        flags += ["--seed", chance.randrange(2**32), "--scale", chance.choice([1, 2.5, 1 / 3, 7.5])]
+        width, height = chance.choice([(32, 32), (64, 32), (32, 64)])
+        flags += ["--H", height, "--W", width]
+        flags += ["--negative_prompt", chance.choice(["", 'blurry, dark: "night"'])]
+        flags += [
+            "--prompt",
+            chance.choice(["a red car", "a dog, in the snow: (photo)", "été\n犬"]),
+        ]
+        # Some are the last of a batch, in which kernels may round in another way.
+        flags += ["--n_iter", 1, "--n_samples", 1 if number % 4 else 2]
+        yield flags
+
+
+def test_twenty_random_recipes_are_drawn_again_from_their_files(draw):
+    for flags in random_recipes(20):
+        picture = draw(*flags)[-1]
+        (again,) = draw("--like", picture, outdir="again")
+        assert Image.open(again).text == Image.open(picture).text, flags
+        assert same(picture, again), flags
+
+
+def test_flags_beside_like_change_the_recipe(draw):
+    flags = ["--sampler", "euler", "--schedule", "karras", "--n_samples", 2, "--n_iter", 1]
+    picture = draw(*SMALL, *flags, "--seed", 5)[1]
+    (again,) = draw("--like", picture, "--sampler", "ddim", "--scale", 3, outdir="again")
+    found = recipe(again)
+    assert (found["sampler"], found["schedule"], found["scale"]) == ("ddim", None, 3)
+    assert (found["seed"], found["index"], found["prompt"]) == (5, 1, "a red car")
+    (other,) = draw("--like", picture, "--seed", 9, outdir="other")
+    assert (recipe(other)["seed"], recipe(other)["index"]) == (9, 0)
+    more = draw("--like", picture, "--n_samples", 3, "--n_iter", 1, outdir="more")
+    assert [recipe(path)["index"] for path in more] == [0, 1, 2]
+
+
+def test_like_of_weights_that_have_changed_is_refused(draw, tmp_path, caplog):
+    ckpt = tmp_path / "last.safetensors"
+    shutil.copy(WEIGHTS, ckpt)
+    (picture,) = draw(*SMALL, "--ckpt", ckpt, "--n_samples", 1, "--n_iter", 1)
+    with open(ckpt, "ab") as file:
+        file.write(b" ")
+    assert not draw("--like", picture, outdir="a", status=1)
+    assert f"{ckpt} is not the file any more that drew it: give --ckpt FILE" in caplog.text
+    ckpt.unlink()
+    assert not draw("--like", picture, outdir="a", status=1)
+    assert f"{ckpt}, which drew it, is not there: give --ckpt FILE" in caplog.text
+    (again,) = draw("--like", picture, "--ckpt", WEIGHTS, outdir="a")
+    assert same(picture, again)
+
+
+def test_like_of_pictures_that_say_nothing_is_refused(draw, tmp_path, caplog):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "plain.png")
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "comfy.png", {"prompt": "{}", "workflow": "{}"})
+    (tmp_path / "text.png").write_text("no picture")
+    old = {"prompt": "a dog", "steps": 2, "seed": 1, "index": 2, "ckpt": str(WEIGHTS)}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "old.png", {OURS: json.dumps(old)})
+    for name, words in (
+        ("none.png", "no such file"),
+        ("plain.png", "nothing in it says how it was made"),
+        ("comfy.png", "nothing in it says how it was made"),
+        ("text.png", "cannot read this picture"),
+        ("old.png", "numbered noise in another way"),
+    ):
+        assert draw("--like", tmp_path / name, status=1) == []
+        message = caplog.records[-1].getMessage()
+        assert message.startswith(f"error: --like {tmp_path / name}: ") and words in message
+
+
+# The web UI's pictures
+
+
+def web_ui(tmp_path, fields, prompt="a red car, <lora:dog:0.8>"):
+    path = tmp_path / f"web{len(list(tmp_path.glob('web*')))}.png"
+    text = f"{prompt}\nNegative prompt: dark\n{fields}"
+    save_png(Image.new("RGB", (8, 8)), path, {"parameters": text})
+    return path
+
+
+def test_a_recipe_of_the_web_ui_is_read(draw, tmp_path, caplog):
+    caplog.set_level("INFO")
+    fields = "Steps: 2, Sampler: DPM++ 2M, Schedule type: Automatic, CFG scale: 4.5, Seed: 77, "
+    fields += 'Size: 64x32, Model hash: 0123456789, Model: "a, b", Clip skip: 2, Version: v1.10.1'
+    path = web_ui(tmp_path, fields)
+    assert draw("--like", path, status=1) == []
+    assert "was drawn by 'a, b' (0123456789) elsewhere: give --ckpt FILE" in caplog.text
+    (picture,) = draw("--like", path, "--ckpt", WEIGHTS)
+    found = recipe(picture)
+    assert (found["sampler"], found["schedule"]) == ("dpmpp_2m", "karras")
+    assert (found["steps"], found["scale"], found["seed"]) == (2, 4.5, 77)
+    assert (found["width"], found["height"], found["negative_prompt"]) == (64, 32, "dark")
+    assert "left out: Clip skip 2, <lora:dog:0.8>" in caplog.text
+    assert f"was drawn by other weights than {WEIGHTS}" in caplog.text
+    assert "draws other noise" in caplog.text
+
+
+def test_a_sampler_that_only_the_web_ui_has_is_named(draw, tmp_path, caplog):
+    path = web_ui(tmp_path, "Steps: 2, Sampler: DPM adaptive, CFG scale: 7, Seed: 1, Size: 32x32")
+    assert draw("--like", path, "--ckpt", WEIGHTS, status=1) == []
+    assert "unknown 'DPM adaptive'" in caplog.text and "--sampler" in caplog.text
+    assert len(draw("--like", path, "--ckpt", WEIGHTS, "--sampler", "euler")) == 1
+
+
+def test_our_text_alone_is_enough_for_the_same_picture(draw, tmp_path):
+    """A program that keeps `parameters` and no other entry has saved the picture."""
+    picture = draw(*SMALL, "--sampler", "heun", "--exact", "--n_samples", 2, "--n_iter", 1)[1]
+    (path := tmp_path / "kept").mkdir()
+    text = {"parameters": Image.open(picture).text["parameters"]}
+    save_png(Image.open(picture), path / "a.png", text)
+    more = ["--ckpt", WEIGHTS, "--precision", "full"]
+    (again,) = draw("--like", path / "a.png", *more, outdir="again")
+    assert same(picture, again)
+
+
+# One of a series
+
+
+def test_picture_i_of_seed_s_is_picture_0_of_seed_s_plus_i(draw):
+    flags = [*SMALL, "--sampler", "euler_ancestral", "--exact", "--n_iter", 1]
+    series = draw(*flags, "--n_samples", 4, "--seed", 42)
+    (third,) = draw(*flags, "--n_samples", 1, "--seed", 45, outdir="a")
+    assert same(series[3], third) and not same(series[2], third)
+    assert "Seed: 45," in Image.open(series[3]).text["parameters"]
+    alone = draw(*flags, "--n_samples", 4, "--only", "3,1", outdir="b")
+    assert [recipe(path)["index"] for path in alone] == [3, 1]
+    assert same(alone[0], series[3]) and same(alone[1], series[1])
+    (beyond,) = draw(*flags, "--n_samples", 1, "--only", "7", "--seed", 38, outdir="c")
+    assert same(beyond, third)
+
+
+def test_only_names_a_line_of_a_file(draw, tmp_path):
+    (path := tmp_path / "prompts.txt").write_text("a dog\na cat\na red car\n")
+    flags = [*SMALL[:-2], "--exact", "--from-file", path, "--n_iter", 2]
+    (picture,) = draw(*flags, "--only", 4)
+    assert (recipe(picture)["prompt"], recipe(picture)["index"]) == ("a cat", 4)
+    assert same(picture, draw(*flags, outdir="all")[4])
+
+
+def test_the_same_pixels_from_batches_of_1_and_4_and_from_two_processes(draw, tmp_path):
+    flags = [*SMALL, "--sampler", "dpmpp_2m_sde", "--scale", 4]
+    one = draw(*flags, "--n_samples", 1, "--n_iter", 4, outdir="one")
+    exact = draw(*flags, "--n_samples", 4, "--n_iter", 1, "--exact", outdir="exact")
+    four = draw(*flags, "--n_samples", 4, "--n_iter", 1, outdir="four")
+    command = ["--ckpt", WEIGHTS, *flags, "--n_samples", 4, "--n_iter", 1, "--exact"]
+    command += ["--outdir", tmp_path / "two"]
+    together(tmp_path, lambda rank: txt2img.main(list(map(str, command))), of_torchrun)
+    two = sorted((tmp_path / "two/samples").glob("*"))
+    assert len(one) == len(exact) == len(four) == len(two) == 4
+    for a, b, c, d in zip(one, exact, four, two):
+        assert same(a, b) and same(a, d)
+        assert np.abs(pixels(a) - pixels(c)).max() <= 1  # another batch may round differently
+        assert recipe(a) == recipe(b) == recipe(d)
+    assert [path.name for path in (tmp_path / "two").glob("grid*")] == ["grid-0000.png"]
