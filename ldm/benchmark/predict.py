@@ -11,6 +11,7 @@ from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.variants import Variant
 from ldm.checkpoints.export import target_of
 from ldm.errors import UserError, under
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training.memory import GB, Estimate, estimate
 from ldm.util import instantiate_from_config
 
@@ -25,7 +26,7 @@ def predict(config: Mapping[str, Any]) -> Estimate:
     """
     with torch.device("meta"):
         model = instantiate_from_config(target_of(config), "model")
-    if not hasattr(model, "objective"):
+    if not isinstance(model, LatentDiffusion):
         raise UserError(
             f"model.target: {config['model']['target']}: an estimate is for LatentDiffusion"
         )

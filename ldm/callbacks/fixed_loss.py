@@ -13,9 +13,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.image_folder import ImageFolderDataset
 from ldm.data.streams import Stream
 from ldm.distributed import computes
 from ldm.errors import ParameterError, UserError
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.rng import SampleRandom, derive_seed
 
@@ -80,7 +83,7 @@ class FixedLoss(pl.Callback):
 
     def check(self, model: Any, data: Any) -> None:
         """Raise a `UserError` for a model or data that it cannot evaluate."""
-        if not hasattr(model, "p_losses") or not hasattr(data, "datasets"):
+        if not isinstance(model, LatentDiffusion) or not isinstance(data, DataModuleFromConfig):
             raise UserError(
                 f"{WHERE}: evaluates latent diffusion models on DataModuleFromConfig's "
                 "data; remove it"
@@ -137,7 +140,7 @@ class FixedLoss(pl.Callback):
         return {name: self._loss(model, fixed) for name, fixed in self._fixed.items()}
 
     def _make(self, model: Any, dataset: Any, name: str) -> Fixed:
-        if hasattr(dataset, "without_augmentation"):
+        if isinstance(dataset, ImageFolderDataset):
             dataset = dataset.without_augmentation()
         stream = Stream(dataset, self.seed, f"fixed {name}", shuffle=False)
         count = min(self.examples, stream.n_images)

@@ -5,7 +5,7 @@ happens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 from PIL import Image
@@ -18,6 +18,14 @@ from ldm.util import check_mapping, check_params
 NAME = "panel"  # the parameter of `ImageLogger`
 UNRELATED = ("a photo of a car", "a photo of a house", "a photo of a tree")
 WIDEST = 256  # pixels of a picture's side on the sheet
+
+
+@runtime_checkable
+class Summarized(Protocol):
+    """A datamodule that says what a run trains on."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return the prompts of subject and class, among other things."""
 
 
 class Panel:
@@ -68,7 +76,7 @@ class Panel:
         """Return the rows for what a datamodule trains on; none if it does not say what that is."""
         if self.given is not None:
             return list(self.given)
-        summary = data.summary() if hasattr(data, "summary") else {}
+        summary = data.summary() if isinstance(data, Summarized) else {}
         # The first that is not empty: some class images are of the empty prompt.
         known = [
             next(filter(None, summary.get(f"{name}_prompts", [])), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 
@@ -25,6 +25,14 @@ class RunFolder(Protocol):
     def checkpoints(self) -> Path: ...
     @property
     def images(self) -> Path: ...
+
+
+@runtime_checkable
+class ChecksRun(Protocol):
+    """A callback that knows before the training what it cannot work with."""
+
+    def check(self, model: Any, data: Any) -> None:
+        """Raise a `UserError` for a model or data that it cannot work with."""
 
 
 class SetupCallback(pl.Callback):

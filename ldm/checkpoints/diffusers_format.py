@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.checkpoints.layouts import UNET, VAE
 from ldm.errors import UserError
 from ldm.modules.encoders import tokenizer
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.names import count, open_clip_to_transformers, transformers_to_open_clip
 
 State = dict[str, Tensor]
@@ -342,7 +343,7 @@ def vae_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]
 
 def text_config(embedder: Any) -> dict[str, Any]:
     """`text_encoder/config.json` of one of our text encoders."""
-    if hasattr(embedder, "transformer"):
+    if isinstance(embedder, FrozenCLIPEmbedder):
         return {
             **embedder.transformer.text_model.config.to_dict(),
             "architectures": ["CLIPTextModel"],

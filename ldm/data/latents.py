@@ -9,10 +9,10 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -164,9 +164,19 @@ class CachedLatents(Dataset):
         return header
 
 
+@runtime_checkable
+class HasVariants(Protocol):
+    """A dataset whose examples are among finitely many pictures."""
+
+    resize: str
+
+    def variants(self) -> Iterator[tuple[tuple[Path, bool], dict[str, np.ndarray]]]:
+        """Yield each picture by its file and whether it is mirrored."""
+
+
 def check_encodable(dataset: Any, where: str) -> None:
     """Raise a `UserError` if a dataset's examples are not among finitely many pictures."""
-    if not hasattr(dataset, "variants"):
+    if not isinstance(dataset, HasVariants):
         raise ParameterError("latent_cache", f"{where} is no folder of images; leave it out")
     if dataset.resize == "random_crop":
         raise ParameterError(

@@ -1,6 +1,6 @@
 """Class images for prior preservation, made by the model that is about to be trained.
 
-Ruiz et al., DreamBooth, section 3.2.
+Ruiz et al., DreamBooth, 2208.12242.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ from torch.func import functional_call
 
 from ldm.distributed import is_sharded
 from ldm.host import CUDA, default_precision
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.attention import BasicTransformerBlock
+from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.optim.in_backward import SUFFIX
 from ldm.optim.registry import check_name
 from ldm.training.trainer import needs_gradients
@@ -24,8 +27,10 @@ CONCERNS = 1e9  # bytes of weights from which on an estimate is worth its second
 # Bytes that an optimizer keeps for each trained parameter.
 STATE_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2, "muon": 4}
 # Numbers that a block of a text transformer keeps for each token and channel: Korthikanti et al.,
-# 2205.05198, table 1.
+# 2205.05198.
 TEXT_NUMBERS = 17
+# Blocks that can compute their activations again in the backward pass instead of keeping them.
+RECOMPUTABLE = (ResBlock, BasicTransformerBlock)
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ def _stages(
 
     hooks = [block.register_forward_pre_hook(begin) for block in blocks]
     for module in unet.modules():
-        if getattr(module, "use_checkpoint", False):
+        if isinstance(module, RECOMPUTABLE) and module.use_checkpoint:
             hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         with _counting(kept):
@@ -256,7 +261,7 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
     """
     side = getattr(data.datasets.get("train"), "size", None)
     if (
-        not hasattr(model, "objective")
+        not isinstance(model, LatentDiffusion)
         or not side
         or sum(p.nbytes for p in model.parameters()) < CONCERNS
     ):
@@ -306,11 +311,10 @@ def switches(trainer: Any, model: Any) -> list[str]:
         model.model.diffusion_model,
         sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
-    recomputed = [
-        module.use_checkpoint for module in unet.modules() if hasattr(module, "use_checkpoint")
-    ]
+    blocks = [module for module in unet.modules() if isinstance(module, RECOMPUTABLE)]
+    recomputes_all = all(block.use_checkpoint for block in blocks)
     found = {
-        "model.params.unet_config.params.use_checkpoint=true": not all(recomputed),
+        "model.params.unet_config.params.use_checkpoint=true": not recomputes_all,
         "--precision bf16-mixed": (
             not trainer.precision.startswith(("bf16", "16"))
             and default_precision(device) == "bf16-mixed"

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.data.datamodule import DataModuleFromConfig
 from ldm.errors import UserError, nearest
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders import tokenizer
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def check_monitors(trainer: Any, model: Any, data: Any) -> None:
     Raises:
         UserError: nothing logs a watched metric in this run, so that its callback would never act.
     """
-    if not hasattr(model, "metric_names") or not hasattr(data, "datasets"):
+    if not isinstance(model, LatentDiffusion) or not isinstance(data, DataModuleFromConfig):
         return
     if not all(_is_known(callback) for callback in trainer.callbacks):
         return  # others log what they like

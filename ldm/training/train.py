@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm import signals
 from ldm.callbacks.checkpoints import CheckpointKeeper
+from ldm.callbacks.setup import ChecksRun
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.export import DTYPES, sha256
@@ -137,7 +138,7 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
     if is_sharded(trainer):
         check_shardable(model)
     for callback in trainer.callbacks:
-        if hasattr(callback, "check"):
+        if isinstance(callback, ChecksRun):
             callback.check(model, data)
     if isinstance(model, LatentDiffusion):
         # Make the optimizer and its schedule once, of a small layer: wrong options show now, and
@@ -198,7 +199,7 @@ def _as_user_error(error: BaseException, trainer: Any, model: Any) -> str:
     if isinstance(error, OSError) and disk_text(error):
         return disk_text(error)
     # Memory follows from the config, so the advice names the settings that need less.
-    if memory.is_out_of_memory(error) and hasattr(model, "objective"):
+    if memory.is_out_of_memory(error) and isinstance(model, LatentDiffusion):
         step, device = trainer.global_step + 1, trainer.strategy.root_device
         return f"{device}: out of memory in step {step}. {memory.advice(trainer, model)}"
     # In a group, the first failure ends the other processes, too. Their own errors are not the

@@ -16,7 +16,7 @@ from ldm.models.diffusion.sigma_sampler import Denoised, SigmaSampler, ancestral
 
 
 def exponential_step(x: Tensor, start: Tensor, sigma: float, after: float) -> Tensor:
-    """Return x at `after` if the clean latent stays what it is (2211.01095, eq. 9)."""
+    """Return x at `after` if the clean latent stays what it is."""
     ratio = after / sigma
     return ratio * x + (1 - ratio) * start
 
@@ -27,7 +27,7 @@ def middle(sigma: float, after: float) -> float:
 
 
 class DPM2(SigmaSampler):
-    """Second order: the slope at the middle of the step (2206.00927, algorithm 1)."""
+    """Second order: the slope at the middle of the step (2206.00927, DPM-Solver-2)."""
 
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after one midpoint step."""
@@ -56,7 +56,7 @@ class DPM2Ancestral(DPM2):
 
 
 class DPMpp2SAncestral(SigmaSampler):
-    """DPM-Solver++(2S), single step, with noise renewed (2211.01095, algorithm 1)."""
+    """DPM-Solver++(2S), single step, with noise renewed (2211.01095)."""
 
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after a second-order step and fresh noise."""
@@ -111,7 +111,7 @@ class Multistep(SigmaSampler):
 
 
 class DPMpp2M(Multistep):
-    """DPM-Solver++(2M): D is continued by its last change (2211.01095, algorithm 2)."""
+    """DPM-Solver++(2M): D is continued by its last change (2211.01095)."""
 
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after a second-order multistep."""
@@ -127,7 +127,7 @@ class DPMpp2M(Multistep):
 
 
 class DPMpp2MSDE(Multistep):
-    """SDE-DPM-Solver++(2M), midpoint (2211.01095, appendix D.3)."""
+    """SDE-DPM-Solver++(2M), midpoint (2211.01095)."""
 
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after a second-order stochastic multistep."""

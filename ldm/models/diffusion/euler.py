@@ -9,7 +9,7 @@ from ldm.models.diffusion.sigma_sampler import Denoised, SigmaSampler, ancestral
 
 
 class Euler(SigmaSampler):
-    """One step along dx/dsigma = (x - D(x, sigma)) / sigma (Karras et al. 2022, eq. 3)."""
+    """One step along dx/dsigma = (x - D(x, sigma)) / sigma (Karras et al. 2022)."""
 
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after one Euler step."""
@@ -31,7 +31,7 @@ class EulerAncestral(SigmaSampler):
 
 
 class Heun(SigmaSampler):
-    """Second order: the mean of the slopes at both ends (Karras et al. 2022, algorithm 1)."""
+    """Second order: the mean of the slopes at both ends (Karras et al. 2022)."""
 
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after one step of Heun's method."""

@@ -105,7 +105,7 @@ class UniPC(Multistep):
             return new - base * 0.5 * change
         ((sigma_1, start_1),) = earlier
         ratio = math.log(sigma_0 / sigma_1) / h
-        # The two weights solve the order conditions (2302.04867, eq. 11, with data prediction).
+        # The two weights solve the order conditions of 2302.04867, with data prediction.
         phi_1 = base / -h
         phi_2 = (phi_1 - 1) / -h
         phi_3 = (phi_2 - 0.5) / -h

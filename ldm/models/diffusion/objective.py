@@ -178,7 +178,7 @@ class Objective:
         }
 
     def combine(self, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
-        """Return subject + reg_weight * prior (DreamBooth, section 3.2), or the subject's alone."""
+        """Return subject + reg_weight * prior (DreamBooth, eq. 2), or the subject's alone."""
         # The prior's term keeps what the model knows of the class while it learns the subject.
         subject, *prior = losses
         return subject + self.reg_weight * prior[0] if prior else subject

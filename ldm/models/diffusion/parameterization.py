@@ -63,7 +63,7 @@ class Eps:
     def min_snr_weight(
         self, schedule: NoiseSchedule, t: Steps, gamma: float
     ) -> Float[Tensor, " b"]:
-        """Return min(SNR, gamma) / SNR (Hang et al., 2303.09556, eq. 9)."""
+        """Return min(SNR, gamma) / SNR (Hang et al., 2303.09556)."""
         # A squared error of the noise is one of the clean latent times SNR.
         snr = signal_to_noise(schedule, t)
         return snr.clamp(max=gamma) / snr
@@ -82,7 +82,7 @@ class X0:
         return output
 
     def vlb_weights(self, schedule: NoiseSchedule) -> Float[Tensor, " T"]:
-        """Return half the difference of successive steps' SNR (Kingma et al. 2021, eq. 13)."""
+        """Return half the difference of successive steps' SNR (Kingma et al. 2021, 2107.00630)."""
         acp = schedule.alphas_cumprod.double()
         snr = acp / (1 - acp)
         weights = torch.zeros_like(snr)
@@ -100,7 +100,7 @@ class X0:
 
 
 class V:
-    """The velocity (Salimans & Ho 2022, appendix D)."""
+    """The velocity (Salimans & Ho 2022)."""
 
     def target(self, schedule: NoiseSchedule, x_start: Latent, t: Steps, noise: Latent) -> Latent:
         # v mixes noise and x_0, so it is worth predicting at both ends: where one of the two is

@@ -115,7 +115,7 @@ class SigmaSampler(Sampler):
 def ancestral(sigma: float, after: float) -> tuple[float, float]:
     """Split a step: the noise level to go down to, and the noise to add so that `after` is reached.
 
-    The split is that of the reverse process (Song et al. 2021, 2011.13456, appendix F).
+    The split is that of the reverse process (Song et al. 2021, 2011.13456).
     """
     up = min(after, math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
     return math.sqrt(after**2 - up**2), up

@@ -86,7 +86,7 @@ def ddim_uniform(levels: NoiseLevels, steps: int) -> np.ndarray:
 
 
 def karras(levels: NoiseLevels, steps: int, rho: float = 7.0) -> np.ndarray:
-    """Space the noise levels evenly in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
+    """Space the noise levels evenly in sigma^(1/rho) (Karras et al. 2022)."""
     ramp = np.linspace(0, 1, steps)
     first, last = levels.largest ** (1 / rho), levels.smallest ** (1 / rho)
     return (first + ramp * (last - first)) ** rho
@@ -162,7 +162,7 @@ def clean_latent(parameterization: str, x: Tensor, sigma: float, output: Tensor)
     """Return the x_0 that a model's output at x = x_0 + sigma eps stands for.
 
     Args:
-        parameterization: what the output is: `eps`, `x0` or `v` (Salimans & Ho 2022, appendix D).
+        parameterization: what the output is: `eps`, `x0` or `v` (Salimans & Ho 2022).
     """
     if parameterization == "eps":
         return x - sigma * output

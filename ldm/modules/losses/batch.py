@@ -63,7 +63,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """The subject's examples and, if there are any, the prior's (Ruiz et al., section 3.2).
+    """The subject's examples and, if there are any, the prior's (Ruiz et al., 2208.12242).
 
     The only code that knows how a batch holds the two. Every network runs once over both together,
     the subject's examples first.
