@@ -31,9 +31,12 @@ from ldm.checkpoints.ema import WEIGHTS
 from ldm.data.captions import read_text
 from ldm.distributed import agreed, share
 from ldm.errors import UserError
+from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.modules.encoders.weighting import WEIGHTINGS
 from ldm.sampling.like import FLAG_OF, flags_of_picture
 from ldm.sampling.metadata import weights_names
+from ldm.sampling.prompting import guidance_of
 from ldm.sampling.series import Picture
 from ldm.sampling.text_to_image import Recipe, check_size, load_model, pick_device
 
@@ -98,6 +101,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add("--plms", action="store_true", help="the PLMS sampler instead of DDIM")
     add("--ddim_eta", type=float, default=0.0, help="0 is deterministic (default: %(default)s)")
     add("--scale", type=float, default=7.5, help="guidance (default: %(default)s)")
+    add_guidance_flags(parser)
     add("--H", type=int, help="height, pixels (default: the model's)")
     add("--W", type=int, help="width, pixels (default: the model's)")
     add(
@@ -105,6 +109,49 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=42,
         help="-1 chooses one at random and says which (default: %(default)s)",
+    )
+
+
+def add_guidance_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that change guidance, and how a prompt is read; by default nothing does."""
+    add = parser.add_argument_group("guidance and prompt").add_argument
+    add(
+        "--weighting",
+        choices=WEIGHTINGS,
+        help="read (w:1.3), [w], BREAK and long prompts as AUTOMATIC1111's web UI does",
+    )
+    add(
+        "--rescale",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="give a guided output the spread of the prompt's own: 0 not, 0.7 as in 2305.08891",
+    )
+    add(
+        "--interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only at noise levels above LOW and up to HIGH, as 0.28 5.42 (2404.07724)",
+    )
+    add(
+        "--apg",
+        type=float,
+        nargs="*",
+        metavar="NUMBER",
+        help="projected guidance (2410.02416), by default with ETA 0, NORM 7.5, MOMENTUM -0.75",
+    )
+    add(
+        "--guide_ckpt",
+        metavar="BASE",
+        help="the model that this one was tuned from, in place of the empty prompt (2508.00319)",
+    )
+    add(
+        "--guide_mix",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="how much of the tuned weights is mixed into those of --guide_ckpt (default: 0)",
     )
 
 
@@ -184,9 +231,27 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
     for flag, value in (("ddim_steps", args.ddim_steps), ("H", args.H), ("W", args.W)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: expected at least 1")
+    check_guidance_flags(args)
     sampler, _ = chosen_sampler(args)
     if args.ddim_eta and sampler != "ddim":
         raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
+
+
+def check_guidance_flags(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for guidance that means nothing, or that would have no effect."""
+    if args.apg is not None and len(args.apg) > 3:
+        raise UserError(f"--apg: expected at most ETA NORM MOMENTUM, got {len(args.apg)} numbers")
+    changed = guidance_of(args) != Guidance() or args.guide_ckpt is not None
+    if changed and args.scale == 1.0:
+        raise UserError(
+            "--scale 1 is no guidance: leave --rescale, --interval, --apg and --guide_ckpt out"
+        )
+    if not 0 <= args.guide_mix < 1:
+        raise UserError(f"--guide_mix {args.guide_mix}: expected a number from 0 to below 1")
+    if args.guide_mix and args.guide_ckpt is None:
+        raise UserError(f"--guide_mix {args.guide_mix}: is of --guide_ckpt, which is not given")
+    if args.guide_ckpt is not None and not Path(args.guide_ckpt).exists():
+        raise UserError(f"--guide_ckpt {args.guide_ckpt}: no such checkpoint")
 
 
 def check_folder(folder: Path) -> None:

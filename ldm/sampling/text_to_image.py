@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,10 @@ from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.distributed import place_on_machine
 from ldm.errors import UserError
 from ldm.host import CUDA
+from ldm.models.diffusion.guidance import Projection
 from ldm.rng import SampleRandom, derive_seed
 from ldm.sampling.pictures import to_pil
+from ldm.sampling.prompting import read_prompts
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -76,11 +79,48 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+@lru_cache(maxsize=1)
+def load_guide(model: LatentDiffusion, checkpoint: str, mix: float = 0.0) -> LatentDiffusion:
+    """Return the weaker model that guides a tuned one (personalization guidance, 2508.00319).
+
+    The last one is kept, for a series of pictures.
+
+    Args:
+        checkpoint: of the base model, from which `model` was tuned.
+        mix: how much of the tuned weights is mixed in (eq. 9): 0 is the base model, and 1 would be
+            the tuned one, which is classifier-free guidance.
+
+    Raises:
+        UserError: a file that cannot be read, or a model of another kind.
+    """
+    unet = model.model.diffusion_model
+    dtype = next(p.dtype for p in unet.parameters() if p.ndim > 1)
+    guide = load_model(checkpoint, device=model.device, dtype=dtype)
+    problem = ""
+    if guide.parameterization != model.parameterization:
+        problem = f"predicts {guide.parameterization}, not {model.parameterization}"
+    elif not torch.equal(guide.schedule.alphas_cumprod, model.schedule.alphas_cumprod):
+        problem = "has another noise schedule"
+    for part in ("model", "cond_stage_model"):
+        tuned, base = (dict(getattr(m, part).named_parameters()) for m in (model, guide))
+        for name in sorted({*tuned, *base}):
+            # Words may have been added to the tuned model's vocabulary, behind the base's.
+            if name not in tuned or name not in base or tuned[name][0].shape != base[name][0].shape:
+                problem = problem or f"has another {part}.{name}"
+            elif not problem and mix:
+                base[name].lerp_(tuned[name][: len(base[name])].to(base[name]), mix)
+    if problem:
+        raise UserError(f"guide {checkpoint}: {problem}: it must be what the model was tuned from")
+    return guide
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that a picture is a function of, besides the checkpoint and the prompt.
 
-    `sampler` and `schedule` are names that `find_sampler` knows.
+    `sampler` and `schedule` are names that `find_sampler` knows. `rescale`, `interval` and `apg`
+    are what the classes in `ldm/models/diffusion/guidance.py` take. `guide_ckpt` and `guide_mix`
+    are for `load_guide`. `weighting` is one of `WEIGHTINGS`, or None for prompts without syntax.
     """
 
     steps: int = 50
@@ -91,6 +131,27 @@ class Recipe:
     width: int = 512
     seed: int = 42
     schedule: str | None = None
+    rescale: float = 0.0
+    interval: tuple[float, ...] | None = None
+    apg: tuple[float, ...] | None = None
+    guide_ckpt: str | None = None
+    guide_mix: float = 0.0
+    weighting: str | None = None
+
+    def __post_init__(self) -> None:
+        # Flags and JSON give lists. What is left out of `apg` is written down, so that a picture
+        # says all of its recipe.
+        if self.interval is not None:
+            object.__setattr__(self, "interval", tuple(self.interval))
+        if self.apg is not None:
+            object.__setattr__(self, "apg", astuple(Projection(*self.apg)))
+
+
+def guide_of(model: LatentDiffusion, recipe: Recipe) -> LatentDiffusion | None:
+    """Return the weaker model that a recipe names, None if it names none or does not guide."""
+    if recipe.guide_ckpt is None or recipe.scale == 1.0:
+        return None
+    return load_guide(model, recipe.guide_ckpt, recipe.guide_mix)
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -155,11 +216,9 @@ def text_to_image(
     height, width = recipe.height // model.downsampling, recipe.width // model.downsampling
 
     with autocast(model.device, precision), model.ema_scope("sampling"):
-        # Read the texts. Guidance also needs what it leads away from; a scale of 1 is no guidance.
-        cond = model.get_learned_conditioning(prompts)
-        uncond = None
-        if recipe.scale != 1.0:
-            uncond = model.get_learned_conditioning([negative_prompt] * len(prompts))
+        # Read the texts. Guidance also needs what it leads away from, and may need another model.
+        guide = guide_of(model, recipe)
+        texts = read_prompts(model, prompts, negative_prompt, recipe, guide)
 
         # Go from noise to latents. Each picture draws from its own seed, so the batch that it is
         # in does not matter.
@@ -167,12 +226,13 @@ def text_to_image(
             recipe.steps,
             len(prompts),
             (model.latent_channels, height, width),
-            cond,
+            texts.cond,
             eta=recipe.eta,
             verbose=verbose,
             unconditional_guidance_scale=recipe.scale,
-            unconditional_conditioning=uncond,
+            unconditional_conditioning=texts.uncond,
             random=SampleRandom(seeds, model.device),
+            guidance=texts.guidance,
         )
 
         # Decode. Half precision may overflow, which would be drawn as black.

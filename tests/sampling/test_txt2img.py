@@ -241,6 +241,29 @@ def test_values_that_are_no_numbers_are_no_picture(ckpt):
     assert black.getbbox() is None
 
 
+def test_guidance_and_weighting_are_recorded_and_drawn_again(sample, ckpt, tmp_path):
+    (plain,) = sample("--n_samples", "1")
+    # A model that guides itself is classifier-free guidance, whose negative prompt it reads.
+    (itself,) = sample("--n_samples", "1", "--guide_ckpt", str(ckpt), outdir="itself")
+    assert np.abs(as_numbers([plain]) - as_numbers([itself])).max() <= 1
+    given = {
+        "rescale": ["0.7"],
+        "interval": ["0.1", "9"],
+        "apg": ["0.5", "1"],
+        "guide_ckpt": [str(ckpt)],
+        "weighting": ["a1111"],
+    }
+    for name, values in given.items():
+        words = [f"--{name}", *values, "--prompt", "photo of a (sks:1.9) dog"]
+        (picture,) = sample("--n_samples", "1", *words, outdir=name)
+        assert read_recipe(picture)[name] not in (None, 0.0)
+        assert (tmp_path / "like" / name).mkdir(parents=True) is None
+        arguments = ["--like", picture.filename, "--outdir", str(tmp_path / "like" / name)]
+        assert txt2img.main(arguments) == 0
+        (again,) = (tmp_path / "like" / name / "samples").glob("*")
+        assert np.array_equal(as_numbers([picture]), as_numbers([Image.open(again)]))
+
+
 # stopped
 
 

@@ -1,0 +1,81 @@
+"""What a model reads of prompts, and how it is guided towards them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.models.diffusion.guidance import Guidance, Interval, Projection, Rescale
+from ldm.modules.encoders.weighting import A1111, WEIGHTINGS, WeightedText
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from ldm.sampling.text_to_image import Recipe
+
+
+class Guided(Protocol):
+    """What says how to guide: a `Recipe`, or the flags of a command."""
+
+    rescale: Any
+    interval: Any
+    apg: Any
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The embeddings of prompts, those that guidance leads away from, and what changes guidance."""
+
+    cond: Tensor
+    uncond: Tensor | None
+    guidance: Guidance
+
+
+def guidance_of(how: Guided, guide: LatentDiffusion | None = None) -> Guidance:
+    """Return what changes classifier-free guidance.
+
+    Raises:
+        UserError: a value that means nothing.
+    """
+    return Guidance(
+        rescale=Rescale(how.rescale) if how.rescale else None,
+        interval=None if how.interval is None else Interval(*how.interval),
+        projection=None if how.apg is None else Projection(*how.apg),
+        weak=None if guide is None else guide.apply_model,
+    )
+
+
+def read_prompts(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    recipe: Recipe,
+    guide: LatentDiffusion | None = None,
+) -> Texts:
+    """Return the embeddings of prompts, and of the negative prompt once for each of them.
+
+    A scale of 1 is no guidance, and needs no negative prompt. A guide reads that prompt itself.
+    """
+    guidance = guidance_of(recipe, guide)
+    if recipe.scale == 1.0:
+        return Texts(_embed(model, prompts, recipe.weighting), None, guidance)
+    negatives = [negative_prompt] * len(prompts)
+    if guide is None and recipe.weighting is not None:
+        # One pass of the model takes both, so they have to be of one length.
+        both = _embed(model, [*prompts, *negatives], recipe.weighting)
+        cond, uncond = both.chunk(2)
+        return Texts(cond, uncond, guidance)
+    cond = _embed(model, prompts, recipe.weighting)
+    return Texts(cond, _embed(guide or model, negatives, recipe.weighting), guidance)
+
+
+def _embed(model: LatentDiffusion, prompts: Sequence[str], weighting: str | None) -> Tensor:
+    if weighting is None:
+        return model.get_learned_conditioning(prompts)
+    if weighting != A1111:
+        accepted = ", ".join(WEIGHTINGS)
+        raise UserError(f"weighting: unknown '{weighting}'; accepted: {accepted}")
+    return WeightedText(model.cond_stage_model)(prompts)
