@@ -11,6 +11,7 @@ import re
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,32 @@ def end_with_parent() -> None:
     libc = _glibc()
     if libc is not None and platform.system() == "Linux":
         libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pillow")
+
+
+def environment() -> dict[str, str]:
+    """Return what numbers may depend on beside the settings: processor, threads, versions."""
+    import torch
+
+    from ldm import __version__
+
+    found = {"processor": cpu_model(), "threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    found |= {name: version(name) for name in PACKAGES}
+    return {**found, "python": platform.python_version(), "dreambooth-ldm": __version__}
+
+
+def cpu_model() -> str:
+    """Return the processor's name, with its instruction set."""
+    import torch
+
+    if not CPU_INFO.exists():
+        return platform.processor() or platform.machine()
+    lines = CPU_INFO.read_text().splitlines()
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
+    return f"{name or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"

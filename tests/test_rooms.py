@@ -21,8 +21,8 @@ SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES
 # From the ground up: a room imports itself and those before it, so that there is no circle.
 GROUND = "the ground floor"
 ROOMS = (
-    GROUND, "modules", "optim", "models", "data", "checkpoints", "sampling", "evaluation", "tiny", "callbacks",
-    "training", "benchmark",
+    GROUND, "modules", "optim", "models", "data", "checkpoints", "sampling", "evaluation", "reports", "tiny",
+    "callbacks", "training", "studies", "benchmark",
 )  # fmt: skip
 
 

@@ -8,14 +8,13 @@ import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.checkpoints.export import DTYPES
 from ldm.errors import UserError
-from ldm.host import CUDA
+from ldm.host import CUDA, cpu_model
 
 # The wall, or what this process computed: of use where other programs compete for the processor.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -38,18 +37,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return found | {
         name: version(name) for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_"))
     }
-
-
-def cpu_model() -> str:
-    """Return the processor's name, with its instruction set."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    lines = cpuinfo.read_text().splitlines()
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
-    )
-    return f"{name or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def synchronize(device: torch.device) -> None:

@@ -26,8 +26,8 @@ class ImageLogger(pl.Callback):
     """Every `batch_frequency` steps, the grids that the model's `log_images` returns, in
     `images/{split}/`.
 
-    With them comes a panel in `images/panel/`, the first before anything is learned: rows of
-    pictures of fixed prompts from fixed noise.
+    With them comes a panel in `images/panel/`, the first before anything is learned, the last at
+    the end: rows of pictures of fixed prompts from fixed noise.
 
     Args:
         batch_frequency: optimizer steps between grids.
@@ -67,6 +67,8 @@ class ImageLogger(pl.Callback):
             {2**n for n in range(32) if 2**n < batch_frequency} if increase_log_steps else set()
         )
         self._last_step = -1
+        self.drawn_at = -1  # the step of the newest pictures
+        self._panel_at = -1
         self.panel = make_panel(panel, self.log_images_kwargs)
         self._default_panel = panel is True
 
@@ -101,6 +103,8 @@ class ImageLogger(pl.Callback):
         if self._last_step >= 0:
             return
         self._last_step = trainer.global_step
+        if self.panel:
+            self.panel.size_as(pl_module, batch)
         if self._last_step > 0:  # a resumed run
             return
         if self.log_first_step:
@@ -124,6 +128,11 @@ class ImageLogger(pl.Callback):
         if self._panel_due(step):
             self.log_panel(trainer, pl_module, batch)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the panel of the last step, which shows what the run has made."""
+        if self._last_step >= 0 and self._panel_at != trainer.global_step:
+            self.log_panel(trainer, pl_module, None)
+
     def _panel_due(self, step: int) -> bool:
         if not self.panel:
             return False
@@ -138,6 +147,7 @@ class ImageLogger(pl.Callback):
             pictures = pl_module.log_images(
                 batch, **{"N": self.max_images, **self.log_images_kwargs}
             )
+        self.drawn_at = trainer.global_step
         for name, images in pictures.items():
             self._save(trainer, self._to_grid(images), split, name)
 
@@ -145,9 +155,11 @@ class ImageLogger(pl.Callback):
         """Draw the panel and save it, on the first rank."""
         if self.disabled or self.panel is None or not computes(trainer):
             return
+        self._panel_at = trainer.global_step
         with _evaluating(pl_module):
             sheet = self.panel.draw(trainer, pl_module, batch)
         if sheet is not None:
+            self.drawn_at = trainer.global_step
             _write(trainer, sheet, "panel", f"panel_gs-{trainer.global_step:06}")
 
     def _to_grid(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "c _ _"]:

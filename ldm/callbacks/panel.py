@@ -87,6 +87,10 @@ class Panel:
         others = [prompt for prompt in self.unrelated if prompt.split()[-1] not in words]
         return [*dict.fromkeys(own), *others[:2]] if own else []
 
+    def size_as(self, model: Any, batch: Any) -> None:
+        """Draw pictures as large as a batch's, from now on."""
+        self._side = self._side or _side(model, batch)
+
     def draw(self, trainer: pl.Trainer, model: Any, batch: Any) -> Image.Image | None:
         """Draw the panel, with pictures as large as the first batch's; None without prompts.
 
@@ -96,7 +100,8 @@ class Panel:
         prompts = self.prompts(trainer.datamodule)  # type: ignore[attr-defined]
         if not prompts:
             return None
-        self._side = self._side or _side(model, batch)
+        self.size_as(model, batch)
+        assert self._side is not None
         recipe = Recipe(self.steps, self.scale, height=self._side, width=self._side, seed=self.seed)
         seeds = [image_seed(self.seed, column) for column in range(self.images)]
         rows: list[tuple[str, Sequence[Entry]]] = []

@@ -68,7 +68,7 @@ def dreambooth(
     Raises:
         UserError: the training failed.
     """
-    before = set(logdir.glob("*"))
+    before = _folders(logdir)
     command = [
         *[
             sys.executable,
@@ -95,8 +95,12 @@ def dreambooth(
     if result.returncode:
         tail = f": {result.stderr.strip().splitlines()[-1]}" if result.stderr else ""
         raise UserError(f"the training ended with status {result.returncode}{tail}")
-    (run,) = set(logdir.glob("*")) - before
+    (run,) = _folders(logdir) - before
     return run / "checkpoints" / "last.ckpt"
+
+
+def _folders(parent: Path) -> set[Path]:
+    return {path for path in parent.glob("*") if path.is_dir()}
 
 
 class Painter:

@@ -78,6 +78,7 @@ CALLBACKS: dict[str, Any] = {
     "progress": {"target": "ldm.callbacks.progress.StepProgress"},
     "host_memory": {"target": "ldm.callbacks.host_memory.KeepHostMemory"},
     "timing": {"target": "ldm.callbacks.timing.TimingCallback"},
+    "run_page": {"target": "ldm.callbacks.run_page.RunPage"},
 }
 
 MODELCHECKPOINT: dict[str, Any] = {

@@ -16,6 +16,7 @@ from ldm.callbacks.csv_log import RowsFirst
 from ldm.callbacks.first_step import FirstStepCheck
 from ldm.callbacks.keep_settings import KeepSettings
 from ldm.callbacks.non_finite import StopOnNonFinite
+from ldm.callbacks.run_page import LogSettings, RunPage
 from ldm.callbacks.setup import SetupCallback
 from ldm.callbacks.stops import InterruptHandler, KeepWholeSteps
 from ldm.config import RunConfig
@@ -165,13 +166,17 @@ def build_callbacks(config: RunConfig, run: Run) -> list[pl.Callback]:
     checks = [
         callback for callback in made if isinstance(callback, (StopOnNonFinite, FirstStepCheck))
     ]
+    # The page comes behind what it shows: the pictures, and the numbers of the step.
+    pages = [callback for callback in made if isinstance(callback, RunPage)]
     return [
         SetupCallback(run, dict(config.content)),
         KeepSettings(),
+        LogSettings(config.content),
         *checks,
         KeepWholeSteps(),
-        *(callback for callback in made if callback not in checks),
+        *(callback for callback in made if callback not in (*checks, *pages)),
         RowsFirst(),
+        *pages,
         InterruptHandler(),
         _checkpoint_callback(
             config.section("lightning.modelcheckpoint"), run, config.get("model.params.monitor")

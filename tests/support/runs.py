@@ -62,6 +62,8 @@ def config(tmp_path: Path, **overrides: Any) -> Path:
             },
         },
         "lightning": {
+            # A page takes half a second, which is as long as the steps.
+            "callbacks": {"run_page": None},
             "modelcheckpoint": {"params": {"every_n_train_steps": 2}},
             "trainer": {"max_steps": 4, "precision": "32-true", "enable_progress_bar": False},
         },

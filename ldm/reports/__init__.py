@@ -1,0 +1,1 @@
+"""Pages that hold everything: one HTML file, no network, no server."""

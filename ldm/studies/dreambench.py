@@ -1,0 +1,200 @@
+"""The paper's protocol: fine-tune on each subject, draw, score; one row a method."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.config import IDENTIFIER
+from ldm.data.finding import find_images
+from ldm.data.reading import load_image
+from ldm.errors import UserError
+from ldm.evaluation.dreambench import Subject
+from ldm.evaluation.scores import REAL, SCORES, Scored, score_real
+from ldm.evaluation.tables import score_table
+from ldm.files import write_atomically
+from ldm.reports.protocols import protocol_page
+from ldm.sampling.contact_sheet import contact_sheet
+from ldm.studies.engines import Engine, Failure, Task
+from ldm.studies.scoring import Scoring
+from ldm.studies.training import trained
+
+log = logging.getLogger(__name__)
+
+# What a method changes of the base config, as words of the training command.
+METHODS: dict[str, list[str]] = {
+    "dreambooth": [],
+    "no-prior": ["model.params.reg_weight=0"],
+    "lora": [
+        "model.params.lora={rank: 8, alpha: 8.0}",
+        "model.params.use_ema=false",
+        "model.base_learning_rate=1.0e-4",
+    ],
+}
+TABLE, SCORES_FILE, PAGE = "table.md", "scores.csv", "index.html"
+SHEET_SUBJECTS, SHEET_PROMPTS = 6, 6
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is run.
+
+    Args:
+        subjects: of the dataset.
+        methods: the words of the training command for each method, without the subject's.
+        seeds: a training of each subject and method for each.
+        scoring: how pictures are drawn and scored.
+        identifier: the rare word of the prompts.
+    """
+
+    subjects: list[Subject]
+    methods: dict[str, list[str]]
+    seeds: list[int]
+    scoring: Scoring
+    identifier: str = "sks"
+
+
+def run_bench(bench: Bench, outdir: Path, engine: Engine, alone: bool = True) -> dict[str, Scored]:
+    """Do what is missing of the protocol, then write the table and the page.
+
+    Args:
+        alone: one task at a time, so that trainings of one class can share its class images.
+
+    Raises:
+        UserError: a task failed; the others are done, and the same command tries it again.
+    """
+    outdir.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for task, result in engine.run(run_subject, tasks(bench, outdir.resolve(), alone)):
+        if isinstance(result, Failure):
+            failures.append(f"{task['name']}: {result.message}")
+            log.error("%s", failures[-1])
+        else:
+            log.info("%s: %s", task["name"], {k: round(v, 4) for k, v in result.items()})
+    rows = write_results(bench, outdir)
+    if failures:
+        more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+        raise UserError(f"{failures[0]}{more}; the same command tries again")
+    return rows
+
+
+def tasks(bench: Bench, outdir: Path, alone: bool) -> Iterator[Task]:
+    """Yield a task for each method, seed and subject that has no scores yet."""
+    for method, arguments in bench.methods.items():
+        for seed in bench.seeds:
+            for subject in bench.subjects:
+                task = _task(bench, outdir, method, seed, subject)
+                shared = subject.class_word.replace(" ", "_")
+                folder = outdir / "class_images" / (shared if alone else f"{shared}-{task['name']}")
+                words = [*("--data_root", str(subject.photos)), "--class_word", subject.class_word]
+                words += ["--reg_data_root", str(folder), "--seed", str(seed), *arguments]
+                if bench.identifier != IDENTIFIER:
+                    words.append(f"data.params.train.params.identifier={bench.identifier}")
+                if _scores(task, bench) is None:
+                    yield {**task, "arguments": words}
+
+
+def _task(bench: Bench, outdir: Path, method: str, seed: int, subject: Subject) -> Task:
+    return {
+        "name": f"{method}-{subject.name}-{seed}",
+        "runs": str(outdir / "runs"),
+        "result": str(outdir / "scores" / method / f"{subject.name}-{seed}.json"),
+        # As scripts/evaluate.py reads them: --images images/METHOD --real dataset.
+        "images": str(outdir / "images" / method / subject.name / f"seed{seed}"),
+        "of_class": str(outdir / "class" / method / subject.name / f"seed{seed}"),
+        "photos": str(subject.photos),
+        "prompts": subject.prompts(bench.identifier),
+        "class_prompt": f"a photo of a {subject.class_word}",
+        "identifier": bench.identifier,
+        "scoring": asdict(bench.scoring),
+    }
+
+
+def run_subject(task: Task) -> dict[str, float]:
+    """Train, draw and score one subject, each as far as it is not done."""
+    runs, name = Path(task["runs"]), task["name"]
+    run = trained(name, runs, task["arguments"], runs / f"{name}.run")
+    scoring = Scoring.of(task["scoring"], "score")
+    scores = scoring.score(
+        run / "checkpoints/last.ckpt",
+        Path(task["photos"]),
+        task["prompts"],
+        task["class_prompt"],
+        Path(task["images"]),
+        Path(task["of_class"]),
+        task["identifier"],
+    )
+    content = {"scoring": task["scoring"], "prompts": task["prompts"], "scores": scores}
+    text = json.dumps(content)
+    write_atomically(Path(task["result"]), lambda path: path.write_text(text, encoding="utf-8"))
+    return scores
+
+
+def _scores(task: Task, bench: Bench) -> dict[str, float] | None:
+    """Return the scores that a task has written, if they were asked for in the same way."""
+    try:
+        found = json.loads(Path(task["result"]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = found["scoring"] == asdict(bench.scoring) and found["prompts"] == task["prompts"]
+    return found["scores"] if same else None
+
+
+def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
+    """Write the table, every score and the page, of what there is."""
+    rules, encoders = bench.scoring.rules(), bench.scoring.load()
+    rows = {REAL: Scored(rules.name, encoders.hashes)}
+    for subject in bench.subjects:
+        photos = [load_image(path) for path in find_images(subject.photos)]
+        own: dict[str, object] = {"subject": subject.name, "seed": ""}
+        rows[REAL].rows.append(own | score_real(photos, encoders))
+    for method in bench.methods:
+        rows[method] = Scored(rules.name, encoders.hashes)
+        for seed in bench.seeds:
+            for subject in bench.subjects:
+                found = _scores(_task(bench, outdir.resolve(), method, seed, subject), bench)
+                if found is not None:
+                    row: dict[str, object] = {"subject": subject.name, "seed": str(seed)}
+                    rows[method].rows.append(row | found)
+    rows = {name: scored for name, scored in rows.items() if scored.rows}
+    text = score_table(rows, rules)
+    write_atomically(outdir / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
+    pinned = bench.scoring.pinned()
+    write_atomically(outdir / SCORES_FILE, lambda path: _write_csv(path, rows, pinned))
+    sheets = [(method, _sheet(bench, outdir, method)) for method in bench.methods if method in rows]
+    settings: Mapping[str, Any] = {
+        **{f"method {name}": " ".join(words) for name, words in bench.methods.items()},
+        "subjects": ", ".join(subject.name for subject in bench.subjects),
+        "seeds": ", ".join(map(str, bench.seeds)),
+        **asdict(bench.scoring),
+    }
+    protocol_page("DreamBench", rows, rules, sheets, settings).save(outdir / PAGE)
+    return rows
+
+
+def _write_csv(path: Path, rows: Mapping[str, Scored], pinned: Mapping[str, str]) -> None:
+    """Write every score in a row with what pins it."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["method", "subject", "seed", *SCORES, *pinned])
+        writer.writeheader()
+        for name, scored in rows.items():
+            writer.writerows({"method": name, **row, **pinned} for row in scored.rows)
+
+
+def _sheet(bench: Bench, outdir: Path, method: str) -> Path:
+    """Draw the first pictures of the first subjects on a sheet."""
+    rows: list[Any] = []
+    for subject in bench.subjects[:SHEET_SUBJECTS]:
+        folder = outdir / "images" / method / subject.name / f"seed{bench.seeds[0]}"
+        photo = ("a photo", load_image(find_images(subject.photos)[0]))
+        prompts = subject.prompts(bench.identifier)
+        firsts = sorted(folder.glob("*-0.png"))[:SHEET_PROMPTS]
+        rows.append((subject.name, [photo, *zip(prompts, map(load_image, firsts))]))
+    path = outdir / f"{method}.png"
+    write_atomically(path, lambda temporary: contact_sheet(rows).save(temporary, "PNG"))
+    return path

@@ -1,0 +1,117 @@
+"""How a study scores what a run has learned: which prompts, which pictures, which protocol."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm.data.finding import find_images
+from ldm.data.reading import load_image
+from ldm.evaluation.encoders import Encoders, load_encoders
+from ldm.evaluation.protocols import MINIATURE, Protocol, find_protocol
+from ldm.evaluation.scores import Group, score_group
+from ldm.sampling.text_to_image import Recipe
+from ldm.studies.drawing import draw, series
+from ldm.util import check_params
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is drawn and how it is scored.
+
+    Args:
+        protocol: its name.
+        images: pictures of each prompt; by default the protocol's number, else 4.
+        class_images: pictures of the class, for PRES; 0 for none.
+        steps, scale, side, sampler: of the sampling; `side` in pixels.
+        seed: of the pictures' noise.
+        batch_size: pictures that are drawn at once.
+        dino, clip, lpips: local weights of the encoders.
+        encoders: which of `dino`, `clip` and `lpips` to use.
+    """
+
+    protocol: str = "paper"
+    images: int | None = None
+    class_images: int = 0
+    steps: int = 50
+    scale: float = 7.5
+    side: int = 512
+    sampler: str = "ddim"
+    seed: int = 42
+    batch_size: int = 4
+    dino: str | None = None
+    clip: str | None = None
+    lpips: str | None = None
+    encoders: list[str] = field(default_factory=lambda: ["dino", "clip", "lpips"])
+    device: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], where: str) -> Scoring:
+        """Return the scoring that a mapping asks for; raise a `UserError` for unknown keys."""
+        check_params(cls, given, where)
+        scoring = cls(**given)
+        scoring.rules()
+        return scoring
+
+    def rules(self) -> Protocol:
+        """Return the protocol; another number of pictures than it asks for makes it custom."""
+        protocol = find_protocol(self.protocol)
+        if self.images is None or protocol.images is None:
+            return protocol
+        return protocol.having(images=self.images)
+
+    def pinned(self) -> dict[str, str]:
+        """Return what has to stand beside every score: the protocol, and the encoders' hashes."""
+        hashes = self.load().hashes
+        named = "; ".join(f"{name} {digits}" for name, digits in sorted(hashes.items()))
+        return {"protocol": self.rules().name, "encoders": named}
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            self.steps, self.scale, 0.0, self.sampler, self.side, self.side, seed=self.seed
+        )
+
+    def load(self) -> Encoders:
+        """Load the encoders, once for each process."""
+        files = (self.dino, self.clip, self.lpips)
+        return _load(self.rules(), files, tuple(self.encoders), self.device)
+
+    def score(
+        self,
+        checkpoint: Path,
+        photos: Path,
+        prompts: Sequence[str],
+        class_prompt: str,
+        folder: Path,
+        class_folder: Path,
+        identifier: str = "sks",
+    ) -> dict[str, float]:
+        """Draw a checkpoint's pictures into folders, as far as they are missing; score them."""
+        many = self.images or self.rules().images or 4
+        wanted = series(prompts, many, folder)
+        of_class = series([class_prompt], self.class_images, class_folder)
+        draw(checkpoint, [*wanted, *of_class], self.recipe, self.batch_size, self.device)
+        group = Group(
+            folder.name,
+            [load_image(picture.path) for picture in wanted],
+            [picture.prompt for picture in wanted],
+            [load_image(path) for path in find_images(photos)],
+            [load_image(picture.path) for picture in of_class],
+        )
+        return score_group(group, self.load(), self.rules(), identifier)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(
+    protocol: Protocol, files: tuple[str | None, ...], wanted: tuple[str, ...], device: str | None
+) -> Encoders:
+    if protocol.dino == MINIATURE.dino:
+        from ldm.tiny.encoders import miniature_encoders
+
+        return miniature_encoders(files[1])
+    named = dict(zip(("dino", "clip", "lpips"), files))
+    return load_encoders(protocol, named, wanted, device or "cpu")

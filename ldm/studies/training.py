@@ -1,0 +1,89 @@
+"""Runs of the training command, found again and gone on with after a kill."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.config import PROJECT
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOG = "training.log"
+LAST = Path("checkpoints/last.ckpt")
+TAIL = 300  # letters of an error that are told
+
+
+def trained(name: str, folder: Path, arguments: Sequence[str], done: Path) -> Path:
+    """Return the run folder of a finished training, which is begun or gone on with if need be.
+
+    Args:
+        name: of the run; no other one in the folder has it.
+        folder: where its run folder is.
+        arguments: of the training command for a new run, without its name and place.
+        done: a file that says which run is finished.
+
+    Raises:
+        UserError: the training ended with an error; what it has saved is still there.
+    """
+    if done.is_file():
+        return folder / done.read_text(encoding="utf-8").strip()
+    begun = [run for run in run_folders(folder, name) if (run / LAST).is_file()]
+    command = ["-r", str(begun[-1])] if begun else new_run(name, folder, arguments)
+    train(command, folder / f"{name}.{LOG}")
+    (run, *_) = reversed([run for run in run_folders(folder, name) if (run / LAST).is_file()])
+    done.write_text(run.name, encoding="utf-8")
+    return run
+
+
+def new_run(name: str, folder: Path, arguments: Sequence[str]) -> list[str]:
+    """Return the words of the training command for a new run."""
+    return ["-t", "-n", name, "-p", str(folder), "--datadir_in_name", "false", *arguments]
+
+
+def run_folders(folder: Path, name: str) -> list[Path]:
+    """Return the run folders of a name, the oldest first."""
+    return sorted(path for path in folder.glob(f"*_{name}") if path.is_dir())
+
+
+def train(arguments: Sequence[str], log_file: Path) -> None:
+    """Run the training command, with what it says in a file.
+
+    If this process is stopped, the training gets the time to save; if it is killed, Linux tells
+    the training to.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(PROJECT / "main.py"), *arguments]
+    with open(log_file, "ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent()
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if status:
+        raise UserError(f"{log_file}: the training ended with status {status}: {_last(log_file)}")
+
+
+def _last(log_file: Path) -> str:
+    lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return (lines or [""])[-1].strip()[-TAIL:]
+
+
+def _end_with_parent():  # type: ignore[no-untyped-def]
+    """Return what a new process calls, so that Linux tells it when its parent is gone."""
+    if platform.system() != "Linux":
+        return None
+    libc = ctypes.CDLL(None)
+    pr_set_pdeathsig = 1  # of prctl(2)
+    return lambda: libc.prctl(pr_set_pdeathsig, signal.SIGTERM)

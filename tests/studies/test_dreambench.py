@@ -1,0 +1,121 @@
+"""The protocol on a small dataset in the published layout; stopped between two pictures, and gone
+on with.
+"""
+
+import csv
+import json
+
+import pytest
+
+import ldm.studies.drawing
+from scripts import dreambench, evaluate
+from tests.support.dreambench import make_dataset
+from tests.support.pages import read_page
+from tests.support.runs import checkpoint, config
+
+SCORE = {
+    "protocol": "miniature", "encoders": ["dino"], "images": 2, "steps": 2, "side": 32,
+    "batch_size": 1,
+}  # fmt: skip
+CLASSES = {"dog": "dog", "bear_plushie": "stuffed animal"}
+
+
+@pytest.fixture(scope="module")
+def base_model(workspace):
+    """The golden model's weights after a step, for every subject to start from."""
+    return workspace.train("base", "--max_steps", "1") / "checkpoints/last.ckpt"
+
+
+def command(workspace, base_model, tmp_path, *more):
+    score = tmp_path / "score.yaml"
+    score.write_text(json.dumps(SCORE))
+    dataset = tmp_path / "dataset"
+    if not dataset.exists():
+        make_dataset(dataset, CLASSES)
+    flags = ["--dataset", dataset, "--ckpt", base_model, "--score", score]
+    flags += ["--outdir", tmp_path / "out", "--base", config(workspace.path), "--max_steps", 1]
+    return [*map(str, flags), "data.params.num_class_images=1",
+            "data.params.class_images={steps: 2}", *more]  # fmt: skip
+
+
+def pictures_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def test_the_protocol_goes_on_at_the_next_picture(
+    workspace, base_model, tmp_path, monkeypatch, capsys, in_this_process
+):
+    save, made = ldm.studies.drawing.save_png, []
+
+    def killed(image, path, texts):
+        if len(made) == 5:  # in the second subject's pictures
+            raise KeyboardInterrupt
+        save(image, path, texts)
+        made.append(path)
+
+    flags = command(workspace, base_model, tmp_path, "--method", "no-prior")
+    with monkeypatch.context() as patch:
+        patch.setattr(ldm.studies.drawing, "save_png", killed)
+        assert dreambench.main(flags) == 130
+    out = tmp_path / "out"
+    before = pictures_of(out / "images")
+    assert len(before) == 5 and len(in_this_process) == 2
+    in_this_process.clear()
+    assert dreambench.main(flags) == 0
+    after = pictures_of(out / "images")
+    assert in_this_process == []  # nothing was trained again
+    assert len(after) == 2 * 2 * 2 and before.items() <= after.items()
+    assert len(set(after.values())) == 8
+
+    # One row a method, with what pins it; the page needs nothing else.
+    table = capsys.readouterr().out
+    assert "| real images |" in table and "| no-prior |" in table
+    assert "compares with nothing else" in table
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert [(row["method"], row["subject"]) for row in rows] == [
+        (name, subject) for name in ("real images", "no-prior") for subject in CLASSES
+    ]
+    page = read_page(out / "index.html")
+    assert page.alternatives[0].startswith("DINO: real images 0.") and "bear_plushie" in page.words
+    run = next((out / "runs").glob("*_no-prior-dog-23"))
+    assert checkpoint(run)["config"]["model"]["params"]["reg_weight"] == 0
+
+    # The same scores by the command over anyone's folders.
+    scores = tmp_path / "scores.json"
+    given = [
+        "--images",
+        out / "images/no-prior",
+        "--real",
+        tmp_path / "dataset",
+        "--output",
+        scores,
+    ]
+    given += ["--protocol", "miniature", "--scores", "DINO"]
+    assert evaluate.main(list(map(str, given))) == 0
+    found = {row["subject"]: row["DINO"] for row in json.loads(scores.read_text())["images"]}
+    for row in rows[2:]:
+        assert found[row["subject"]] == pytest.approx(float(row["DINO"]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--method", "loras"], "--method loras: unknown (did you mean 'lora'?)"),
+        (["--method", "a/b=--max_steps 1"], "expected a name of its own"),
+        (["--subjects", "cat"], "no subject 'cat'"),
+        (["--protocol", "papers"], "did you mean 'paper'"),
+        (["--ckpt", "nowhere.ckpt"], "--ckpt nowhere.ckpt: no such file"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(tmp_path, workspace, base_model, caplog, flags, message):
+    assert dreambench.main(command(workspace, base_model, tmp_path, *flags)) == 1
+    assert message in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_of_ones_own_is_flags_of_the_training():
+    found = dreambench.methods_of(["lora", "slow=--max_steps 5 a.b=1"], ["--gpus", "0,"])
+    assert found["slow"] == ["--gpus", "0,", "--max_steps", "5", "a.b=1"]
+    assert found["lora"][:2] == ["--gpus", "0,"] and found["lora"][2].startswith(
+        "model.params.lora"
+    )
