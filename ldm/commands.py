@@ -85,8 +85,13 @@ def train() -> None:
 
 
 def txt2img() -> None:
-    """Run `scripts/stable_txt2img.py`."""
-    _run("scripts/stable_txt2img.py")
+    """Run `scripts/txt2img.py`."""
+    _run("scripts/txt2img.py")
+
+
+def class_images() -> None:
+    """Run `scripts/class_images.py`."""
+    _run("scripts/class_images.py")
 
 
 def convert() -> None:

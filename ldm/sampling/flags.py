@@ -34,7 +34,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.modules.encoders.weighting import WEIGHTINGS
-from ldm.sampling.like import FLAG_OF, flags_of_picture
+from ldm.sampling.like import FLAG_OF, digests_of, flags_of_picture
 from ldm.sampling.metadata import weights_names
 from ldm.sampling.prompting import guidance_of
 from ldm.sampling.series import Picture
@@ -341,6 +341,7 @@ def how_made(args: argparse.Namespace) -> dict[str, Any]:
     how = {name: getattr(args, name) for name in ("ckpt", "config", "weights", "embedding_path")}
     how = {name: str(value) for name, value in how.items() if value is not None}
     how |= {"precision": args.precision, "device": device_of(args).type}
+    how |= {f"{name}_sha256": digest for name, digest in digests_of(args).items()}
     return {**weights_names(Path(args.ckpt)), **how}
 
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 FLAG_OF = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"}
 # Flags beside the recipe that our pictures have the values of.
 OTHERS = ("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt")
+# Flags of files that a picture is made from, beside the model's.
+FILES = ("embedding_path", "guide_ckpt")
 # Any of these asks for more than the one picture.
 OF_A_SERIES = {"n_samples", "n_iter", "only", "from_file", "suite"}
 
@@ -94,6 +96,7 @@ def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> 
         values.update(_one_picture(index, args), like_batch=batch)
 
     _check_weights(path, found, args)
+    _check_files(path, found, args)
     return values
 
 
@@ -107,6 +110,25 @@ def _one_picture(index: int, args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that draw one picture of a series, which needs no sheet."""
     alone = {"only": [index], "n_samples": 1, "n_iter": 1, "fixed_code": False}
     return alone if _varied(args) else {**alone, "skip_grid": True}
+
+
+def digests_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the SHA-256 of each file that a picture is made from, beside the model's."""
+    paths = {name: Path(getattr(args, name, None) or "") for name in FILES}
+    found = {name: weights_names(path) for name, path in paths.items() if path.is_file()}
+    return {name: names["model_sha256"] for name, names in found.items() if len(names) > 1}
+
+
+def _check_files(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Raise a `UserError` if a file that a picture was made from is not there, or not as it was."""
+    now = digests_of(argparse.Namespace(**{name: found.get(name) for name in FILES}))
+    for name in FILES:
+        recorded = found.get(f"{name}_sha256")
+        if recorded and name not in args.given and recorded != now.get(name):
+            raise UserError(
+                f"--like {path}: {found[name]} is not the file any more that it was drawn with: "
+                f"give --{name} FILE"
+            )
 
 
 def _check_weights(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> None:

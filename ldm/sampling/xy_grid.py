@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,8 +17,6 @@ from ldm.sampling.contact_sheet import contact_sheet
 from ldm.sampling.flags import check_recipe_flags, chosen_seed
 from ldm.sampling.like import FLAG_OF
 from ldm.sampling.text_to_image import Recipe
-
-log = logging.getLogger(__name__)
 
 # Names of other programs, and the older ones of ours.
 ALIASES = {
@@ -69,7 +66,7 @@ def add_grid_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def read_axis(text: str | None, parser: argparse.ArgumentParser, args: argparse.Namespace) -> Axis:
+def read_axis(text: str | None, parser: argparse.ArgumentParser) -> Axis:
     """Read `scale=4,7.5,12`; a value with a comma stands in quotation marks.
 
     Raises:
@@ -80,10 +77,11 @@ def read_axis(text: str | None, parser: argparse.ArgumentParser, args: argparse.
     given, _, listed = text.partition("=")
     name = ALIASES.get(given.strip(), given.strip())
     flag = FLAG_OF.get(name, name)
-    varied = {FLAG_OF.get(f.name, f.name): f.name for f in fields(Recipe)}
-    varied |= dict.fromkeys(("prompt", "negative_prompt", "ckpt", "H", "W"), "")
-    known = sorted({varied[key] or key for key in varied if hasattr(args, key)} - set(ALIASES))
-    if flag not in varied or not hasattr(args, flag):
+    actions = {action.dest: action for action in parser._actions if action.nargs is None}
+    may_vary = {FLAG_OF.get(f.name, f.name): f.name for f in fields(Recipe)}
+    may_vary |= {"H": "H", "W": "W", **{key: key for key in ("prompt", "negative_prompt", "ckpt")}}
+    known = sorted(may_vary[key] for key in may_vary if key in actions)
+    if name not in known:
         hint = nearest(name, known)
         raise UserError(f"{text}: '{name}' cannot vary{hint}; accepted: {', '.join(known)}")
     words = next(csv.reader([listed], skipinitialspace=True), [])
@@ -94,12 +92,16 @@ def read_axis(text: str | None, parser: argparse.ArgumentParser, args: argparse.
         raise UserError(f"{text}: a value is there twice")
 
     # The flag itself knows what its values are.
-    action = next(action for action in parser._actions if action.dest == flag)
+    action = actions[flag]
     kind: Callable[[str], Any] = action.type if callable(action.type) else str
     try:
-        return Axis(name, flag, tuple(kind(word) for word in words))
+        values = tuple(kind(word) for word in words)
     except ValueError as error:
         raise UserError(f"{text}: {name} is a number") from error
+    for value in values:
+        if action.choices is not None and value not in action.choices:
+            raise UserError(f"{text}: accepted: {', '.join(map(str, action.choices))}")
+    return Axis(name, flag, values)
 
 
 def grid_axes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Axis, Axis]:
@@ -108,7 +110,7 @@ def grid_axes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tupl
     Raises:
         UserError: what `read_axis` refuses, axes that are one, or flags that ask for a series.
     """
-    across, down = read_axis(args.x, parser, args), read_axis(args.y, parser, args)
+    across, down = read_axis(args.x, parser), read_axis(args.y, parser)
     if across.flag == down.flag:
         raise UserError(f"--x, --y: both are {across.name}")
     for name in ("from_file", "suite"):

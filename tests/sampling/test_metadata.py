@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.sampling.infotext import parse_infotext, web_ui_schedule
 from ldm.sampling.metadata import picture_texts, read_recipe
 from ldm.sampling.pictures import save_png
 from ldm.sampling.text_to_image import Recipe
@@ -65,6 +68,50 @@ def test_a_parser_of_others_reads_it(saved, prompt, negative):
     parameters = {"cfg_scale": "7", "seed": "10", "steps": "20", "scheduler": "Automatic"}
     assert sampler.parameters == parameters
     assert found.metadata == {"Size": "64x32"}
+
+
+@pytest.mark.parametrize(
+    "sampler, schedule, names",
+    [
+        ("dpmpp_2m", "karras", ("DPM++ 2M", "Karras")),
+        ("euler_ancestral", "normal", ("Euler a", "Normal")),
+        ("dpmpp_2s_ancestral", "sgm_uniform", ("DPM++ 2S a", "SGM Uniform")),
+        ("uni_pc", "align_your_steps", ("UniPC", "Align Your Steps")),
+    ],
+)
+def test_a_parser_of_others_reads_samplers_and_schedules(saved, sampler, schedule, names):
+    """Read back by ours, they are what they were."""
+    sd_parsers = pytest.importorskip("sd_parsers")
+    recipe = replace(RECIPE, sampler=sampler, schedule=schedule, scale=1 / 3)
+    path = saved(PROMPT, "dark", recipe=recipe)
+    (found,) = sd_parsers.ParserManager().parse(path).samplers
+    assert (found.name, found.parameters["scheduler"]) == names
+    assert float(found.parameters["cfg_scale"]) == pytest.approx(1 / 3)
+    prompt, negative, fields = parse_infotext(text(path))
+    assert (prompt, negative) == (PROMPT, "dark")
+    plain, _ = find_sampler(fields["Sampler"])
+    read = find_sampler(fields["Sampler"], web_ui_schedule(plain, fields["Schedule type"]))
+    assert read == (sampler, schedule)
+
+
+@pytest.mark.parametrize(
+    "given, prompts",
+    [
+        ("a dog\nSteps: 20, Sampler: DDIM", ("a dog", "")),
+        ("Negative prompt: dark\nSteps: 20", ("", "dark")),
+        ("Steps: 20", ("", "")),
+        ("two\nlines\nNegative prompt: a,\nb\nSteps: 20, Size: 8x8", ("two\nlines", "a,\nb")),
+    ],
+)
+def test_texts_of_the_web_ui_are_taken_apart(given, prompts):
+    assert parse_infotext(given)[:2] == prompts
+    assert parse_infotext(given)[2]["Steps"] == "20"
+
+
+def test_other_texts_are_none_of_the_web_ui(saved):
+    assert parse_infotext("") is None and parse_infotext("a dog\nSize: 8x8") is None
+    model = 'my "dog", v1: x'
+    assert parse_infotext(text(saved(model=model)))[2]["Model"] == model
 
 
 def test_our_own_entry_holds_everything(saved):

@@ -5,12 +5,16 @@ import random
 import shutil
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm.models.diffusion.sampler_names import SAMPLERS, SIGMA_SAMPLERS
 from ldm.models.diffusion.sigmas import SCHEDULES
+from ldm.sampling import flags
 from ldm.sampling.metadata import OURS
 from ldm.sampling.pictures import save_png
+from ldm.sampling.text_to_image import load_model
 from ldm.tiny.miniature import WEIGHTS
 from scripts import txt2img
 from tests.support.together import of_torchrun, together
@@ -39,38 +43,38 @@ def random_recipes(count):
     names = [name for name in (*SAMPLERS, *SIGMA_SAMPLERS) if name != "ddpm"]
     for number in range(count):
         name = names[number % len(names)]
-        flags = ["--sampler", name, "--steps", chance.choice([2, 2, 3, 4]), "--precision", "full"]
+        given = ["--sampler", name, "--steps", chance.choice([2, 2, 3, 4]), "--precision", "full"]
         if name in SIGMA_SAMPLERS:
-            flags += [
+            given += [
                 "--schedule",
                 chance.choice([s for s in SCHEDULES if s != "align_your_steps"]),
             ]
         if name == "ddim":
-            flags += ["--ddim_eta", chance.choice([0, 0.3, 1])]
-        flags += ["--seed", chance.randrange(2**32), "--scale", chance.choice([1, 2.5, 1 / 3, 7.5])]
+            given += ["--ddim_eta", chance.choice([0, 0.3, 1])]
+        given += ["--seed", chance.randrange(2**32), "--scale", chance.choice([1, 2.5, 1 / 3, 7.5])]
         width, height = chance.choice([(32, 32), (64, 32), (32, 64)])
-        flags += ["--H", height, "--W", width]
-        flags += ["--negative_prompt", chance.choice(["", 'blurry, dark: "night"'])]
-        flags += [
+        given += ["--H", height, "--W", width]
+        given += ["--negative_prompt", chance.choice(["", 'blurry, dark: "night"'])]
+        given += [
             "--prompt",
             chance.choice(["a red car", "a dog, in the snow: (photo)", "été\n犬"]),
         ]
         # Some are the last of a batch, in which kernels may round in another way.
-        flags += ["--n_iter", 1, "--n_samples", 1 if number % 4 else 2]
-        yield flags
+        given += ["--n_iter", 1, "--n_samples", 1 if number % 4 else 2]
+        yield given
 
 
 def test_twenty_random_recipes_are_drawn_again_from_their_files(draw):
-    for flags in random_recipes(20):
-        picture = draw(*flags)[-1]
+    for given in random_recipes(20):
+        picture = draw(*given)[-1]
         (again,) = draw("--like", picture, outdir="again")
-        assert Image.open(again).text == Image.open(picture).text, flags
-        assert same(picture, again), flags
+        assert Image.open(again).text == Image.open(picture).text, given
+        assert same(picture, again), given
 
 
 def test_flags_beside_like_change_the_recipe(draw):
-    flags = ["--sampler", "euler", "--schedule", "karras", "--n_samples", 2, "--n_iter", 1]
-    picture = draw(*SMALL, *flags, "--seed", 5)[1]
+    given = ["--sampler", "euler", "--schedule", "karras", "--n_samples", 2, "--n_iter", 1]
+    picture = draw(*SMALL, *given, "--seed", 5)[1]
     (again,) = draw("--like", picture, "--sampler", "ddim", "--scale", 3, outdir="again")
     found = recipe(again)
     assert (found["sampler"], found["schedule"], found["scale"]) == ("ddim", None, 3)
@@ -94,6 +98,20 @@ def test_like_of_weights_that_have_changed_is_refused(draw, tmp_path, caplog):
     assert f"{ckpt}, which drew it, is not there: give --ckpt FILE" in caplog.text
     (again,) = draw("--like", picture, "--ckpt", WEIGHTS, outdir="a")
     assert same(picture, again)
+
+
+def test_like_with_another_file_of_embeddings_is_refused(draw, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(flags, "load_model", load_model)  # the words are added to a fresh one
+    words = tmp_path / "my-dog.safetensors"
+    vector = 5 * torch.randn(1, 128, generator=torch.Generator().manual_seed(0))
+    save_file({"emb_params": vector}, words)
+    more = ["--embedding_path", words, "--n_samples", 1, "--n_iter", 1]
+    (picture,) = draw(*SMALL, "--prompt", "a my-dog", *more)
+    (again,) = draw("--like", picture, outdir="a")
+    assert same(picture, again)
+    save_file({"emb_params": -vector}, words)
+    assert not draw("--like", picture, outdir="a", status=1)
+    assert "not the file any more that it was drawn with: give --embedding_path" in caplog.text
 
 
 def test_like_of_pictures_that_say_nothing_is_refused(draw, tmp_path, caplog):
@@ -163,32 +181,32 @@ def test_our_text_alone_is_enough_for_the_same_picture(draw, tmp_path):
 
 
 def test_picture_i_of_seed_s_is_picture_0_of_seed_s_plus_i(draw):
-    flags = [*SMALL, "--sampler", "euler_ancestral", "--exact", "--n_iter", 1]
-    series = draw(*flags, "--n_samples", 4, "--seed", 42)
-    (third,) = draw(*flags, "--n_samples", 1, "--seed", 45, outdir="a")
+    given = [*SMALL, "--sampler", "euler_ancestral", "--exact", "--n_iter", 1]
+    series = draw(*given, "--n_samples", 4, "--seed", 42)
+    (third,) = draw(*given, "--n_samples", 1, "--seed", 45, outdir="a")
     assert same(series[3], third) and not same(series[2], third)
     assert "Seed: 45," in Image.open(series[3]).text["parameters"]
-    alone = draw(*flags, "--n_samples", 4, "--only", "3,1", outdir="b")
+    alone = draw(*given, "--n_samples", 4, "--only", "3,1", outdir="b")
     assert [recipe(path)["index"] for path in alone] == [3, 1]
     assert same(alone[0], series[3]) and same(alone[1], series[1])
-    (beyond,) = draw(*flags, "--n_samples", 1, "--only", "7", "--seed", 38, outdir="c")
+    (beyond,) = draw(*given, "--n_samples", 1, "--only", "7", "--seed", 38, outdir="c")
     assert same(beyond, third)
 
 
 def test_only_names_a_line_of_a_file(draw, tmp_path):
     (path := tmp_path / "prompts.txt").write_text("a dog\na cat\na red car\n")
-    flags = [*SMALL[:-2], "--exact", "--from-file", path, "--n_iter", 2]
-    (picture,) = draw(*flags, "--only", 4)
+    given = [*SMALL[:-2], "--exact", "--from-file", path, "--n_iter", 2]
+    (picture,) = draw(*given, "--only", 4)
     assert (recipe(picture)["prompt"], recipe(picture)["index"]) == ("a cat", 4)
-    assert same(picture, draw(*flags, outdir="all")[4])
+    assert same(picture, draw(*given, outdir="all")[4])
 
 
 def test_the_same_pixels_from_batches_of_1_and_4_and_from_two_processes(draw, tmp_path):
-    flags = [*SMALL, "--sampler", "dpmpp_2m_sde", "--scale", 4]
-    one = draw(*flags, "--n_samples", 1, "--n_iter", 4, outdir="one")
-    exact = draw(*flags, "--n_samples", 4, "--n_iter", 1, "--exact", outdir="exact")
-    four = draw(*flags, "--n_samples", 4, "--n_iter", 1, outdir="four")
-    command = ["--ckpt", WEIGHTS, *flags, "--n_samples", 4, "--n_iter", 1, "--exact"]
+    given = [*SMALL, "--sampler", "dpmpp_2m_sde", "--scale", 4]
+    one = draw(*given, "--n_samples", 1, "--n_iter", 4, outdir="one")
+    exact = draw(*given, "--n_samples", 4, "--n_iter", 1, "--exact", outdir="exact")
+    four = draw(*given, "--n_samples", 4, "--n_iter", 1, outdir="four")
+    command = ["--ckpt", WEIGHTS, *given, "--n_samples", 4, "--n_iter", 1, "--exact"]
     command += ["--outdir", tmp_path / "two"]
     together(tmp_path, lambda rank: txt2img.main(list(map(str, command))), of_torchrun)
     two = sorted((tmp_path / "two/samples").glob("*"))

@@ -69,6 +69,8 @@ def test_the_sheet_has_a_cell_for_each_pair(draw, tmp_path):
         (["--x", "outdir=a,b"], "'outdir' cannot vary"),
         (["--x", "scale"], "expected values with commas between them"),
         (["--x", "scale=1,two"], "scale is a number"),
+        (["--x", "interval=1,2"], "'interval' cannot vary"),
+        (["--x", "weighting=a1111,compel"], "accepted: a1111"),
         (["--x", "scale=1,1"], "a value is there twice"),
         (["--x", "steps=1,0"], "--ddim_steps 0: expected at least 1"),
         (["--x", "cfg=1,2", "--y", "scale=1,2"], "both are scale"),
