@@ -132,7 +132,7 @@ def add_guidance_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="guide only at noise levels above LOW and up to HIGH, as 0.28 5.42 (2404.07724)",
+        help="guide only at noise levels above LOW and up to HIGH, such as 0.3 5 (2404.07724)",
     )
     add(
         "--apg",

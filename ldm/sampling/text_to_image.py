@@ -87,7 +87,7 @@ def load_guide(model: LatentDiffusion, checkpoint: str, mix: float = 0.0) -> Lat
 
     Args:
         checkpoint: of the base model, from which `model` was tuned.
-        mix: how much of the tuned weights is mixed in (eq. 9): 0 is the base model, and 1 would be
+        mix: how much of the tuned weights is mixed in: 0 is the base model, and 1 would be
             the tuned one, which is classifier-free guidance.
 
     Raises:

@@ -86,7 +86,7 @@ def output_for(parameterization, x, start, acp):
 
 
 def projected(cond, uncond, parallel, norm, momentum, scale):
-    """Guide clean latents of one sample, given at several steps, as algorithm 1 of the paper does."""
+    """Guide clean latents of one sample, given at several steps, as the paper says."""
     average, found = 0.0, []
     for c, u in zip(cond, uncond):
         average = (c - u) + momentum * average
@@ -102,7 +102,7 @@ def projected(cond, uncond, parallel, norm, momentum, scale):
     "parallel, norm, momentum",
     [(1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.3, 5.0, 0.0), (0.0, 1000.0, -0.5), (0.0, 2.5, -0.75)],
 )
-def test_projected_guidance_is_algorithm_1(parameterization, parallel, norm, momentum):
+def test_projected_guidance_is_the_papers_formula(parameterization, parallel, norm, momentum):
     model, x, steps = Told(parameterization), latents(0), (900, 500, 20)
     cond, uncond = latents(10), latents(20)
     guidance = Guidance(projection=Projection(parallel, norm, momentum))
@@ -120,7 +120,7 @@ def test_projected_guidance_is_algorithm_1(parameterization, parallel, norm, mom
 
 
 def test_a_weak_model_takes_the_place_of_the_empty_prompt():
-    """Personalization guidance, eq. 7: the weak model's own output without the prompt."""
+    """Compare with personalization guidance: the weak model's own output without the prompt."""
     weak = AnyTime()
     x, cond, uncond = latents(0), latents(10), means(3.0, -3.0)
     t = torch.full((2,), 500)

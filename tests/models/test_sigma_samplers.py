@@ -225,18 +225,11 @@ def test_quantiles_of_the_beta_distribution():
 
 
 @every_sampler
-@pytest.mark.parametrize("parameterization", ["eps", "v"])
-@pytest.mark.parametrize("schedule", ["karras", "sgm_uniform"])
-@pytest.mark.parametrize("steps", [1, 2, 5, 50])
-def test_any_number_of_steps_ends_in_finite_latents(name, parameterization, schedule, steps):
-    out, _ = draw(Model(parameterization), name, schedule, steps)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_any_number_of_steps_ends_in_finite_latents(name, steps):
+    """Go through the loop; test_sampler_contract.py has every schedule and number of steps."""
+    out, _ = draw(Model("v"), name, "sgm_uniform", steps)
     assert out.shape == SHAPE and out.isfinite().all()
-
-
-@every_sampler
-def test_all_the_steps_of_the_model(name):
-    out, _ = draw(Model(), name, "simple", 1000)
-    assert out.isfinite().all()
 
 
 @every_sampler

@@ -167,7 +167,10 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(workspace, monkey
         (["--from-file", "no.txt", "--ckpt", "{ckpt}"], "--from-file no.txt: no such file"),
         (["--ckpt", "{ckpt}", "--H", "33"], "must be multiples of"),
         (["--ckpt", "{ckpt}", "--ddim_steps", "1001"], "between 1 and 1000"),
-        (["--ckpt", "{ckpt}", "--plms", "--ddim_eta", "1"], "is for the DDIM sampler, not for plms"),
+        (
+            ["--ckpt", "{ckpt}", "--plms", "--ddim_eta", "1"],
+            "is for the DDIM sampler, not for plms",
+        ),
         (["--ckpt", "{ckpt}", "--f", "8"], "--f 8: this model has 2"),
         (["--ckpt", "{ckpt}", "--n_samples", "0"], "at least 1"),
         (["--ckpt", "{ckpt}", "--device", "cuda"], "--device cuda"),

@@ -47,7 +47,7 @@ class SampledModel(Protocol):
 
 @dataclass(frozen=True)
 class Rescale:
-    """Give the guided output the spread of the prompt's own (Lin et al., 2305.08891, eq. 14-16).
+    """Give the guided output the spread of the prompt's own (Lin et al., 2305.08891).
 
     A large scale makes outputs too large, and pictures too bright.
 
@@ -94,7 +94,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Projection:
-    """Adaptive projected guidance (Sadat et al., 2410.02416, algorithm 1), on clean latents.
+    """Adaptive projected guidance (Sadat et al., 2410.02416), on clean latents.
 
     The difference of the two predictions is averaged over steps, cut to a length, and freed of its
     part along the prompt's own prediction, which is what makes colours too strong.
