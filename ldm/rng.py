@@ -2,8 +2,8 @@
 
 Every random choice of a training step or of a sampled image is drawn from a generator whose seed is
 a hash of names and numbers (the run's seed, the sample's position, what the number is for). So a
-resumed run repeats the uninterrupted one, and a sample does not depend on the batch it is computed
-in.
+resumed run repeats the uninterrupted one, and the noise of a sample does not depend on the batch it
+is computed in.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.sampling import pictures
 from ldm.sampling.metadata import read_recipe
-from ldm.sampling.pictures import next_number
+from ldm.sampling.pictures import next_number, save_numbered, save_png
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
 from scripts import stable_txt2img, txt2img
 from tests.support.runs import SIZE, Workspace
@@ -173,6 +174,17 @@ def test_numbers_go_on_behind_whatever_has_one(sample, tmp_path):
     for name in ("00004.txt", ".00090.png.77.tmp", "IMG_2024.txt"):
         (tmp_path / "out" / "samples" / name).touch()
     assert next_number(tmp_path / "out" / "samples") == 5
+
+
+def test_a_number_that_another_command_takes_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    (tmp_path / "00000.png").write_text("another command's")
+    free = iter([0, 0, 1])
+    monkeypatch.setattr(pictures, "next_number", lambda *_: next(free))
+    assert save_numbered(Image.new("RGB", (8, 8)), tmp_path).name == "00001.png"
+    with pytest.raises(ValueError, match=r"00000\.png: is there already"):
+        save_png(Image.new("RGB", (8, 8)), tmp_path / "00000.png")
+    assert (tmp_path / "00000.png").read_text() == "another command's"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # what is refused
