@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.sampling.metadata import picture_texts
+from ldm.sampling.metadata import weights_names
 from ldm.sampling.pictures import save_png
-from ldm.sampling.text_to_image import (
-    Recipe,
-    image_seed,
-    load_model,
-    pick_device,
-    text_to_image,
-)
+from ldm.sampling.series import Picture, in_batches
+from ldm.sampling.text_to_image import Recipe, load_model, pick_device, text_to_image
+
+PRECISION = "full"  # scores of one checkpoint are the same on every device, up to rounding
 
 
 @dataclass(frozen=True)
@@ -35,23 +32,28 @@ def draw(
 ) -> int:
     """Draw the pictures that are not there yet; return how many that were.
 
-    A picture is a function of its prompt, its number and the recipe alone, so that those that are
-    drawn later are the same as if nothing had come between. The model is loaded only for a picture
-    that is missing.
+    A picture that is drawn later is the same as if nothing had come between: it is drawn in the
+    batch that it always had, for kernels may round differently in another one. The model is loaded
+    only for a picture that is missing.
     """
-    missing = [picture for picture in wanted if not picture.path.exists()]
+    missing = sum(not picture.path.exists() for picture in wanted)
     if not missing:
         return 0
     model = load_model(checkpoint, device=pick_device(device))
-    for start in range(0, len(missing), batch_size):
-        part = missing[start : start + batch_size]
-        seeds = [image_seed(recipe.seed, picture.index) for picture in part]
-        images = text_to_image(model, [picture.prompt for picture in part], seeds, recipe)
-        for picture, image in zip(part, images):
-            picture.path.parent.mkdir(parents=True, exist_ok=True)
-            texts = picture_texts(picture.prompt, recipe, index=picture.index)
-            save_png(image, picture.path, texts)
-    return len(missing)
+    how = {**weights_names(checkpoint), "ckpt": str(checkpoint), "precision": PRECISION}
+    pictures = [Picture(picture.prompt, recipe, picture.index) for picture in wanted]
+    for batch in in_batches(pictures, batch_size):
+        paths = [wanted[position].path for position in batch.positions]
+        if all(path.exists() for path in paths):
+            continue
+        prompts = [picture.prompt for picture in batch.pictures]
+        seeds = [picture.noise_seed for picture in batch.pictures]
+        images = text_to_image(model, prompts, seeds, recipe, precision=PRECISION)
+        for place, (path, image) in enumerate(zip(paths, images)):
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_png(image, path, batch.texts(place, how))
+    return missing
 
 
 def series(prompts: Sequence[str], images: int, folder: Path) -> list[Wanted]:

@@ -12,6 +12,12 @@ def workspace(tmp_path_factory):
     return Workspace(tmp_path_factory.mktemp("studies"))
 
 
+@pytest.fixture(scope="package")
+def base_model(workspace):
+    """The golden model's weights after a step."""
+    return workspace.train("base", "--max_steps", "1") / "checkpoints/last.ckpt"
+
+
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """Run the training command in this process: a new one imports for as long as it trains.

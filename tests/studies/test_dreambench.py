@@ -20,12 +20,6 @@ SCORE = {
 CLASSES = {"dog": "dog", "bear_plushie": "stuffed animal"}
 
 
-@pytest.fixture(scope="module")
-def base_model(workspace):
-    """The golden model's weights after a step, for every subject to start from."""
-    return workspace.train("base", "--max_steps", "1") / "checkpoints/last.ckpt"
-
-
 def command(workspace, base_model, tmp_path, *more):
     score = tmp_path / "score.yaml"
     score.write_text(json.dumps(SCORE))

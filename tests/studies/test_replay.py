@@ -11,12 +11,14 @@ from PIL import Image
 from ldm.errors import UserError
 from ldm.host import environment
 from ldm.reports.runs import SUMMARY
+from ldm.sampling.text_to_image import Recipe
+from ldm.studies.drawing import draw, series
 from ldm.studies.replay import changes_since, compare_pictures, compare_weights, replay_run
 from scripts import replay
 
 
-def test_a_run_is_made_again_to_the_bit(workspace, tmp_path, capsys, caplog):
-    weights = workspace.train("first", "--max_steps", "1") / "checkpoints/last.ckpt"
+def test_a_run_is_made_again_to_the_bit(workspace, base_model, tmp_path, capsys, caplog):
+    weights = base_model
     run = workspace.train(
         "tuned", "--max_steps", "2", "--seed", "5", "--actual_resume", str(weights)
     )
@@ -30,6 +32,22 @@ def test_a_run_is_made_again_to_the_bit(workspace, tmp_path, capsys, caplog):
         replay_run(run, tmp_path)
     with pytest.raises(UserError, match=r"not the weights that .* started from"):
         replay_run(run, tmp_path, run / "checkpoints/last.ckpt")
+
+
+def test_a_picture_is_drawn_when_it_is_missing_and_is_then_the_same(base_model, tmp_path, capsys):
+    wanted = series(["a dog", "a cat"], 2, tmp_path)
+    recipe = Recipe(steps=2, height=32, width=32)
+    assert draw(base_model, wanted, recipe, batch_size=3) == 4
+    before = [picture.path.read_bytes() for picture in wanted]
+    assert len(set(before)) == 4
+    for number in (1, 3):
+        wanted[number].path.unlink()
+    assert draw(base_model, wanted, recipe, batch_size=3) == 2
+    assert [picture.path.read_bytes() for picture in wanted] == before
+    assert draw(tmp_path / "nowhere.ckpt", wanted, recipe) == 0  # no model is needed for none
+    # Its file says how to draw it again.
+    assert replay.main([str(wanted[2].path)]) == 0
+    assert "now: the same" in capsys.readouterr().out
 
 
 def test_a_difference_is_named(tmp_path):
