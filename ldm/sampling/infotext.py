@@ -89,6 +89,9 @@ def infotext(
         fields["Model"] = model
     if recipe.eta:
         fields["Eta DDIM"] = f"{recipe.eta:.10g}"
+    # The web UI reads brackets. A prompt that was drawn as plain words has to say so.
+    if recipe.weighting is None and re.search(r"[(\[\\]|\bBREAK\b", prompt + negative_prompt):
+        fields["Emphasis"] = "None"
     lines = [prompt]
     if negative_prompt:
         lines.append(NEGATIVE + negative_prompt)

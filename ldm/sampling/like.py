@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ldm.errors import UserError
 from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.modules.encoders.weighting import A1111, reads_differently
 from ldm.sampling.infotext import SIZE, parse_infotext, web_ui_schedule
 from ldm.sampling.metadata import INFOTEXT, read_recipe, weights_names
 from ldm.sampling.text_to_image import Recipe
@@ -198,6 +199,10 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
         except UserError as error:
             raise UserError(f"--like {path}: {error}; choose one with --sampler") from error
 
+    # The web UI reads brackets and long prompts, unless the text says that it did not.
+    if hasattr(args, "weighting") and take("Emphasis") != "None":
+        values["weighting"] = _weighting(path, prompt, negative)
+
     # Say what else the text asks for.
     model = {"model": take("Model"), "model_sha256": take("Model hash")}
     left += [f"{name} {value}" for name, value in given.items() if name != "Version"]
@@ -213,6 +218,14 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
         values.update(_one_picture(0, args))
     _check_weights(path, model, args)
     return values
+
+
+def _weighting(path: Path, *prompts: str) -> str | None:
+    try:
+        return A1111 if any(map(reads_differently, prompts)) else None
+    except UserError as error:
+        log.warning("%s: brackets are read as plain words: %s", path, error)
+        return None
 
 
 def _number(path: Path, name: str, text: str, kind: type) -> Any:

@@ -8,7 +8,7 @@ import torch
 from ldm.errors import UserError
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import encode
-from ldm.modules.encoders.weighting import WeightedText, chunks_of, parse
+from ldm.modules.encoders.weighting import WeightedText, chunks_of, parse, reads_differently
 from tests.support import golden
 from tests.support.families import TEXT_V2
 
@@ -117,6 +117,16 @@ def test_a_word_of_several_vectors_stays_in_one_chunk():
     chunks = chunks_of("dog " * 73 + "(sks:2)", 75, groups_of)
     assert [chunk.ids[-3:] for chunk in chunks] == [encode("dog") * 3, [9, 9, 9]]
     assert chunks[1].weights == [2, 2, 2]
+
+
+@pytest.mark.parametrize("prompt", ["", "a dog, red: big", "a dog) in the snow"])
+def test_plain_words_are_read_as_they_are(prompt):
+    assert not reads_differently(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["(a dog)", r"a \(dog", "a BREAK dog", "dog " * 76])
+def test_syntax_and_long_prompts_are_read_differently(prompt):
+    assert reads_differently(prompt)
 
 
 # Embeddings

@@ -15,7 +15,7 @@ from ldm.sampling.pictures import save_png
 from ldm.sampling.text_to_image import Recipe
 
 PROMPT = "photo of a sks dog, (detailed:1.2)"
-RECIPE = Recipe(steps=20, scale=7.0, width=64, height=32, seed=7)
+RECIPE = Recipe(steps=20, scale=7.0, width=64, height=32, seed=7, weighting="a1111")
 SHA256 = hashlib.sha256(b"weights").hexdigest()
 
 
@@ -49,7 +49,12 @@ def test_the_text_is_that_of_the_web_ui(saved):
 def test_what_is_not_known_is_left_out(saved):
     assert text(saved("", recipe=Recipe())).startswith("Steps: 50, Sampler: DDIM")
     assert "Negative prompt" not in text(saved()) and "Model" not in text(saved())
-    assert text(saved(recipe=Recipe(eta=0.5))).endswith(", Eta DDIM: 0.5")
+    assert text(saved("a dog", recipe=Recipe(eta=0.5))).endswith(", Eta DDIM: 0.5")
+
+
+def test_brackets_that_were_drawn_as_words_are_no_emphasis_to_the_web_ui(saved):
+    assert text(saved("a (red) dog", recipe=Recipe())).endswith(", Emphasis: None")
+    assert "Emphasis" not in text(saved("a (red) dog", recipe=Recipe(weighting="a1111")))
 
 
 @pytest.mark.parametrize(

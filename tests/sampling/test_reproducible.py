@@ -5,6 +5,7 @@ import random
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -157,6 +158,25 @@ def test_a_recipe_of_the_web_ui_is_read(draw, tmp_path, caplog):
     assert "left out: Clip skip 2, <lora:dog:0.8>" in caplog.text
     assert f"was drawn by other weights than {WEIGHTS}" in caplog.text
     assert "draws other noise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "prompt, more, expected",
+    [
+        ("a (red:1.5) car", "", "a1111"),
+        ("a (red:1.5) car", ", Emphasis: None", None),
+        ("a red car", "", None),
+        ("a [red|blue] car", "", None),
+    ],
+)
+def test_the_web_uis_brackets_are_read_as_it_reads_them(tmp_path, caplog, prompt, more, expected):
+    fields = f"Steps: 2, Sampler: Euler, CFG scale: 4.5, Seed: 77, Size: 64x64{more}"
+    args = flags.parse(
+        txt2img.build_parser(),
+        ["--like", str(web_ui(tmp_path, fields, prompt)), "--ckpt", str(WEIGHTS)],
+    )
+    assert args.weighting == expected
+    assert ("read as plain words" in caplog.text) == ("|" in prompt)
 
 
 def test_a_sampler_that_only_the_web_ui_has_is_named(draw, tmp_path, caplog):

@@ -168,6 +168,16 @@ def chunks_of(
     return chunks
 
 
+def reads_differently(prompt: str, room: int = 75) -> bool:
+    """Return whether a prompt in this syntax is something else than its plain words.
+
+    Raises:
+        UserError: as `parse` does.
+    """
+    ids = encode(prompt)
+    return chunks_of(prompt, room) != [Chunk(ids, [1.0] * len(ids))]
+
+
 def _fill(
     part: Sequence[Piece], room: int, groups_of: Callable[[str], list[list[int]]]
 ) -> list[Chunk]:
