@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import runpy
 import signal
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from ldm import signals
 from ldm.config import PROJECT
@@ -37,6 +40,29 @@ def disk_text(error: OSError) -> str:
     if error.errno not in OF_THE_DISK:
         return ""
     return f"{error.filename or 'writing'}: {error.strerror}: {OF_THE_DISK[error.errno]}"
+
+
+def check_writable(folder: Path, instead: str) -> None:
+    """Raise a `UserError` if a folder cannot be made, or nothing can be written into it.
+
+    It is tried in the nearest folder that there is, and leaves nothing behind.
+
+    Args:
+        instead: what to do then.
+    """
+    place = folder.absolute()
+    try:
+        while not place.exists():
+            if place.is_symlink():
+                raise UserError(
+                    f"{place}: a link to {place.readlink()}, which is not there; {instead}"
+                )
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"{place}: a file stands where a folder is needed; {instead}")
+        os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=place))
+    except OSError as error:  # no right to write, a read-only disk, a folder of the system's own
+        raise UserError(f"{folder}: cannot write there: {error.strerror}; {instead}") from error
 
 
 def exit_status(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,25 @@ def under(path: str) -> Iterator[None]:
         yield
     except ParameterError as error:
         raise error.under(path) from error
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise a `ParameterError` for what is no share of a whole."""
+    if not 0 <= value <= 1:
+        raise ParameterError(name, f"expected a share from 0 to 1, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise a `ParameterError` for what is no finite number above 0."""
+    if not 0 < value < math.inf:
+        raise ParameterError(name, f"expected a positive number, got {value}")
+
+
+def check_counts(**numbers: float) -> None:
+    """Raise a `ParameterError` for the first of some numbers that is below 1."""
+    for name, number in numbers.items():
+        if not 1 <= number < math.inf:
+            raise ParameterError(name, f"expected 1 or more, got {number}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -28,6 +28,14 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes in words that a person reads: `4.27 GB`, `12.3 MB`, `401 bytes`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} bytes"
+
+
 def write_atomically(
     path: str | Path,
     write: Callable[[Path], object],
@@ -50,8 +58,8 @@ def write_atomically(
     free = shutil.disk_usage(path.parent).free
     if expected_bytes > free:
         raise UserError(
-            f"{path}: not written: it needs {expected_bytes / 1e9:.2f} GB and the disk has "
-            f"{free / 1e9:.2f} GB free; make room or choose another place"
+            f"{path}: not written: it needs {size_text(expected_bytes)} and the disk has "
+            f"{size_text(free)} free; make room or choose another place"
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

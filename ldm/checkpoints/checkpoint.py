@@ -176,12 +176,15 @@ class Checkpoint:
             raise UserError(f"{self.path}: {other or missing}")
         return self
 
-    def refuse_other_kinds(self) -> Checkpoint:
+    def refuse_other_kinds(self, parts: bool = False) -> Checkpoint:
         """Return the same; raises a `UserError` for weights of something else: a LoRA, a
         ControlNet, another kind.
+
+        Args:
+            parts: raise for one network of a model alone, too.
         """
         other = of_weights(self.state)
-        if other and not other.is_part:
+        if other and (parts or not other.is_part):
             raise UserError(f"{self.path}: {other}")
         return self
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm import __version__
+from ldm.checkpoints.finite import first_not_finite
 from ldm.checkpoints.headers import header, save_with_hash
 from ldm.config import RunConfig
 from ldm.data.prompts import captions_from_templates
@@ -109,12 +110,12 @@ def training_facts(
 
 def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
     """Raise a `UserError` for tensors with values that are no numbers: no model works with them."""
-    for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(
-                f"{path}: not written: '{key}' has values that are no numbers: the weights were "
-                "broken before, or are too large for this precision"
-            )
+    key = first_not_finite(state, state)
+    if key is not None:
+        raise UserError(
+            f"{path}: not written: '{key}' has values that are no numbers: the weights were "
+            "broken before, or are too large for this precision"
+        )
 
 
 def write_weights(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.diffusers_format import with_names_of_text_encoder
 from ldm.checkpoints.ema import has_averages
 from ldm.checkpoints.families import recognise
+from ldm.checkpoints.finite import check_usable
 from ldm.checkpoints.layouts import AVERAGES, NETWORKS, UNET
 from ldm.checkpoints.other_files import of_weights
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
@@ -164,6 +165,7 @@ def load_state(
     changed.
     """
     report = compare(model, state, path, ignore)
+    check_usable(model, state, report.used, path)
     model.load_state_dict({key: state[key] for key in report.used}, strict=False)
     log.info("%s: %s", path, report)
     return report
@@ -189,6 +191,7 @@ def adopt_state(
         UserError: as `compare` does, before anything is changed.
     """
     report = compare(model, state, path)
+    check_usable(model, state, report.used, path)
     own = model.state_dict()
 
     def fitting(key: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ldm.checkpoints.layouts import unwrapped
 from ldm.checkpoints.unpickle import is_module
+from ldm.files import size_text
 
 AGAIN = "download it again"
 
@@ -90,7 +91,7 @@ def of_bytes(path: Path) -> str | None:
 def _lfs_pointer(head: bytes) -> str:
     """Return what to do about a Git LFS pointer, with the size of the file that it stands for."""
     size = re.search(rb"size (\d+)", head)
-    of_size = f" of {int(size[1]) / 1e9:.2f} GB" if size else ""
+    of_size = f" of {size_text(int(size[1]))}" if size else ""
     return (
         f"a Git LFS pointer, not the file{of_size} that it stands for: run 'git lfs pull' in its "
         "repository, "
@@ -268,7 +269,8 @@ KINDS = (
     _kind(
         "a UNet alone, not a whole model",
         f"{NEEDS_WHOLE}, with text encoder and autoencoder",
-        r"^(diffusion_model\.)?input_blocks\.0\.0\.weight",
+        r"^(model\.)?(diffusion_model\.)?input_blocks\.0\.0\.weight",
+        r"^(first_stage_model|cond_stage_model)\.",
         is_part=True,
     ),
     _kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from inspect import signature
@@ -25,7 +26,7 @@ from ldm.data.streams import (
     TrainLoader,
     count_images,
 )
-from ldm.errors import ParameterError, UserError, nearest, under
+from ldm.errors import ParameterError, UserError, check_counts, nearest, under
 from ldm.util import check_params, get_obj_from_str, instantiate_from_config
 
 # How class images are made.
@@ -159,6 +160,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise ParameterError(
                 "class_images.unconditional", f"expected a share below 1, got {share}"
             )
+        with under("class_images"):
+            check_counts(
+                batch_size=self.class_images.get("batch_size", 1),
+                steps=self.class_images.get("steps", 1),
+            )
+        scale = self.class_images.get("scale", 1)
+        if not math.isfinite(scale):
+            raise ParameterError("class_images.scale", f"expected a number, got {scale}")
         if not self.num_class_images:
             return
         if self.reg is None:

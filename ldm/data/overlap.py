@@ -22,7 +22,8 @@ def check_folders(subject: str | Path, prior: str | Path) -> None:
     subject, prior = Path(subject).expanduser(), Path(prior).expanduser()
     if prior.exists() and subject.exists() and prior.samefile(subject):
         raise UserError(
-            f"{prior}: is the folder of both the subject's photos and the class images: {WAY_OUT}"
+            f"{prior}: is the folder of both the subject's photos and the class images: {WAY_OUT}; "
+            "or train without class images: model.params.reg_weight=0"
         )
     if is_searched(subject, prior):
         raise UserError(

@@ -12,9 +12,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.errors import ParameterError, UserError, under
+from ldm.errors import ParameterError, UserError, check_counts, under
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.named_weights import NamedWeights
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.rng import SampleRandom
@@ -35,6 +36,7 @@ class AutoencoderKL(pl.LightningModule):
         embed_dim: channels of a latent.
         ckpt_path: a file of initial weights, for who builds the model
             (`ldm.checkpoints.parts.load_parts`); keys that start with one of `ignore_keys` stay.
+            Until then it refuses to compute.
         image_key: a batch's entry for the images, (b, h, w, c) in [-1, 1].
         monitor: the metric that names the best checkpoint.
         use_checkpoint: recompute the residual blocks' activations in the backward pass.
@@ -72,6 +74,7 @@ class AutoencoderKL(pl.LightningModule):
             raise ParameterError(
                 "ddconfig.double_z", "must be true, the posterior has a mean and a variance"
             )
+        check_counts(embed_dim=embed_dim)
         params = {"use_checkpoint": use_checkpoint, **ddconfig}
         check_params(Encoder, params, "ddconfig")
         with under("ddconfig"):
@@ -89,6 +92,7 @@ class AutoencoderKL(pl.LightningModule):
         # Lightning steps several optimizers only by hand.
         self.automatic_optimization = False
         self.ckpt_path, self.ignore_keys = ckpt_path, tuple(ignore_keys)
+        self.named_weights = NamedWeights(self, ckpt_path, (self.encoder, self.decoder))
 
     # Images and latents
 

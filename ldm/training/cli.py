@@ -335,13 +335,19 @@ def _images(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _needs_no_class_images(config: RunConfig) -> bool:
-    """Return whether the prior weighs nothing, and no folder is named for it."""
+    """Return whether the prior weighs nothing, and no folder is named for it but the subject's."""
     weighs = config.get("model.params.reg_weight", 1.0)
-    return (
-        bool(config.get("data.params.reg"))
-        and not weighs
-        and not config.get("data.params.reg.params.data_root")
-    )
+    if weighs or not config.get("data.params.reg"):
+        return False
+    root = config.get("data.params.reg.params.data_root")
+    if root and str(root) == str(config.get("data.params.train.params.data_root")):
+        log.warning(
+            "%s: the folder of the subject and of the class: model.params.reg_weight is 0, so no "
+            "class images are used",
+            root,
+        )
+        return True
+    return not root
 
 
 def start_of(args: argparse.Namespace) -> Start:

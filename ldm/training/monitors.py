@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 
+<<<<<<< HEAD
 from ldm.data.datamodule import DataModuleFromConfig
+=======
+from ldm.config import RunConfig
+>>>>>>> d25901d (Bad input: room on the disk before training, weights that are no numbers, numbers with no sense, files of one network; each named before work starts)
 from ldm.errors import UserError, nearest
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders import tokenizer
@@ -24,7 +28,7 @@ KNOWN = (
 )  # packages whose callbacks log nothing that is not known here
 
 
-def check_monitors(trainer: Any, model: Any, data: Any) -> None:
+def check_monitors(trainer: Any, model: Any, data: Any, config: RunConfig) -> None:
     """Compare the metrics that callbacks watch with those that the model says it logs.
 
     Raises:
@@ -37,11 +41,11 @@ def check_monitors(trainer: Any, model: Any, data: Any) -> None:
     has_prior = "reg" in data.datasets or bool(data.num_class_images)
     logged = model.metric_names(has_prior)
     without_validation = _why_no_validation(trainer, data)
-    for where, metric, is_needed in _watched(trainer):
+    for where, metric, is_needed in _watched(trainer, config):
         if metric.startswith(RATES) or metric in logged["train"]:
             continue
         if metric not in logged["val"]:
-            names = [*logged["train"], *logged["val"]]
+            names = [*logged["train"], *([] if without_validation else logged["val"])]
             raise UserError(
                 f"{where}: nothing logs '{metric}'{nearest(metric, names)}; logged are "
                 f"{', '.join(names)}"
@@ -58,17 +62,29 @@ def _is_known(callback: pl.Callback) -> bool:
     return type(callback).__module__.partition(".")[0] in KNOWN
 
 
-def _watched(trainer: Any) -> Iterator[tuple[str, str, bool]]:
-    """Yield where a metric is named, the metric, and whether its callback is idle without it."""
+def _watched(trainer: Any, config: RunConfig) -> Iterator[tuple[str, str, bool]]:
+    """Yield the key that names a metric, the metric, and whether its callback is idle without
+    it.
+    """
     for callback in trainer.callbacks:
-        name = type(callback).__name__
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str):
-            yield f"monitor of {name}", monitor, True
+            yield f"{_key_of(callback, config)}.params.monitor", monitor, True
         # Of `model.params.monitor` the summary names the best checkpoint, where it is measured.
         score = getattr(callback, "score", None)
         if isinstance(score, str):
             yield "model.params.monitor", score, False
+
+
+def _key_of(callback: pl.Callback, config: RunConfig) -> str:
+    """Return the key of the config that has made a callback."""
+    if isinstance(callback, pl.callbacks.Checkpoint):
+        return "lightning.modelcheckpoint"
+    kind = type(callback).__name__
+    for name, value in config.section("lightning.callbacks").items():
+        if isinstance(value, Mapping) and str(value.get("target")).rpartition(".")[2] == kind:
+            return f"lightning.callbacks.{name}"
+    return kind
 
 
 def _why_no_validation(trainer: Any, data: Any) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm import signals
+from ldm.commands import check_writable
 from ldm.distributed import agreed, is_first
 from ldm.errors import UserError
 
@@ -96,6 +97,8 @@ def new_run(args: argparse.Namespace) -> Run:
         return parent / f"{data}{stamp}_{name}{args.postfix}"
 
     _check_length(folder(LONGEST_STAMP).relative_to(parent))
+    if is_first():
+        check_writable(parent, "choose another --logdir")
 
     def claim(stamp: str) -> bool:
         made[:] = _make_folder(folder(stamp))
@@ -148,11 +151,24 @@ def held(run: Run) -> Iterator[None]:
             raise
 
 
-def nothing_saved(run: Run) -> str:
-    """Say how to go on after an end before a step was saved."""
+def nothing_saved(run: Run, lost: str = "") -> str:
+    """Say how to go on after an end before a step was saved.
+
+    Args:
+        lost: which steps were made, and are lost.
+    """
     if run.resume_from is None:
-        return "no step is saved yet: start it again"
-    return f"no further step is saved; go on with: {resume_command(run)}"
+        return f"no step is saved yet{lost}: start it again"
+    return f"no further step is saved{lost}; go on with: {resume_command(run)}"
+
+
+def lost_steps(saved: int, made: int) -> str:
+    """Return ` (steps 3 to 5 are lost)` for steps behind the saved one; an empty text for none."""
+    if made <= saved:
+        return ""
+    if made == saved + 1:
+        return f" (step {made} is lost)"
+    return f" (steps {saved + 1} to {made} are lost)"
 
 
 def resume_command(run: Run) -> str:

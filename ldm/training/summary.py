@@ -19,7 +19,7 @@ from ldm.modules.encoders import tokenizer
 from ldm.optim.schedules import WarmupDecay
 from ldm.training import memory
 from ldm.training.resume import Resumed
-from ldm.training.run import Run, nothing_saved, relative, resume_command
+from ldm.training.run import Run, lost_steps, nothing_saved, relative, resume_command
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
 
@@ -166,11 +166,17 @@ def end(
     return _rows("Done", rows)
 
 
-def left(keeper: CheckpointKeeper | None, run: Run) -> str:
-    """Say which step an early end has left, and how to go on from it."""
+def left(keeper: CheckpointKeeper | None, run: Run, first: int = 0, made: int = 0) -> str:
+    """Say which step an early end has left, which it has not, and how to go on.
+
+    Args:
+        first: the step that this start of the run went on from.
+        made: the last step that it made.
+    """
     if keeper is None or keeper.last_step is None:
-        return nothing_saved(run)
-    saved = f"step {keeper.last_step} is saved in {relative(keeper.last_path)}"
+        return nothing_saved(run, lost_steps(first, made))
+    lost = lost_steps(keeper.last_step, made)
+    saved = f"step {keeper.last_step} is saved in {relative(keeper.last_path)}{lost}"
     return f"{saved}; go on with: {resume_command(run)}"
 
 

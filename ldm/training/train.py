@@ -26,20 +26,21 @@ from ldm.checkpoints.parts import load_parts
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.commands import disk_text
 from ldm.config import SECTIONS, RunConfig
-from ldm.distributed import failure_of_others, is_sharded
+from ldm.distributed import failure_of_others, first_alone, is_sharded
 from ldm.errors import ParameterError, UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.trained import check_strategy
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
+from ldm.training.disk import check_disk
 from ldm.training.monitors import check_identifier, check_monitors
 from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
 from ldm.training.trainer import build_trainer, check_optimizer, quiet_lightning
-from ldm.util import instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,14 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     set_learning_rates(model, config, trainer, data.batch_size)
 
     # Whatever can be refused is refused before the hours that class images may take.
-    check_monitors(trainer, model, data)
+    check_monitors(trainer, model, data, config)
     check_identifier(config.identifier, data.summary()["subject_prompts"])
     check_training(model, data, trainer)
+    first = resumed.step if resumed else 0
 
     with signals.handled():
+        first_alone(lambda: check_disk(trainer, model, _keeper(trainer), config.export, first))
+
         # Class images and cached latents, made by the model as it is now.
         prepare(model, data, trainer, run.resume_from)
 
@@ -118,7 +122,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         if run.resume_from:  # not as an argument of fit, which hides it from the callbacks
             trainer.ckpt_path = str(run.resume_from)
             _check_goes_on(model, run.resume_from)
-        _fit(trainer, model, data, run)
+        _fit(trainer, model, data, run, first)
 
         # What is made of the trained weights beside the checkpoints, and what to do with them.
         try:
@@ -157,8 +161,8 @@ def _check_goes_on(model: Any, path: Path) -> None:
     compare(model, state_dict_of(read_checkpoint(path), path), "the checkpoint to go on from")
 
 
-def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
-    """Train; an error says which step is saved.
+def _fit(trainer: Any, model: Any, data: Any, run: Run, first: int) -> None:
+    """Train from step `first` on; an error says which step is saved.
 
     If memory runs out, it also says what needs less.
     """
@@ -170,7 +174,7 @@ def _fit(trainer: Any, model: Any, data: Any, run: Run) -> None:
         trainer.fit(model, datamodule=data, weights_only=False)
     except BaseException as error:
         # Whatever ended the run, its user has to know what is saved.
-        left = summary.left(_keeper(trainer), run)
+        left = summary.left(_keeper(trainer), run, first, trainer.global_step)
         if isinstance(error, signals.Interrupted):
             error.advice = left
             raise
@@ -313,11 +317,14 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
         model, report = instantiate_from_config(config.model, "model"), "newly initialised"
         load_parts(model)
     else:
-        # A folder has no config of its own; a file's adapters have the scale that its own config
-        # says.
+        # A folder has no config of its own; a file's adapters have the scale that its own says.
         checkpoint = Checkpoint.open(
             start.weights, config.content if start.weights.is_dir() else None
-        ).merged()
+        )
+        # A LoRA or one network alone is named before the time that building the model takes.
+        cls = get_obj_from_str(config.model["target"], "model.target")
+        checkpoint.refuse_other_kinds(parts=issubclass(cls, LatentDiffusion))
+        checkpoint = checkpoint.merged()
         # EMA weights come along only for a model that goes on averaging them.
         keeps_ema = bool(config.get("model.params.use_ema", True))
         model, loaded = checkpoint.for_training(start.take, keeps_ema).build(config=config.content)

@@ -12,9 +12,10 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.errors import check_counts, check_positive, check_share
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper
 from ldm.models.diffusion.interface import CompVisInterface, Images
-from ldm.models.diffusion.objective import Draws, Objective, check_share
+from ldm.models.diffusion.objective import Draws, Objective
 from ldm.models.diffusion.preview import preview, samples
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 from ldm.models.diffusion.trained import (
@@ -123,6 +124,8 @@ class LatentDiffusion(CompVisInterface):
         )
         self.objective.check_terminal(zero_terminal_snr)
         check_share("ema_decay", ema_decay)
+        check_counts(image_size=image_size)
+        check_positive("scale_factor", scale_factor)
         self.zero_terminal_snr = zero_terminal_snr
         self.text_training = TextEncoderTraining(text_encoder_lr, text_encoder_stop)
         self.text_training.check(cond_stage_trainable)

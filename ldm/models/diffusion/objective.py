@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.errors import ParameterError
+from ldm.errors import ParameterError, check_share
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 from ldm.modules.losses.batch import Batch, Examples
@@ -204,9 +204,3 @@ class Objective:
         """Return the names of what `total` logs."""
         prior = ["loss_prior"] if has_prior else []
         return ["loss_simple", "loss_vlb", "loss", *prior, "loss_total"]
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise a `UserError` for what is no share."""
-    if not 0 <= value <= 1:
-        raise ParameterError(name, f"expected a share from 0 to 1, got {value}")

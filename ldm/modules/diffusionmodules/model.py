@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import ParameterError
+from ldm.errors import ParameterError, check_counts, check_share
 from ldm.modules.attention import attention
 
 
@@ -179,6 +179,9 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         widths = _check_widths(ch, ch_mult)
+        check_counts(in_channels=in_channels, out_ch=out_ch, z_channels=z_channels)
+        check_counts(num_res_blocks=num_res_blocks, resolution=resolution)
+        check_share("dropout", dropout)
         self.conv_in = conv3(in_channels, ch)
         self.down = nn.ModuleList()
         channels = ch
@@ -224,6 +227,9 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         widths = _check_widths(ch, ch_mult)
+        check_counts(in_channels=in_channels, out_ch=out_ch, z_channels=z_channels)
+        check_counts(num_res_blocks=num_res_blocks, resolution=resolution)
+        check_share("dropout", dropout)
         channels = widths[-1]
         self.conv_in = conv3(z_channels, channels)
         self.mid = Middle(channels, dropout, use_checkpoint)

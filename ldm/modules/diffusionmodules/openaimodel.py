@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import ParameterError
+from ldm.errors import ParameterError, check_counts, check_share
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
 
@@ -144,6 +144,13 @@ class UNetModel(nn.Module):
             raise ParameterError(
                 "use_checkpoint", f"expected true, false or attention, got {use_checkpoint!r}"
             )
+        check_counts(
+            in_channels=in_channels, out_channels=out_channels, model_channels=model_channels
+        )
+        check_counts(transformer_depth=transformer_depth, channel_mult=min(channel_mult, default=0))
+        if context_dim is not None:
+            check_counts(context_dim=context_dim)
+        check_share("dropout", dropout)
         levels = _plan(model_channels, channel_mult, num_res_blocks, attention_resolutions)
         _check_widths([level.width for level in levels], num_heads, num_head_channels)
         make = BlockFactory(
@@ -294,6 +301,8 @@ def _plan(
         raise ParameterError(
             "num_res_blocks", f"has {len(blocks)} entries for {len(channel_mult)} in channel_mult"
         )
+    if min(blocks) < 1:
+        raise ParameterError("num_res_blocks", f"expected 1 or more, got {min(blocks)}")
     return [
         Level(mult * model_channels, number, 2**index in attention_resolutions)
         for index, (mult, number) in enumerate(zip(channel_mult, blocks))

@@ -20,7 +20,9 @@ from ldm.modules.encoders.tokenizer import (
     tokenize,
     transformers_tokenizer,
 )
+from ldm.modules.named_weights import NamedWeights
 
+SHORTEST = 3  # tokens: the start, a word, the end
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 # The text tower of CLIP ViT-L/14: the fields of transformers' CLIPTextConfig.
 CLIP_VIT_L_14_TEXT: dict[str, Any] = {
@@ -152,7 +154,7 @@ class FrozenCLIPEmbedder(TextEncoder):
         max_length: tokens a text is padded or cut to.
         use_checkpoint: recompute activations in the backward pass instead of keeping them.
         ckpt_path: a file of initial weights, for who builds the model
-            (`ldm.checkpoints.parts.load_parts`).
+            (`ldm.checkpoints.parts.load_parts`). Until then it refuses to compute.
     """
 
     def __init__(
@@ -164,6 +166,8 @@ class FrozenCLIPEmbedder(TextEncoder):
         ckpt_path: str | None = None,
     ):
         super().__init__()
+        if max_length < SHORTEST:
+            raise ParameterError("max_length", f"expected {SHORTEST} or more, got {max_length}")
         self.max_length = max_length
         text_model = _build_text_model(version, text_config)
         limit = text_model.config.max_position_embeddings
@@ -183,6 +187,7 @@ class FrozenCLIPEmbedder(TextEncoder):
         )
         self.transformer = TextTransformer(text_model)
         self.ckpt_path = ckpt_path
+        self.named_weights = NamedWeights(self, ckpt_path, (text_model,))
 
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """Return embeddings of token ids, (b, n, hidden_size)."""
@@ -289,7 +294,10 @@ def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> An
     for key in fields:
         if key not in accepted:
             raise ParameterError(f"text_config.{key}", f"unknown field{nearest(key, accepted)}")
-    return CLIPTextModel(CLIPTextConfig(**{**CLIP_VIT_L_14_TEXT, **fields}))
+    try:
+        return CLIPTextModel(CLIPTextConfig(**{**CLIP_VIT_L_14_TEXT, **fields}))
+    except Exception as error:  # transformers checks some fields, torch stumbles over others
+        raise ParameterError("text_config", " ".join(str(error).split())) from error
 
 
 def _build_open_clip_text(arch: str, text_config: Mapping[str, Any] | None) -> Any:
