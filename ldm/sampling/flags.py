@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import fields
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.ema import WEIGHTS
+from ldm.commands import check_writable
 from ldm.data.captions import read_text
 from ldm.distributed import agreed, share
 from ldm.errors import UserError
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
+
+RANDOM = -1  # the seed that asks for another one each time
+SEEDS = 2**64  # how many seeds there are in the programs that have the most
 
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 _MISSING: Any = object()  # the value of a flag that is not given
@@ -232,6 +235,10 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: expected at least 1")
     check_guidance_flags(args)
+    if args.seed != RANDOM and not 0 <= args.seed < SEEDS:
+        raise UserError(
+            f"--seed {args.seed}: expected a whole number from 0 to {SEEDS - 1}, or {RANDOM}"
+        )
     sampler, _ = chosen_sampler(args)
     if args.ddim_eta and sampler != "ddim":
         raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
@@ -255,17 +262,8 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise a `UserError` if a folder cannot be made, or nothing can be written into it.
-
-    It is not made yet: a command that is refused leaves nothing behind.
-    """
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{place}: a file stands where a folder is needed; choose another --outdir")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{place}: cannot write there; choose another --outdir")
+    """Raise a `UserError` if a folder cannot be made, or nothing can be written into it."""
+    check_writable(folder, "choose another --outdir")
 
 
 # What the flags say
@@ -329,7 +327,7 @@ def recipe_of(args: argparse.Namespace, model: LatentDiffusion) -> Recipe:
 
 def chosen_seed(given: int) -> int:
     """Return the seed, or a random one where -1 asks for it, as in AUTOMATIC1111's web UI."""
-    if given != -1:
+    if given != RANDOM:
         return given
     seed = int(agreed(lambda: str(secrets.randbelow(2**32))))
     log.info("--seed -1: the seed is %d", seed)

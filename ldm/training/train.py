@@ -20,6 +20,7 @@ from ldm.callbacks.setup import ChecksRun
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.export import DTYPES, sha256
+from ldm.checkpoints.finite import check_usable
 from ldm.checkpoints.loading import compare
 from ldm.checkpoints.lora import adapters_alone
 from ldm.checkpoints.parts import load_parts
@@ -156,9 +157,13 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
 
 
 def _check_goes_on(model: Any, path: Path) -> None:
-    """Raise a `UserError` if a checkpoint to go on from holds another model's tensors."""
+    """Raise a `UserError` if a checkpoint to go on from holds another model's tensors, or what is
+    no number.
+    """
     model.configure_model()  # its adapters, which a LoRA run's checkpoint has
-    compare(model, state_dict_of(read_checkpoint(path), path), "the checkpoint to go on from")
+    state = state_dict_of(read_checkpoint(path), path)
+    report = compare(model, state, "the checkpoint to go on from")
+    check_usable(model, state, report.used, path)
 
 
 def _fit(trainer: Any, model: Any, data: Any, run: Run, first: int) -> None:

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 import main
+from ldm.checkpoints.checkpoint import Checkpoint
 from scripts import stable_txt2img
-from tests.support.runs import Workspace, config
+from tests.support.runs import Workspace, config, metrics
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +149,6 @@ def test_gpus_that_are_not_there(refused):
     assert "--gpus 7,: there is no GPU 7" in refused("--gpus", "7,")
 
 
-def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(workspace, monkeypatch, caplog):
-    run = workspace.train("full-disk", "--max_steps", "2")
-    before = (run / "checkpoints/last.ckpt").read_bytes()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    assert main.main(["-r", str(run), "--max_steps", "4"]) == 1
-    assert "GB free" in caplog.text
-    assert (run / "checkpoints/last.ckpt").read_bytes() == before
-
-
 # Sampling
 
 
@@ -175,6 +167,8 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(workspace, monkey
         (["--ckpt", "{ckpt}", "--n_samples", "0"], "at least 1"),
         (["--ckpt", "{ckpt}", "--device", "cuda"], "--device cuda"),
         (["--ckpt", "{ckpt}", "--scale", "nan"], "must be numbers"),
+        (["--ckpt", "{ckpt}", "--seed", "-2"], "--seed -2: expected a whole number from 0 to"),
+        (["--ckpt", "{ckpt}", "--seed", str(2**64)], "or -1"),
         (["--ckpt", "{ckpt}", "--n_rows", "-1"], "--n_rows at least 0"),
         (["--ckpt", "{ckpt}", "--outdir", "{ckpt}/out"], "a file stands where a folder is needed"),
         (["--laion400m"], "not supported"),
@@ -202,13 +196,15 @@ def test_sampling_what_cannot_be_sampled(workspace, arguments, message, caplog, 
      "lightning.callbacks.t.params: Timer: "),
     (["lightning.modelcheckpoint.params.monitor=val/loss_simple_ema"],
      "'val/loss_simple_ema' is of the validation, but the config has no data.params.validation"),
-    (["lightning.modelcheckpoint.params.monitor=train/los"], "nothing logs 'train/los' (did you "
-                                                             "mean 'train/loss'?)"),
+    (["lightning.modelcheckpoint.params.monitor=train/los"],
+     "lightning.modelcheckpoint.params.monitor: nothing logs 'train/los' (did you mean "
+     "'train/loss'?); logged are train/loss_simple, train/loss_vlb, train/loss, train/loss_prior, "
+     "train/loss_total"),
     (["model.params.monitor=val/los_simple"], "model.params.monitor: nothing logs 'val/los_simple' "
                                               "(did you mean"),
     (["lightning.callbacks.s={target: pytorch_lightning.callbacks.EarlyStopping, params: "
       "{monitor: val/none}}"],
-     "monitor of EarlyStopping: nothing logs 'val/none'"),
+     "lightning.callbacks.s.params.monitor: nothing logs 'val/none'"),
     (["model.base_learning_rate=.nan"], "model.base_learning_rate: expected a positive number, "
                                         "got nan"),
     (["data.params.train=null"], "data.params.train: needed to train"),
@@ -221,6 +217,63 @@ def test_sampling_what_cannot_be_sampled(workspace, arguments, message, caplog, 
 ])  # fmt: skip
 def test_what_would_be_silently_something_else(refused, arguments, message):
     assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize("override, says", [
+    ("model.params.reg_weight=-1", "expected 0 or more, got -1"),
+    ("model.params.scale_factor=0", "expected a positive number, got 0"),
+    ("model.params.scale_factor=.nan", "expected a positive number, got nan"),
+    ("model.params.image_size=0", "expected 1 or more, got 0"),
+    ("model.params.unet_config.params.dropout=2", "expected a share from 0 to 1, got 2"),
+    ("model.params.unet_config.params.model_channels=0", "expected 1 or more, got 0"),
+    ("model.params.unet_config.params.num_res_blocks=-1", "expected 1 or more, got -1"),
+    ("model.params.unet_config.params.channel_mult=[]", "expected 1 or more, got 0"),
+    ("model.params.unet_config.params.context_dim=0", "expected 1 or more, got 0"),
+    ("model.params.first_stage_config.params.embed_dim=0", "expected 1 or more, got 0"),
+    ("model.params.first_stage_config.params.ddconfig.num_res_blocks=-1", "expected 1 or more, "
+                                                                          "got -1"),
+    ("model.params.cond_stage_config.params.max_length=0", "expected 3 or more, got 0"),
+    ("data.params.class_images.batch_size=0", "expected 1 or more, got 0"),
+    ("data.params.class_images.steps=0", "expected 1 or more, got 0"),
+    ("data.params.class_images.scale=.nan", "expected a number, got nan"),
+])  # fmt: skip
+def test_numbers_with_no_sense_are_refused_by_name(refused, override, says):
+    assert refused(override) == f"error: {override.partition('=')[0]}: {says}"
+
+
+def test_fields_that_the_text_model_refuses(refused):
+    path = "model.params.cond_stage_config.params.text_config"
+    assert refused(f"{path}.hidden_size=-1").startswith(f"error: {path}: ")
+
+
+def test_one_folder_for_both_needs_no_class_images_where_the_prior_weighs_nothing(
+    workspace, refused, caplog
+):
+    both = [("--reg_data_root", workspace.photos)]
+    assert "model.params.reg_weight=0" in refused(replace=both)
+    arguments = workspace.arguments("no-prior", "model.params.reg_weight=0", "--max_steps", "1")
+    arguments[arguments.index("--reg_data_root") + 1] = str(workspace.photos)
+    assert main.main(arguments) == 0
+    assert "so no class images are used" in caplog.text
+    assert "train/loss_prior" not in metrics(workspace.run("no-prior"))[0]
+
+
+@pytest.mark.parametrize("keys, named", [
+    ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": 1}, "a LoRA"),
+    ({"encoder.conv_in.weight": 1, "decoder.conv_in.weight": 1}, "an autoencoder alone"),
+    ({"model.diffusion_model.input_blocks.0.0.weight": 1}, "a UNet alone"),
+])  # fmt: skip
+def test_one_network_is_named_before_a_model_is_built(refused, tmp_path, monkeypatch, keys, named):
+    torch.save({key: torch.zeros(1) for key in keys}, path := tmp_path / "one.ckpt")
+    monkeypatch.setattr(Checkpoint, "build", lambda *args, **kwargs: pytest.fail("built"))
+    assert refused("--actual_resume", str(path)).startswith(f"error: {path}: {named}, not a whole")
+
+
+def test_a_folder_of_the_system_s_own(workspace, refused, caplog):
+    message = refused(replace=[("-l", "/proc/none")])
+    assert message.startswith("error: /proc/none: cannot write there: ")
+    assert stable_txt2img.main(["--outdir", "/proc/none"]) == 1
+    assert "error: /proc/none: cannot write there: " in caplog.text
 
 
 def test_a_validation_that_never_comes_cannot_be_monitored(refused):

@@ -43,9 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class LatentDiffusion(CompVisInterface):
-    """A text-to-image diffusion model in an autoencoder's latent space.
-
-    Rombach et al., 2112.10752.
+    """A text-to-image diffusion model in an autoencoder's latents (Rombach et al., 2112.10752).
 
     Args:
         unet_config, first_stage_config, cond_stage_config: `target` and `params` of the networks.
