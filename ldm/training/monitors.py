@@ -9,11 +9,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-<<<<<<< HEAD
-from ldm.data.datamodule import DataModuleFromConfig
-=======
 from ldm.config import RunConfig
->>>>>>> d25901d (Bad input: room on the disk before training, weights that are no numbers, numbers with no sense, files of one network; each named before work starts)
+from ldm.data.datamodule import DataModuleFromConfig
 from ldm.errors import UserError, nearest
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders import tokenizer
