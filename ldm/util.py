@@ -46,6 +46,10 @@ LEGACY: dict[str, dict[str, str]] = {
         "model_lr": "the learning rate is model.base_learning_rate",
         "log_every_t": "",
         "channels": "",
+        "concat_keys": "an inpainting model reads the mask and then the masked image",
+        "masked_image_key": "the masked image is made of the image",
+        "finetune_keys": "input channels that a file lacks start from 0",
+        "keep_finetune_dims": "input channels that a file lacks start from 0",
     },
     "ldm.modules.embedding_manager.EmbeddingManager": {
         "placeholder_strings": "",

@@ -24,7 +24,6 @@ from typing import Any
 from PIL import Image
 
 from ldm.commands import exit_status
-from ldm.distributed import is_first
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import suite_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -35,15 +34,14 @@ from ldm.sampling.flags import (
     add_series_flags,
     check_flags,
     check_folder,
-    how_made,
+    draw_pictures,
     model_of,
     parse,
     prompts_of,
     recipe_of,
     series_of,
 )
-from ldm.sampling.pictures import grid, save_numbered
-from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
+from ldm.sampling.series import Draw, Picture
 from ldm.sampling.text_to_image import text_to_image
 from ldm.sampling.xy_grid import add_grid_flags, by_checkpoint, cells, grid_axes, labelled_grid
 
@@ -82,23 +80,9 @@ def sample(args: argparse.Namespace) -> None:
         sample_grid(args)
         return
     prompts = suite_prompts(args.suite, args.subject) if args.suite else prompts_of(args)
-    outdir = Path(args.outdir)
-    folder = None if args.skip_save else outdir / "samples"
-
     model = model_of(args)
     pictures = series_of(args, prompts, recipe_of(args, model))
-    draw, how = drawing(model, args), {} if args.skip_save else how_made(args)
-
-    # Each picture is written as soon as it is there, whole or not at all, so a command that is
-    # stopped keeps those that it has finished.
-    if args.like_batch is not None and len(pictures) == 1:
-        batches = as_in_batch(pictures[0], *args.like_batch)
-        made = list(draw_series(batches, draw, folder, how, say=print).values())
-    else:
-        size = 1 if args.exact else args.n_samples
-        made = draw_shares(pictures, draw, size, folder, how, print)
-    if not args.skip_grid and is_first():
-        print(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))
+    draw_pictures(args, pictures, drawing(model, args), print)
 
 
 def sample_grid(args: argparse.Namespace) -> None:

@@ -19,7 +19,9 @@ from ldm.data.streams import Stream
 from ldm.distributed import computes
 from ldm.errors import ParameterError, UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.inpainting import with_channels
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.losses.batch import Batch
 from ldm.rng import SampleRandom, derive_seed
 
 WHERE = "lightning.callbacks.fixed_loss"
@@ -36,6 +38,7 @@ class Fixed:
     captions: list[str]
     t: Tensor  # (examples * time steps,), the first example's first
     noise: Tensor  # (examples * time steps, z, h, w)
+    channels: Tensor | None  # (examples, 1 + z, h, w), beside the latents where the model inpaints
 
 
 class FixedLoss(pl.Callback):
@@ -146,12 +149,15 @@ class FixedLoss(pl.Callback):
         count = min(self.examples, stream.n_images)
         batches = [stream.batch([number * stream.n_images // count]) for number in range(count)]
         latents = torch.cat([_latents(model, batch) for batch in batches])
+        channels = [_channels(model, batch) for batch in batches]
         pairs = [(example, step) for example in range(count) for step in range(self.time_steps)]
         seeds = [derive_seed("fixed loss", self.seed, name, *pair) for pair in pairs]
         total = len(model.betas)
         t = torch.tensor([(2 * step + 1) * total // (2 * self.time_steps) for _, step in pairs])
         noise = SampleRandom(seeds).randn((len(pairs), *latents.shape[1:]))
-        return Fixed(latents, [batch[model.cond_stage_key][0] for batch in batches], t, noise)
+        captions = [batch[model.cond_stage_key][0] for batch in batches]
+        present = [found for found in channels if found is not None]
+        return Fixed(latents, captions, t, noise, torch.cat(present) if present else None)
 
     def _loss(self, model: Any, fixed: Fixed) -> float:
         total = torch.zeros((), device=model.device)
@@ -159,7 +165,9 @@ class FixedLoss(pl.Callback):
             part = slice(start, start + self.batch_size)
             t, noise = fixed.t[part], fixed.noise[part]
             chosen = [number // self.time_steps for number in range(start, start + len(t))]
-            cond = model.get_learned_conditioning([fixed.captions[number] for number in chosen])
+            text = model.get_learned_conditioning([fixed.captions[number] for number in chosen])
+            channels = fixed.channels
+            cond = with_channels(text, None if channels is None else channels[chosen].to(text))
             x_start, t, noise = (
                 value.to(model.device) for value in (fixed.latents[chosen], t, noise)
             )
@@ -179,3 +187,11 @@ def _latents(model: Any, batch: Mapping[str, Any]) -> Tensor:
         images = rearrange(batch[model.first_stage_key], "b h w c -> b c h w").contiguous()
         posterior = model.encode_first_stage(images.to(model.device))
     return model.get_first_stage_encoding(posterior.mode()).float().cpu()
+
+
+def _channels(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Return what an inpainting model reads of a batch beside the noisy latent, on the CPU."""
+    images = {key: batch[key].to(model.device) for key in (model.first_stage_key,) if key in batch}
+    examples = Batch.of({**batch, **images}, model.first_stage_key, model.cond_stage_key)
+    channels = model.extra_channels(examples)
+    return None if channels is None else channels.float().cpu()

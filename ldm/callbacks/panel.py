@@ -135,7 +135,8 @@ def make_panel(given: Mapping[str, Any] | bool | None, sampling: Mapping[str, An
 
 def can_draw(model: Any) -> bool:
     """Return whether a model makes pictures of text alone."""
-    return getattr(getattr(model, "model", None), "conditioning_key", None) == "crossattn"
+    key = getattr(getattr(model, "model", None), "conditioning_key", None)
+    return key in ("crossattn", "hybrid")  # one that inpaints does so where all is hidden
 
 
 def _side(model: Any, batch: Any) -> int:

@@ -24,7 +24,7 @@ from ldm.checkpoints.export import (
     training_facts,
     write_weights,
 )
-from ldm.checkpoints.families import Family, config_for, recognise
+from ldm.checkpoints.families import FIRST, Family, config_for, recognise, widened
 from ldm.checkpoints.headers import kind_of
 from ldm.checkpoints.layouts import NETWORKS, with_our_names
 from ldm.checkpoints.loading import (
@@ -134,6 +134,11 @@ class Checkpoint:
         return recognise(self.state)
 
     @property
+    def input_channels(self) -> int | None:
+        """The number of channels that the UNet reads; None where there is no UNet."""
+        return self.state[FIRST].shape[1] if FIRST in self.state else None
+
+    @property
     def has_adapters(self) -> bool:
         """Whether these are a LoRA run's weights, with adapters beside what they change."""
         return bool(adapted_layers(self.state))
@@ -239,6 +244,10 @@ class Checkpoint:
             keeps_ema: the averages come along, for a model that goes on with them.
         """
         return replace(self, state=weights_to_train(self.state, self.path, weights, keeps_ema))
+
+    def for_inpainting(self, channels: int) -> Checkpoint:
+        """Return the weights of a UNet that reads so many input channels; new ones weigh 0."""
+        return replace(self, state=widened(self.state, channels))
 
     def for_sharing(self) -> Checkpoint:
         """Return the weights as they are, the averages beside the trained ones, and a config

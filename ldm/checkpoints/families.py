@@ -16,6 +16,7 @@ from ldm.errors import UserError
 CONFIGS = PROJECT / "configs" / "stable-diffusion"
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST_AVERAGE = "model_ema.diffusion_modelinput_blocks00weight"
 CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
@@ -61,6 +62,21 @@ def recognise(state: Mapping[str, Tensor]) -> Family | None:
         if (f.width, f.in_channels, f.context_dim) == (width, in_channels, context_dim)
     )
     return next(found, None)
+
+
+def widened(state: Mapping[str, Tensor], channels: int) -> dict[str, Tensor]:
+    """Return the weights of a UNet that reads `channels` input channels; the new ones weigh 0.
+
+    The widened model computes what the given one does, whatever the new channels hold. So a model
+    that inpaints starts from one that does not, as in the training of Stable Diffusion's.
+    """
+    wide = dict(state)
+    for key in (FIRST, FIRST_AVERAGE):
+        if key in state and state[key].shape[1] < channels:
+            weight = state[key]
+            wide[key] = weight.new_zeros((len(weight), channels, *weight.shape[2:]))
+            wide[key][:, : weight.shape[1]] = weight
+    return wide
 
 
 def config_for(state: Mapping[str, Tensor], path: str | Path) -> Path:

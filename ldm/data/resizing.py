@@ -1,4 +1,4 @@
-"""Cut and resize images to a square, and turn their pixels into numbers."""
+"""Cut and resize images, mostly to a square, and turn their pixels into numbers."""
 
 from __future__ import annotations
 
@@ -63,10 +63,23 @@ def choose_box(size: tuple[int, int], mode: str, generator: torch.Generator | No
     return left, top, left + side, top + side
 
 
-def fit(image: Image.Image, box: Box | None, size: int | None, interpolation: str) -> Image.Image:
-    """Cut `box` out of `image`, and resize it to `size` x `size`; None leaves out either."""
+def fit(
+    image: Image.Image,
+    box: Box | None,
+    size: int | tuple[int, int] | None,
+    interpolation: str = "bicubic",
+) -> Image.Image:
+    """Cut `box` out of `image`, and resize it to `size`; None leaves out either.
+
+    Args:
+        size: width and height, or the side of a square.
+    """
     image = image if box is None else image.crop(box)
-    return image if size is None else image.resize((size, size), INTERPOLATIONS[interpolation])
+    if size is None:
+        return image
+    sides = (size, size) if isinstance(size, int) else size
+    # Resizing to the same size would leave the pixels as they are, and so is left out.
+    return image if image.size == sides else image.resize(sides, INTERPOLATIONS[interpolation])
 
 
 def to_array(image: Image.Image | np.ndarray) -> Float[np.ndarray, "h w c"]:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.errors import ParameterError, UserError, check_counts, under
+from ldm.models.tiles import tiled
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.named_weights import NamedWeights
@@ -93,15 +94,32 @@ class AutoencoderKL(pl.LightningModule):
         self.automatic_optimization = False
         self.ckpt_path, self.ignore_keys = ckpt_path, tuple(ignore_keys)
         self.named_weights = NamedWeights(self, ckpt_path, (self.encoder, self.decoder))
+        # For large pictures: the side of tiles, in latents, and whether each is decoded alone.
+        self.tile: int | None = None
+        self.slices = False
 
     # Images and latents
 
     def encode(self, x: Images) -> DiagonalGaussianDistribution:
         """Return the posterior over latents of images in [-1, 1]."""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        grid = (x.shape[2] // self.downsampling, x.shape[3] // self.downsampling)
+        if self.tile is None or max(grid) <= self.tile:
+            return DiagonalGaussianDistribution(self._moments(x))
+        return DiagonalGaussianDistribution(tiled(self.encoder, self._moments, x, grid, self.tile))
+
+    def _moments(self, x: Images) -> Tensor:
+        return self.quant_conv(self.encoder(x))
 
     def decode(self, z: Latent) -> Images:
         """Return images, about in [-1, 1], of latents."""
+        if self.slices and len(z) > 1:
+            return torch.cat([self.decode(one) for one in z.split(1)])
+        grid = (z.shape[2], z.shape[3])
+        if self.tile is None or max(grid) <= self.tile:
+            return self._pixels(z)
+        return tiled(self.decoder, self._pixels, z, grid, self.tile, self.downsampling)
+
+    def _pixels(self, z: Latent) -> Images:
         return self.decoder(self.post_quant_conv(z))
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ import argparse
 import logging
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,15 +29,18 @@ from typing import TYPE_CHECKING, Any
 from ldm.checkpoints.ema import WEIGHTS
 from ldm.commands import check_writable
 from ldm.data.captions import read_text
-from ldm.distributed import agreed, share
+from ldm.distributed import agreed, is_first, share
 from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.modules.encoders.weighting import WEIGHTINGS
+from ldm.sampling.first_stage import save_memory
+from ldm.sampling.image_to_image import steps_of
 from ldm.sampling.like import FLAG_OF, digests_of, flags_of_picture
 from ldm.sampling.metadata import weights_names
+from ldm.sampling.pictures import grid, save_numbered
 from ldm.sampling.prompting import guidance_of
-from ldm.sampling.series import Picture
+from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
 from ldm.sampling.text_to_image import Recipe, check_size, load_model, pick_device
 
 if TYPE_CHECKING:
@@ -74,6 +77,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=["full", "autocast"], default="autocast", help="default: %(default)s"
     )
     add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add(
+        "--vae_tiling",
+        action="store_true",
+        help="decode large pictures in tiles: bounded memory, pixels differ a little",
+    )
+    add("--vae_slicing", action="store_true", help="decode the pictures of a batch one by one")
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +167,18 @@ def add_guidance_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_photo_flags(parser: argparse.ArgumentParser, strength: float) -> None:
+    """Add the flags of commands that draw a photo anew."""
+    add = parser.add_argument_group("photo").add_argument
+    add("--init-img", "--init_img", metavar="PHOTO", help="the photo, of any size and format")
+    add(
+        "--strength",
+        type=float,
+        default=strength,
+        help="share of the steps that are taken; 1 ignores what was there (default: %(default)s)",
+    )
+
+
 def add_series_flags(parser: argparse.ArgumentParser, outdir: str) -> None:
     """Add the flags that say how many pictures there are, which of them, and where they go."""
     add = parser.add_argument_group("series").add_argument
@@ -239,6 +260,9 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
         raise UserError(
             f"--seed {args.seed}: expected a whole number from 0 to {SEEDS - 1}, or {RANDOM}"
         )
+    strength = getattr(args, "strength", None)
+    if strength is not None:
+        steps_of(strength, args.ddim_steps)
     sampler, _ = chosen_sampler(args)
     if args.ddim_eta and sampler != "ddim":
         raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
@@ -301,6 +325,7 @@ def model_of(args: argparse.Namespace) -> LatentDiffusion:
             raise UserError(f"--{flag} {given}: this model has {actual}")
     if args.embedding_path:
         EmbeddingManager(model.cond_stage_model).load(read_embeddings(args.embedding_path))
+    save_memory(model, args.vae_tiling, args.vae_slicing)
     return model
 
 
@@ -340,6 +365,8 @@ def how_made(args: argparse.Namespace) -> dict[str, Any]:
     how = {name: str(value) for name, value in how.items() if value is not None}
     how |= {"precision": args.precision, "device": device_of(args).type}
     how |= {f"{name}_sha256": digest for name, digest in digests_of(args).items()}
+    if args.vae_tiling:
+        how["vae_tiling"] = True
     return {**weights_names(Path(args.ckpt)), **how}
 
 
@@ -384,3 +411,31 @@ def series_of(args: argparse.Namespace, prompts: Sequence[str], recipe: Recipe) 
         index = fixed if args.fixed_code else number
         found.append(Picture(prompts[line], recipe, index, args.negative_prompt))
     return found
+
+
+def draw_pictures(
+    args: argparse.Namespace,
+    pictures: Sequence[Picture],
+    draw: Draw,
+    say: Callable[[object], object],
+    **how: Any,
+) -> None:
+    """Draw a series as the flags say, write it, and show all of it on one sheet.
+
+    Args:
+        say: gets a line for what is written.
+        how: what else the metadata of all pictures says.
+    """
+    outdir = Path(args.outdir)
+    folder = None if args.skip_save else outdir / "samples"
+    how = {} if args.skip_save else {**how_made(args), **how}
+    # Each picture is written as soon as it is there, whole or not at all, so a command that is
+    # stopped keeps those that it has finished.
+    if args.like_batch is not None and len(pictures) == 1:
+        batches = as_in_batch(pictures[0], *args.like_batch)
+        made = list(draw_series(batches, draw, folder, how, say=say).values())
+    else:
+        size = 1 if args.exact else args.n_samples
+        made = draw_shares(pictures, draw, size, folder, how, say)
+    if not args.skip_grid and is_first():
+        say(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))

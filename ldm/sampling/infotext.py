@@ -89,6 +89,10 @@ def infotext(
         fields["Model"] = model
     if recipe.eta:
         fields["Eta DDIM"] = f"{recipe.eta:.10g}"
+    if recipe.strength is not None:
+        fields["Denoising strength"] = f"{recipe.strength:.10g}"
+    if recipe.mask_blur is not None:
+        fields["Mask blur"] = recipe.mask_blur
     # The web UI reads brackets. A prompt that was drawn as plain words has to say so.
     if recipe.weighting is None and re.search(r"[(\[\\]|\bBREAK\b", prompt + negative_prompt):
         fields["Emphasis"] = "None"

@@ -28,9 +28,12 @@ log = logging.getLogger(__name__)
 # Fields of `Recipe` whose flag has an older name.
 FLAG_OF = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"}
 # Flags beside the recipe that our pictures have the values of.
-OTHERS = ("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt")
+OTHERS = (
+    *("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt"),
+    *("init_img", "mask", "box", "padding", "vae_tiling"),
+)
 # Flags of files that a picture is made from, beside the model's.
-FILES = ("embedding_path", "guide_ckpt")
+FILES = ("embedding_path", "guide_ckpt", "init_img", "mask")
 # Any of these asks for more than the one picture.
 OF_A_SERIES = {"n_samples", "n_iter", "only", "from_file", "suite"}
 
@@ -181,6 +184,7 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
         ("Seed", "seed", int),
         ("Eta DDIM", "ddim_eta", float),
         ("Denoising strength", "strength", float),
+        ("Mask blur", "mask_blur", int),
     ):
         if name in given and hasattr(args, flag):
             values[flag] = _number(path, name, given.pop(name), kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from ldm.models.diffusion.guidance import Guidance, Interval, Projection, Rescal
 from ldm.modules.encoders.weighting import A1111, WEIGHTINGS, WeightedText
 
 if TYPE_CHECKING:
+    from ldm.models.diffusion.conditioning import Cond
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.sampling.text_to_image import Recipe
 
@@ -29,9 +30,20 @@ class Guided(Protocol):
 class Texts:
     """The embeddings of prompts, those that guidance leads away from, and what changes guidance."""
 
-    cond: Tensor
-    uncond: Tensor | None
+    cond: Cond
+    uncond: Cond | None
     guidance: Guidance
+
+    def beside(self, channels: Tensor | None) -> Texts:
+        """Return the same with what an inpainting model reads beside the noisy latent, if any."""
+        if channels is None:
+            return self
+        parts = [
+            None if text is None else {"c_concat": [channels], "c_crossattn": [text]}
+            for text in (self.cond, self.uncond)
+        ]
+        assert parts[0] is not None
+        return replace(self, cond=parts[0], uncond=parts[1])
 
 
 def guidance_of(how: Guided, guide: LatentDiffusion | None = None) -> Guidance:

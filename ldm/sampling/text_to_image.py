@@ -19,6 +19,7 @@ from ldm.errors import UserError
 from ldm.host import CUDA
 from ldm.models.diffusion.guidance import Projection
 from ldm.rng import SampleRandom, derive_seed
+from ldm.sampling.first_stage import decode
 from ldm.sampling.pictures import to_pil
 from ldm.sampling.prompting import read_prompts
 
@@ -137,6 +138,9 @@ class Recipe:
     guide_ckpt: str | None = None
     guide_mix: float = 0.0
     weighting: str | None = None
+    # Of a photo that is drawn anew: the share of the steps, and the border that is mixed, pixels.
+    strength: float | None = None
+    mask_blur: int | None = None
 
     def __post_init__(self) -> None:
         # Flags and JSON give lists. What is left out of `apg` is written down, so that a picture
@@ -175,12 +179,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def check_size(model: LatentDiffusion, height: int, width: int) -> None:
-    """Raise a `UserError` if the UNet cannot halve a latent of this size as often as it does."""
+def size_step(model: LatentDiffusion) -> int:
+    """Return the number of pixels of which a picture's sides are multiples."""
     unet = model.model.diffusion_model
     # Each downsampling layer of the UNet has a convolution `op` that halves the latent.
     levels = sum(1 for name, _ in unet.named_modules() if name.endswith(".op"))
-    step = model.downsampling * 2**levels
+    return model.downsampling * 2**levels
+
+
+def check_size(model: LatentDiffusion, height: int, width: int) -> None:
+    """Raise a `UserError` if the UNet cannot halve a latent of this size as often as it does."""
+    step = size_step(model)
     if height < step or width < step or height % step or width % step:
         raise UserError(
             f"height {height} and width {width} must be multiples of {step} for this model"
@@ -206,12 +215,13 @@ def text_to_image(
     Raises:
         UserError: a size, sampler or number of steps that the model cannot do, or such values.
     """
+    from ldm.models.diffusion.inpainting import all_hidden
     from ldm.models.diffusion.sampler_names import make_sampler
 
     # Refuse what this model cannot do before anything is computed.
     sampler = make_sampler(model, recipe.sampler, recipe.schedule)
-    if model.model.conditioning_key != "crossattn":
-        raise UserError("this model inpaints: it needs an image and a mask beside the prompt")
+    if model.model.conditioning_key == "concat":
+        raise UserError("this model reads no text: it needs an image beside the noise")
     check_size(model, recipe.height, recipe.width)
     height, width = recipe.height // model.downsampling, recipe.width // model.downsampling
 
@@ -219,6 +229,9 @@ def text_to_image(
         # Read the texts. Guidance also needs what it leads away from, and may need another model.
         guide = guide_of(model, recipe)
         texts = read_prompts(model, prompts, negative_prompt, recipe, guide)
+        # A model that inpaints also reads that the whole image is hidden.
+        hidden = all_hidden(model, len(prompts), recipe.height, recipe.width)
+        texts = texts.beside(hidden)
 
         # Go from noise to latents. Each picture draws from its own seed, so the batch that it is
         # in does not matter.
@@ -236,7 +249,7 @@ def text_to_image(
         )
 
         # Decode. Half precision may overflow, which would be drawn as black.
-        images = model.decode_first_stage(latents)
+        images = decode(model, latents)
     # A black picture would look like a result, so it is an error unless the caller wants it.
     if not may_fail and not torch.isfinite(images).all():
         raise UserError(

@@ -30,6 +30,7 @@ from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import failure_of_others, first_alone, is_sharded
 from ldm.errors import ParameterError, UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.inpainting import inpaints
 from ldm.models.diffusion.trained import check_strategy
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
@@ -146,6 +147,11 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
         if isinstance(callback, ChecksRun):
             callback.check(model, data)
     if isinstance(model, LatentDiffusion):
+        if inpaints(model) and getattr(data, "latent_cache", None):
+            raise ParameterError(
+                "data.params.latent_cache",
+                "an inpainting model encodes each image anew under its mask; leave it out",
+            )
         # Make the optimizer and its schedule once, of a small layer: wrong options show now, and
         # nothing is kept of it.
         stand_in = torch.nn.Linear(1, 1)
@@ -332,12 +338,30 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
         checkpoint = checkpoint.merged()
         # EMA weights come along only for a model that goes on averaging them.
         keeps_ema = bool(config.get("model.params.use_ema", True))
-        model, loaded = checkpoint.for_training(start.take, keeps_ema).build(config=config.content)
+        weights = _with_channels(checkpoint.for_training(start.take, keeps_ema), config)
+        model, loaded = weights.build(config=config.content)
         report = f"{checkpoint}; {loaded}"
     # Last, because these replace rows of the embedding table that was just read.
     if start.embeddings or start.init_word:
         report += _write_embeddings(model, start, config.identifier)
     return model, report
+
+
+def _with_channels(weights: Checkpoint, config: RunConfig) -> Checkpoint:
+    """Return the weights with the input channels of an inpainting model, where they lack them."""
+    wanted = config.get("model.params.unet_config.params.in_channels")
+    has = weights.input_channels
+    reads_masks = config.get("model.params.conditioning_key") == "hybrid"
+    if not reads_masks or not wanted or not has or has >= wanted:
+        return weights
+    # Adapters do not change the first convolution, so it would never read its new channels.
+    if config.get("model.params.lora"):
+        raise UserError(
+            f"{weights.path}: reads {has} channels, an inpainting model {wanted}: adapters cannot "
+            "learn the new ones; start a lora from an inpainting model"
+        )
+    log.info("%s: reads %d channels; %d more start from 0", weights.path, has, wanted - has)
+    return weights.for_inpainting(wanted)
 
 
 def _write_embeddings(model: Any, start: Start, identifier: str) -> str:

@@ -10,7 +10,6 @@ from ldm.checkpoints.loading import compare
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
-from ldm.sampling.text_to_image import Recipe, text_to_image
 from ldm.util import instantiate_from_config
 from tests.support import golden
 
@@ -62,12 +61,6 @@ def test_a_config_that_does_not_fit_names_the_one_that_does():
         UserError, match=r"the file is Stable Diffusion 1 \(configs/.*/v1-inference\.yaml\)"
     ):
         compare(on_meta("v2-inference.yaml"), v1.state_dict(), "v1.ckpt")
-
-
-def test_an_inpainting_model_needs_more_than_a_prompt():
-    model = on_meta("v1-inpainting-inference.yaml")
-    with pytest.raises(UserError, match="needs an image and a mask"):
-        text_to_image(model, ["a dog"], [1], Recipe())
 
 
 # The text encoder of v2

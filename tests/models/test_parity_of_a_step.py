@@ -9,6 +9,7 @@ import torch
 from ldm.models.diffusion.objective import Draws, Objective
 from tests.support import golden
 from tests.support.golden import FORWARD, GRADIENT, META, io, rel, tensor
+from tests.support.models import in_float64
 
 
 def recorded_batch(name):
@@ -127,14 +128,7 @@ def float64_model(fresh_golden_model, monkeypatch):
 
     AdamW divides each gradient by its own size: where that is rounding noise, so is the step.
     """
-
-    def embedding(t, dim):
-        angles = t[:, None] * 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-        return torch.cat([angles.cos(), angles.sin()], 1)
-
-    monkeypatch.setattr("ldm.modules.diffusionmodules.openaimodel.timestep_embedding", embedding)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    return fresh_golden_model.double()
+    return in_float64(fresh_golden_model, monkeypatch)
 
 
 def test_three_adamw_steps(float64_model, monkeypatch):

@@ -56,6 +56,18 @@ def gradients(model: Any, autocast: bool = False) -> tuple[Tensor, dict[str, Ten
     return loss.detach(), found
 
 
+def in_float64(model: Any, monkeypatch: Any) -> Any:
+    """Return a model that computes without rounding, for the rest of a test."""
+
+    def embedding(t: Tensor, dim: int) -> Tensor:
+        angles = t[:, None] * 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+    monkeypatch.setattr("ldm.modules.diffusionmodules.openaimodel.timestep_embedding", embedding)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    return model.double()
+
+
 def unet_of(model: Any) -> dict[str, Tensor]:
     """Return a copy of the UNet's weights."""
     return {name: p.detach().clone() for name, p in model.model.named_parameters()}

@@ -37,7 +37,16 @@ DDP = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
 BF16 = ["--precision", "bf16-mixed"]
 ACCUMULATED = ["--accumulate_grad_batches", "2"]
 CACHED = ["data.params.latent_cache=true"]
-RUNS = {"accumulated": ACCUMULATED, "bf16-cached": [*BF16, *CACHED]}
+# Its masks and its masked images are drawn, too.
+INPAINTING = [
+    "model.params.conditioning_key=hybrid",
+    "model.params.unet_config.params.in_channels=9",
+]
+RUNS = {
+    "accumulated": ACCUMULATED,
+    "bf16-cached": [*BF16, *CACHED],
+    "inpainting": INPAINTING,
+}
 if WHOLE:
     RUNS |= {"fp32": [], "bf16": BF16, "cached": CACHED, "bf16-accumulated": [*BF16, *ACCUMULATED]}
 
@@ -245,8 +254,10 @@ def ranks(workspace, name, base, *more):
     return [torch.load(workspace.path / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_two_processes_compute_what_one_does_with_twice_the_batch(workspace, base, accumulated):
+@pytest.mark.parametrize("accumulated, kind", [(1, []), (2, []), (1, INPAINTING)])
+def test_two_processes_compute_what_one_does_with_twice_the_batch(
+    workspace, base, accumulated, kind
+):
     # In float64: two batches of one are not rounded as one of two, and AdamW makes whole steps of
     # rounding.
     more = [
@@ -256,12 +267,13 @@ def test_two_processes_compute_what_one_does_with_twice_the_batch(workspace, bas
         str(accumulated),
         "model.base_learning_rate=1e-6",
     ]
-    more += ["--precision", "64-true"]
-    first, second = ranks(workspace, f"ranks-{accumulated}", base, *more)
+    more += ["--precision", "64-true", *kind]
+    name = f"{accumulated}-{len(kind)}"
+    first, second = ranks(workspace, f"ranks-{name}", base, *more)
     # Each rank wrote what it ended with: rank 0's checkpoint alone could not show a difference.
     assert same(first["weights"], second["weights"])
-    assert same(checkpoint(workspace.run(f"ranks-{accumulated}"))["state_dict"], first["weights"])
-    single = train(workspace, base, f"single-{accumulated}", "data.params.batch_size=2", *more)
+    assert same(checkpoint(workspace.run(f"ranks-{name}"))["state_dict"], first["weights"])
+    single = train(workspace, base, f"single-{name}", "data.params.batch_size=2", *more)
     theirs = checkpoint(single)["state_dict"]
     # Steps of 1e-6 move a weight by up to 1e-5; other batches would make differences of that size.
     assert (

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ldm.errors import check_counts, check_positive, check_share
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper
+from ldm.models.diffusion.inpainting import RandomMasks, training_channels, with_channels
 from ldm.models.diffusion.interface import CompVisInterface, Images
 from ldm.models.diffusion.objective import Draws, Objective
 from ldm.models.diffusion.preview import preview, samples
@@ -23,6 +24,7 @@ from ldm.models.diffusion.trained import (
     adapt,
     check_same_parameters,
     check_strategy,
+    clips_scaled,
     freeze_parameters,
     group_names,
     names_to_freeze,
@@ -59,7 +61,8 @@ class LatentDiffusion(CompVisInterface):
             `lora`, of the weights whose adapters are not.
         lora: `rank` and `alpha` of adapters on the UNet's attention and, with
             `cond_stage_trainable`, the text encoder's, which are trained instead of the weights.
-        conditioning_key: crossattn, concat or hybrid.
+        conditioning_key: crossattn, concat or hybrid, which inpaints.
+        mask_everything: see `RandomMasks`; of a training that inpaints.
         image_size: side of the latents that it is made for.
         use_ema, ema_decay: keep an exponential moving average of the UNet's weights.
         first_stage_key, cond_stage_key: a batch's entries for the image and the caption.
@@ -107,6 +110,7 @@ class LatentDiffusion(CompVisInterface):
         scheduler_config: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
         image_size: int = 64,
+        mask_everything: float = 0.25,
     ):
         super().__init__()
         # Check the values first: to build the networks takes much longer.
@@ -121,6 +125,7 @@ class LatentDiffusion(CompVisInterface):
             unmasked_weight=unmasked_weight,
         )
         self.objective.check_terminal(zero_terminal_snr)
+        self.random_masks = RandomMasks(mask_everything)
         check_share("ema_decay", ema_decay)
         check_counts(image_size=image_size)
         check_positive("scale_factor", scale_factor)
@@ -232,9 +237,9 @@ class LatentDiffusion(CompVisInterface):
 
         # Empty captions teach the unconditional model that guidance needs (Ho & Salimans, algorithm
         # 1). Validation keeps all captions, so that its losses compare.
-        trains = prefix == "train"
-        captions = self.objective.captions(examples) if trains else examples.captions
-        cond = self._embeddings(captions)
+        captions = self.objective.captions(examples) if prefix == "train" else examples.captions
+        # An inpainting model also reads a mask, and the image without what that hides.
+        cond = with_channels(self._embeddings(captions), self.extra_channels(examples))
 
         # The error of each example, then the subject's mean and the prior's, weighted.
         losses = self._losses(x_start, cond, draws.t, draws.noise, weights)
@@ -250,6 +255,10 @@ class LatentDiffusion(CompVisInterface):
         if images is None:
             raise ValueError(f"batch: expected '{self.first_stage_key}' or 'moments' in each part")
         return self.encode_first_stage(images)
+
+    def extra_channels(self, batch: Batch) -> Latent | None:
+        """Return what the UNet reads of a batch beside the noisy latent; None for text alone."""
+        return training_channels(self, self.random_masks, batch)
 
     def _embeddings(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
         """Return embeddings of captions. Most are the same: each distinct one is read once."""
@@ -359,7 +368,7 @@ class LatentDiffusion(CompVisInterface):
         trainer = self._trainer
         # Fused Adam unscales fp16's gradients itself, which must not happen twice.
         options = {}
-        if self.optimizer in ("adam", "adamw") and _clips_scaled(trainer):
+        if self.optimizer in ("adam", "adamw") and clips_scaled(trainer):
             options["fused"] = False
         optimizer = make_optimizer(self.optimizer, self._parts(), self.learning_rate, **options)
         # A schedule that decays has to know where the run ends.
@@ -381,19 +390,18 @@ class LatentDiffusion(CompVisInterface):
         # Reconstructions show what the autoencoder allows; samples show what the UNet has learned.
         shown = Batch.of(batch, self.first_stage_key, self.cond_stage_key).first(N)
         posterior = self._posterior(shown)
-        pictures = preview(self, shown, posterior)
+        channels = self.extra_channels(shown)
+        pictures = preview(self, shown, posterior, channels)
         if sample:
-            shape, scale = posterior.mean.shape[1:], unconditional_guidance_scale
-            drawn = samples(self, shown.captions, shape, ddim_steps, ddim_eta, scale, seed)
-            pictures["samples"] = drawn
+            how = (
+                posterior.mean.shape[1:],
+                ddim_steps,
+                ddim_eta,
+                unconditional_guidance_scale,
+                seed,
+            )
+            pictures["samples"] = samples(self, shown.captions, channels, *how)
         return pictures
 
 
-def _clips_scaled(trainer: Any) -> bool:
-    """Return whether Lightning has to unscale fp16's gradients to clip them.
-
-    Fused kernels would unscale them once more.
-    """
-    if trainer is None or trainer.precision != "16-mixed":
-        return False
-    return bool(trainer.gradient_clip_val)
+LatentInpaintDiffusion = LatentDiffusion  # LDM's name for one whose conditioning_key is hybrid

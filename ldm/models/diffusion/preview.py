@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.inpainting import with_channels
 from ldm.models.diffusion.interface import CompVisInterface, Images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.batch import Batch
@@ -12,39 +14,55 @@ from ldm.rng import SampleRandom
 
 
 def preview(
-    model: CompVisInterface, batch: Batch, posterior: DiagonalGaussianDistribution
+    model: CompVisInterface,
+    batch: Batch,
+    posterior: DiagonalGaussianDistribution,
+    channels: Tensor | None = None,
 ) -> dict[str, Images]:
-    """Return a batch's images, where it has them, and their reconstructions."""
+    """Return a batch's images, where it has them, and their reconstructions.
+
+    Args:
+        channels: what an inpainting model reads beside the noisy latents: its masked images are
+            shown as well.
+    """
     # The mode, so that a reconstruction shows what the autoencoder loses and no noise.
     z = model.get_first_stage_encoding(posterior.mode())
     pictures = {} if batch.images is None else {"inputs": batch.images}
+    if channels is not None:
+        pictures["masked"] = model.decode_first_stage(channels[:, 1:])
     return {**pictures, "reconstruction": model.decode_first_stage(z)}
 
 
 def samples(
     model: CompVisInterface,
     captions: list[str],
+    channels: Tensor | None,
     latent_shape: torch.Size,
     steps: int,
     eta: float,
     scale: float,
     seed: int,
 ) -> Images:
-    """Return a picture for each caption, drawn with the EMA weights where the model keeps any."""
+    """Return a picture for each caption, drawn with the EMA weights where the model keeps any.
+
+    Args:
+        channels: what an inpainting model reads beside the noisy latents.
+    """
     count = len(captions)
     # A seed for each picture: those of one run compare, whatever is sampled beside them.
     random = SampleRandom(range(seed, seed + count), model.device)
     # As users will sample: with the EMA weights and with guidance.
+    nothing = model.get_learned_conditioning([""] * count)
     with model.ema_scope("samples"):
         latents, _ = DDIMSampler(model).sample(
             steps,
             count,
             latent_shape,
-            model.get_learned_conditioning(captions),
+            with_channels(model.get_learned_conditioning(captions), channels),
             eta=eta,
             verbose=False,
             unconditional_guidance_scale=scale,
-            unconditional_conditioning=model.get_learned_conditioning([""] * count),
+            unconditional_conditioning=with_channels(nothing, channels),
             random=random,
         )
     return model.decode_first_stage(latents)

@@ -284,17 +284,22 @@ class Sampler(ABC):
         random: SampleRandom | None = None,
         verbose: bool = True,
         guidance: Guidance | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> Tensor:
         """Return the clean latent from one that has the noise of visited time step `t_start - 1`.
 
         Call `make_schedule` first.
+
+        Args:
+            mask, x0: as of `sample`.
         """
         # Image to image, second part: the usual loop, started in the middle, draws new details that
         # fit the text.
         scale = unconditional_guidance_scale
         denoise = guided(self.model, cond, unconditional_conditioning, scale, guidance)
         random = random or SampleRandom(device=x_latent.device)
-        return self._run(x_latent, t_start, denoise, random, verbose=verbose)[0]
+        return self._run(x_latent, t_start, denoise, random, mask, x0, verbose=verbose)[0]
 
     def _ddim_update(self, index: int, eps: Tensor, pred_x0: Tensor, noise: Noise) -> Tensor:
         """Return x at the time step before, from its predicted noise and x_0 (DDIM, eq. 12)."""

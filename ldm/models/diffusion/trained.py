@@ -231,3 +231,13 @@ def _saved_patterns(checkpoint: Mapping[str, Any], default: Sequence[str]) -> Se
 def _listed(groups: set[str | None]) -> str:
     named = sorted(name for name in groups if name)
     return f"the groups {', '.join(named)}" if named else "one group"
+
+
+def clips_scaled(trainer: Any) -> bool:
+    """Return whether Lightning has to unscale fp16's gradients to clip them.
+
+    Fused kernels would unscale them once more.
+    """
+    if trainer is None or trainer.precision != "16-mixed":
+        return False
+    return bool(trainer.gradient_clip_val)

@@ -1,0 +1,67 @@
+"""Between pictures and latents: large ones in tiles, and none lost to half precision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+# Autoencoders whose values were too large for half precision once: they stay in full.
+_IN_FULL: WeakSet[nn.Module] = WeakSet()
+
+
+def save_memory(model: LatentDiffusion, tiling: bool = False, slicing: bool = False) -> None:
+    """Let the autoencoder work in tiles of the size that the model is made for, or one by one.
+
+    Args:
+        tiling: pictures larger than that in tiles; their pixels differ a little.
+        slicing: the pictures of a batch one after another.
+    """
+    model.first_stage_model.tile = model.image_size if tiling else None
+    # Tiles of a whole batch would take the memory that they are to save.
+    model.first_stage_model.slices = slicing or tiling
+
+
+def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
+    """Return images, about in [-1, 1], of scaled latents.
+
+    Where half precision overflows, which would be a black picture, it is decoded in full.
+    """
+    return _without_overflow(model, model.decode_first_stage, latents)
+
+
+def encode(model: LatentDiffusion, images: Tensor) -> Tensor:
+    """Return the most likely scaled latents of images in [-1, 1]."""
+
+    def compute(images: Tensor) -> Tensor:
+        return model.get_first_stage_encoding(model.encode_first_stage(images).mode())
+
+    return _without_overflow(model, compute, images)
+
+
+def _without_overflow(
+    model: LatentDiffusion, compute: Callable[[Tensor], Tensor], x: Tensor
+) -> Tensor:
+    """Return `compute(x)`; in float32 where the autoencoder overflows in half precision."""
+    autoencoder = model.first_stage_model
+    kind = next(autoencoder.parameters()).dtype
+    halved = kind == torch.float16 or torch.is_autocast_enabled(x.device.type)
+    if autoencoder not in _IN_FULL:
+        found = compute(x)
+        # What came in as no number is not the autoencoder's fault, nor is it mended by precision.
+        if not halved or torch.isfinite(found).all() or not torch.isfinite(x).all():
+            return found
+        log.warning("half precision overflows in this autoencoder: it computes in float32 now")
+        _IN_FULL.add(autoencoder)
+    autoencoder.float()
+    with torch.autocast(x.device.type, enabled=False):
+        return compute(x.float())

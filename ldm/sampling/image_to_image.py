@@ -1,0 +1,133 @@
+"""Image to image: a photo gets some noise, and the rest of the steps draws it anew (SDEdit, Meng et
+al., 2108.01073).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.rng import SampleRandom
+from ldm.sampling.first_stage import decode, encode
+from ldm.sampling.photos import to_tensor
+from ldm.sampling.pictures import to_pil
+from ldm.sampling.prompting import read_prompts
+from ldm.sampling.text_to_image import Recipe, autocast, check_size, guide_of
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+log = logging.getLogger(__name__)
+
+
+def steps_of(strength: float, steps: int) -> int:
+    """Return how many of the steps a strength takes, rounded down as CompVis's script does.
+
+    Raises:
+        UserError: it is no share, or so small that no step is left.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength {strength}: expected more than 0, and at most 1")
+    taken = min(steps, int(strength * steps))
+    if taken < 1:
+        raise UserError(f"strength {strength}: of {steps} steps none is left; take more of either")
+    return taken
+
+
+@torch.no_grad()
+def image_to_image(
+    model: LatentDiffusion,
+    image: Image.Image,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    negative_prompt: str = "",
+    precision: str = "full",
+    verbose: bool = False,
+) -> list[Image.Image]:
+    """Return a picture for each prompt that is as the image in its layout.
+
+    Args:
+        image: of the recipe's size.
+        recipe: its `strength` is the share of the steps that are taken: 1 ignores the image.
+
+    Raises:
+        UserError: a size, sampler, strength or number of steps that the model cannot do.
+    """
+    from ldm.models.diffusion.inpainting import all_hidden
+
+    check_size(model, recipe.height, recipe.width)
+    with autocast(model.device, precision), model.ema_scope("sampling"):
+        x0 = encode(model, to_tensor(image).to(model.device)).expand(len(prompts), -1, -1, -1)
+        # A model that inpaints reads that all of the image may change.
+        hidden = all_hidden(model, len(prompts), recipe.height, recipe.width)
+        latents = redraw(model, x0, prompts, seeds, recipe, negative_prompt, hidden, verbose)
+        return pictures_of(model, latents)
+
+
+def redraw(
+    model: LatentDiffusion,
+    x0: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    negative_prompt: str = "",
+    channels: Tensor | None = None,
+    verbose: bool = False,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Return latents that begin as x0 with noise, and are drawn to the end.
+
+    Args:
+        channels: what an inpainting model reads beside the noisy latent.
+        known: where it is 1, the result follows x0.
+    """
+    from ldm.models.diffusion.sampler_names import make_sampler
+
+    # Refuse what this model cannot do before anything is computed.
+    sampler = make_sampler(model, recipe.sampler, recipe.schedule)
+    strength = 1.0 if recipe.strength is None else recipe.strength
+    steps = steps_of(strength, recipe.steps)
+    sampler.make_schedule(recipe.steps, ddim_eta=recipe.eta, verbose=False)
+
+    # Read the texts. Guidance also needs what it leads away from, and may need another model.
+    guide = guide_of(model, recipe)
+    texts = read_prompts(model, prompts, negative_prompt, recipe, guide).beside(channels)
+
+    # Noise hides the details. As much of it is added as the first step that is taken expects; with
+    # all of the steps there is nothing but noise.
+    random = SampleRandom(seeds, model.device)
+    noise = random.randn(x0.shape)
+    first = torch.full((len(x0),), steps - 1, device=model.device)
+    x = noise if strength == 1.0 else sampler.stochastic_encode(x0, first, noise=noise)
+
+    # The rest of the steps draws new details, which fit the text.
+    return sampler.decode(
+        x,
+        texts.cond,
+        steps,
+        unconditional_guidance_scale=recipe.scale,
+        unconditional_conditioning=texts.uncond,
+        random=random,
+        verbose=verbose,
+        guidance=texts.guidance,
+        mask=known,
+        x0=None if known is None else x0,
+    )
+
+
+def pictures_of(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
+    """Return decoded pictures; raise a `UserError` instead of drawing what is no number."""
+    images = decode(model, latents)
+    if not torch.isfinite(images).all():
+        raise UserError(
+            "the model made values that are no numbers instead of a picture: sample in full "
+            "precision, or with other weights"
+        )
+    return to_pil(images)
