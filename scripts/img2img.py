@@ -24,7 +24,6 @@ from ldm.data.resizing import fit
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import suite_prompts
 from ldm.sampling.flags import (
-    add_guidance_flags,
     add_model_flags,
     add_photo_flags,
     add_prompt_flags,
@@ -55,7 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_prompt_flags(parser)
     add_model_flags(parser)
     add_recipe_flags(parser)
-    add_guidance_flags(parser)
     add_series_flags(parser, outdir="outputs/img2img-samples")
     # As in CompVis's script.
     parser.set_defaults(scale=5.0, n_iter=1, n_samples=2)

@@ -25,7 +25,6 @@ from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import suite_prompts
 from ldm.sampling.flags import (
-    add_guidance_flags,
     add_model_flags,
     add_photo_flags,
     add_prompt_flags,
@@ -54,7 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_prompt_flags(parser)
     add_model_flags(parser)
     add_recipe_flags(parser)
-    add_guidance_flags(parser)
     add_series_flags(parser, outdir="outputs/inpainting-samples")
     parser.set_defaults(n_iter=1, n_samples=2)
     return parser
