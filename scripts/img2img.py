@@ -23,15 +23,14 @@ from ldm.commands import exit_status
 from ldm.data.resizing import fit
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import suite_prompts
+from ldm.sampling.drawing import draw_pictures
 from ldm.sampling.flags import (
     add_model_flags,
-    add_photo_flags,
     add_prompt_flags,
     add_recipe_flags,
     add_series_flags,
     check_flags,
     check_folder,
-    draw_pictures,
     model_of,
     parse,
     prompts_of,
@@ -39,6 +38,7 @@ from ldm.sampling.flags import (
     series_of,
 )
 from ldm.sampling.image_to_image import image_to_image
+from ldm.sampling.photo_flags import add_photo_flags
 from ldm.sampling.photos import central_box, drawn_size, read_photo
 from ldm.sampling.series import Picture
 from ldm.sampling.text_to_image import Recipe, size_step

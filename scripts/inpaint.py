@@ -24,15 +24,14 @@ from PIL import Image
 from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import suite_prompts
+from ldm.sampling.drawing import draw_pictures
 from ldm.sampling.flags import (
     add_model_flags,
-    add_photo_flags,
     add_prompt_flags,
     add_recipe_flags,
     add_series_flags,
     check_flags,
     check_folder,
-    draw_pictures,
     model_of,
     parse,
     prompts_of,
@@ -40,6 +39,7 @@ from ldm.sampling.flags import (
     series_of,
 )
 from ldm.sampling.inpainting import inpaint
+from ldm.sampling.photo_flags import add_mask_flags, add_photo_flags
 from ldm.sampling.photos import mask_of_box, read_mask, read_photo
 from ldm.sampling.series import Picture
 
@@ -56,33 +56,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_series_flags(parser, outdir="outputs/inpainting-samples")
     parser.set_defaults(n_iter=1, n_samples=2)
     return parser
-
-
-def add_mask_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is drawn anew."""
-    add = parser.add_argument_group("mask").add_argument
-    add("--mask", metavar="IMAGE", help="white is drawn anew; as large as the photo")
-    add("--box", type=box, metavar="X,Y,W,H", help="a rectangle of the photo, instead of a mask")
-    add(
-        "--mask_blur",
-        type=int,
-        default=4,
-        help="pixels inside the mask's border that mix photo and painting (default: %(default)s)",
-    )
-    add(
-        "--padding",
-        type=int,
-        default=32,
-        help="pixels around the mask that the model sees at least (default: %(default)s)",
-    )
-
-
-def box(text: str) -> list[int]:
-    """Read four whole numbers that commas separate."""
-    numbers = [int(part) for part in text.split(",")]
-    if len(numbers) != 4:
-        raise argparse.ArgumentTypeError(f"expected left, top, width, height, got {text}")
-    return numbers
 
 
 def sample(args: argparse.Namespace) -> None:

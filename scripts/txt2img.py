@@ -27,6 +27,7 @@ from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import suite_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.sampling.drawing import draw_pictures
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -34,7 +35,6 @@ from ldm.sampling.flags import (
     add_series_flags,
     check_flags,
     check_folder,
-    draw_pictures,
     model_of,
     parse,
     prompts_of,

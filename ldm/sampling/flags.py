@@ -21,7 +21,7 @@ import argparse
 import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.checkpoints.ema import WEIGHTS
 from ldm.commands import check_writable
 from ldm.data.captions import read_text
-from ldm.distributed import agreed, is_first, share
+from ldm.distributed import agreed, share
 from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler_names import find_sampler
@@ -38,9 +38,8 @@ from ldm.sampling.first_stage import save_memory
 from ldm.sampling.image_to_image import steps_of
 from ldm.sampling.like import FLAG_OF, digests_of, flags_of_picture
 from ldm.sampling.metadata import weights_names
-from ldm.sampling.pictures import grid, save_numbered
 from ldm.sampling.prompting import guidance_of
-from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
+from ldm.sampling.series import Picture
 from ldm.sampling.text_to_image import Recipe, check_size, load_model, pick_device
 
 if TYPE_CHECKING:
@@ -164,18 +163,6 @@ def add_guidance_flags(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="SHARE",
         help="how much of the tuned weights is mixed into those of --guide_ckpt (default: 0)",
-    )
-
-
-def add_photo_flags(parser: argparse.ArgumentParser, strength: float) -> None:
-    """Add the flags of commands that draw a photo anew."""
-    add = parser.add_argument_group("photo").add_argument
-    add("--init-img", "--init_img", metavar="PHOTO", help="the photo, of any size and format")
-    add(
-        "--strength",
-        type=float,
-        default=strength,
-        help="share of the steps that are taken; 1 ignores what was there (default: %(default)s)",
     )
 
 
@@ -411,31 +398,3 @@ def series_of(args: argparse.Namespace, prompts: Sequence[str], recipe: Recipe) 
         index = fixed if args.fixed_code else number
         found.append(Picture(prompts[line], recipe, index, args.negative_prompt))
     return found
-
-
-def draw_pictures(
-    args: argparse.Namespace,
-    pictures: Sequence[Picture],
-    draw: Draw,
-    say: Callable[[object], object],
-    **how: Any,
-) -> None:
-    """Draw a series as the flags say, write it, and show all of it on one sheet.
-
-    Args:
-        say: gets a line for what is written.
-        how: what else the metadata of all pictures says.
-    """
-    outdir = Path(args.outdir)
-    folder = None if args.skip_save else outdir / "samples"
-    how = {} if args.skip_save else {**how_made(args), **how}
-    # Each picture is written as soon as it is there, whole or not at all, so a command that is
-    # stopped keeps those that it has finished.
-    if args.like_batch is not None and len(pictures) == 1:
-        batches = as_in_batch(pictures[0], *args.like_batch)
-        made = list(draw_series(batches, draw, folder, how, say=say).values())
-    else:
-        size = 1 if args.exact else args.n_samples
-        made = draw_shares(pictures, draw, size, folder, how, say)
-    if not args.skip_grid and is_first():
-        say(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))

@@ -1,0 +1,41 @@
+"""Draw a series of pictures as a command's flags say, and write it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.distributed import is_first
+from ldm.sampling.flags import how_made
+from ldm.sampling.pictures import grid, save_numbered
+from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
+
+
+def draw_pictures(
+    args: argparse.Namespace,
+    pictures: Sequence[Picture],
+    draw: Draw,
+    say: Callable[[object], object],
+    **how: Any,
+) -> None:
+    """Draw a series as the flags say, write it, and show all of it on one sheet.
+
+    Args:
+        say: gets a line for what is written.
+        how: what else the metadata of all pictures says.
+    """
+    outdir = Path(args.outdir)
+    folder = None if args.skip_save else outdir / "samples"
+    how = {} if args.skip_save else {**how_made(args), **how}
+    # Each picture is written as soon as it is there, whole or not at all, so a command that is
+    # stopped keeps those that it has finished.
+    if args.like_batch is not None and len(pictures) == 1:
+        batches = as_in_batch(pictures[0], *args.like_batch)
+        made = list(draw_series(batches, draw, folder, how, say=say).values())
+    else:
+        size = 1 if args.exact else args.n_samples
+        made = draw_shares(pictures, draw, size, folder, how, say)
+    if not args.skip_grid and is_first():
+        say(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))
