@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 class Guided(Protocol):
     """What says how to guide: a `Recipe`, or the flags of a command."""
 
-    rescale: Any
-    interval: Any
-    apg: Any
+    @property
+    def rescale(self) -> Any:
+        """Return the share that `Rescale` takes."""
+
+    @property
+    def interval(self) -> Any:
+        """Return the two noise levels of `Interval`, or None."""
+
+    @property
+    def apg(self) -> Any:
+        """Return the numbers that `Projection` takes, or None."""
 
 
 @dataclass(frozen=True)
