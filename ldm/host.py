@@ -159,15 +159,18 @@ def environment_with(variables: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def end_with_parent() -> None:
+def end_with_parent(number: int = signal.SIGKILL) -> None:
     """Let Linux end this process when the one that started it ends, whatever ends that one.
 
     A process of a group would wait half an hour for one that is gone.
+
+    Args:
+        number: the signal that ends it.
     """
     pr_set_pdeathsig = 1  # of prctl(2)
     libc = _glibc()
     if libc is not None and platform.system() == "Linux":
-        libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+        libc.prctl(pr_set_pdeathsig, number)
 
 
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "numpy", "pillow")

@@ -83,6 +83,8 @@ class FixedLoss(pl.Callback):
         self.batch_size, self.seed = batch_size, seed
         self._fixed: dict[str, Fixed] | None = None
         self._last_step = -1
+        self.values: dict[str, float] | None = None  # the newest losses, and the step of them
+        self.values_at = -1
 
     def check(self, model: Any, data: Any) -> None:
         """Raise a `UserError` for a model or data that it cannot evaluate."""
@@ -124,6 +126,7 @@ class FixedLoss(pl.Callback):
                 losses = self.losses(pl_module, _data(trainer).datasets)
         finally:
             pl_module.train(was_training)
+        self.values, self.values_at = losses, trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"val/loss_{name}_fixed": loss for name, loss in losses.items()},

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.reports.page import Figures, Link, Page, Section, Table, Text
+from ldm.reports.page import Figures, Link, Page, Section, Table, Text, picture
 from ldm.reports.plots import curves, pareto, scatter
 from ldm.reports.runs import FIXED, PAGE, RunFacts, read_run
 
@@ -15,6 +15,7 @@ from ldm.reports.runs import FIXED, PAGE, RunFacts, read_run
 FIDELITY = ("DINO", "CLIP-I", "val/loss_subject_fixed", "train/loss_simple")
 EDITABILITY = ("CLIP-T", "val/loss_prior_fixed", "train/loss_prior")
 MOST_CURVES = 12
+PINNED = ("protocol", "encoders")  # what stands beside every score; on the page once
 
 Row = Mapping[str, Any]
 
@@ -29,8 +30,9 @@ def sweep_page(title: str, rows: Sequence[Row], runs: Mapping[str, Path]) -> Pag
     done = [row for row in rows if row["status"] == "done"]
     sections = [
         *_trade_off(done),
-        Section("Trials", [_table(rows, runs)]),
+        Section("Trials", [_table(rows, runs), *_pinned(rows)]),
         *_curves(runs),
+        *_panels(runs),
     ]
     failed = len(rows) - len(done)
     subtitle = f"{len(done)} trials done" + (f", {failed} failed" if failed else "")
@@ -66,7 +68,7 @@ def _worth(row: Row, name: str) -> float:
 
 
 def _table(rows: Sequence[Row], runs: Mapping[str, Path]) -> Table:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in PINNED))
     shown = []
     for row in rows:
         cells: list[Any] = [_cell(row.get(column)) for column in columns]
@@ -74,7 +76,14 @@ def _table(rows: Sequence[Row], runs: Mapping[str, Path]) -> Table:
         if run is not None and (run / PAGE).is_file():
             cells[0] = Link(str(row["trial"]), f"{run.parent.name}/{run.name}/{PAGE}")
         shown.append(cells)
-    return Table("The same as table.csv", columns, shown)
+    return Table("As in table.csv", columns, shown)
+
+
+def _pinned(rows: Sequence[Row]) -> Iterator[Text]:
+    """Yield what the scores are a function of, besides the pictures."""
+    found = dict.fromkeys((row["protocol"], row["encoders"]) for row in rows if "protocol" in row)
+    for protocol, encoders in found:
+        yield Text(f"Protocol: {protocol}; encoders: {encoders}.")
 
 
 def _cell(value: Any) -> str:
@@ -95,3 +104,14 @@ def _curves(runs: Mapping[str, Path]) -> Iterator[Section]:
         plots.append(curves(series, name))
     if plots:
         yield Section("Losses at fixed time steps with fixed noise", [Figures(plots)])
+
+
+def _panels(runs: Mapping[str, Path]) -> Iterator[Section]:
+    """Yield the last panel of the first trials."""
+    figures = []
+    for name in sorted(runs)[:MOST_CURVES]:
+        for path in sorted(runs[name].glob("images/panel/*.png"))[-1:]:
+            alt = f"Sheet of labelled pictures of trial {name} at its last panel"
+            figures.append(picture(path, alt, f"trial {name}"))
+    if figures:
+        yield Section("Last panels: the same prompts from the same noise", [Figures(figures)])

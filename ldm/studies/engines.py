@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ldm.errors import UserError
+from ldm.host import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,11 @@ def _in_process(work: Work, task: Task, results: Connection, device: int | None)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # What the task has started has to end with it: as an exception, so that it is told.
     signal.signal(signal.SIGTERM, _raise_interrupt)
-    results.send(attempt(work, task))
+    end_with_parent(signal.SIGTERM)
+    try:
+        results.send(attempt(work, task))
+    except (KeyboardInterrupt, BrokenPipeError):  # the study is stopped, and says so itself
+        sys.exit(1)
 
 
 def _raise_interrupt(*_: Any) -> None:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.callbacks.early_stop import StopOnFixedLoss
 from ldm.config import load_yaml, save_yaml, to_plain
-from ldm.errors import ParameterError, UserError
+from ldm.errors import ParameterError, UserError, under
 from ldm.evaluation.prompt_suites import filled, read_suite
 from ldm.files import write_atomically
 from ldm.reports.runs import FIXED, LOSS, read_run
@@ -43,6 +44,7 @@ class Plan:
         seed: of the search.
         score: how trained models are scored, see `Scoring`, with `prompts`, a suite's file; None
             for the losses alone.
+        early_stop: what ends a trial early, see `StopOnFixedLoss`; None for nothing.
         objective: what optuna makes larger, such as `DINO`; smaller with a `-` before it.
     """
 
@@ -52,6 +54,7 @@ class Plan:
     trials: int | None = None
     seed: int = 0
     score: dict[str, Any] | None = None
+    early_stop: dict[str, Any] | None = None
     objective: str | None = None
 
     @classmethod
@@ -59,6 +62,10 @@ class Plan:
         """Return the plan that a YAML describes; raise a `UserError` for what is none."""
         check_params(cls, given, "sweep")
         plan = cls(**given)
+        if plan.early_stop is not None:
+            check_params(StopOnFixedLoss, plan.early_stop, "early_stop")
+            with under("early_stop"):
+                StopOnFixedLoss(**plan.early_stop)
         if plan.search not in KINDS:
             raise ParameterError("search", f"'{plan.search}': accepted: {', '.join(KINDS)}")
         if plan.search == "optuna" and not plan.objective:
@@ -109,7 +116,10 @@ def _settle(plan: Plan, outdir: Path) -> None:
     """Write the plan into its folder, or compare it with the one that is there."""
     path, content = outdir / PLAN, asdict(plan)
     if path.is_file():
-        if to_plain(load_yaml(path)) != json.loads(json.dumps(content)):
+        before = to_plain(load_yaml(path))
+        check_params(Plan, before, str(path))
+        # What an older version did not know has its default.
+        if asdict(Plan(**before)) != json.loads(json.dumps(content)):
             raise UserError(f"{outdir}: holds another sweep; choose another --outdir")
         return
     (outdir / TRIALS).mkdir(parents=True, exist_ok=True)
@@ -132,10 +142,18 @@ def _tasks(plan: Plan, searcher: Searcher, outdir: Path) -> Iterator[Task]:
                 "number": number,
                 "values": values,
                 "folder": str(folder),
-                "arguments": [*plan.arguments, *words(values)],
+                "arguments": [*plan.arguments, *_early_stop(plan), *words(values)],
                 "score": plan.score,
             }
         number += 1
+
+
+def _early_stop(plan: Plan) -> list[str]:
+    """Return the words that let the losses at fixed noise end a trial."""
+    if plan.early_stop is None:
+        return []
+    callback = {"target": "ldm.callbacks.early_stop.StopOnFixedLoss", "params": plan.early_stop}
+    return [f"lightning.callbacks.early_stop={json.dumps(callback)}"]
 
 
 def words(values: Values) -> list[str]:

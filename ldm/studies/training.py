@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import logging
-import platform
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ldm.config import PROJECT
 from ldm.errors import UserError
+from ldm.host import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,10 @@ def train(arguments: Sequence[str], log_file: Path) -> None:
     command = [sys.executable, str(PROJECT / "main.py"), *arguments]
     with open(log_file, "ab") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent()
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
         )
         try:
             status = process.wait()
@@ -78,12 +81,3 @@ def train(arguments: Sequence[str], log_file: Path) -> None:
 def _last(log_file: Path) -> str:
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return (lines or [""])[-1].strip()[-TAIL:]
-
-
-def _end_with_parent():  # type: ignore[no-untyped-def]
-    """Return what a new process calls, so that Linux tells it when its parent is gone."""
-    if platform.system() != "Linux":
-        return None
-    libc = ctypes.CDLL(None)
-    pr_set_pdeathsig = 1  # of prctl(2)
-    return lambda: libc.prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -15,7 +15,11 @@ FIXED_LOSSES = ("val/loss_subject_fixed", "val/loss_prior_fixed")
 
 @pytest.fixture(scope="module")
 def paged(workspace):
-    more = (WITH_PAGE, fixed(every_n_steps=1, examples=1), "lightning.callbacks.image_logger.params.batch_frequency=3")
+    more = (
+        WITH_PAGE,
+        fixed(every_n_steps=1, examples=1),
+        "lightning.callbacks.image_logger.params.batch_frequency=3",
+    )
     return workspace.train("page", with_panel({"images": 1}), *more)
 
 
