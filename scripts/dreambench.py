@@ -26,8 +26,8 @@ from ldm.errors import UserError, nearest
 from ldm.evaluation.dreambench import read_dataset
 from ldm.evaluation.protocols import PROTOCOLS
 from ldm.studies.dreambench import METHODS, PAGE, TABLE, Bench, run_bench
+from ldm.studies.flags import add_engine, engine_of
 from ldm.studies.scoring import Scoring
-from scripts.sweep import add_engine, engine_of
 
 
 def build_parser() -> argparse.ArgumentParser:

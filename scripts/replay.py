@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import runpy
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.commands import exit_status
+from ldm.config import PROJECT
 from ldm.errors import UserError
 from ldm.studies.replay import Comparison, compare_pictures, replay_run
 
@@ -56,12 +58,12 @@ def _again(args: argparse.Namespace, outdir: Path) -> Comparison:
 
 
 def _picture(args: argparse.Namespace, outdir: Path) -> Comparison:
-    from scripts import stable_txt2img
-
+    # A script that is run is no part of a package, so it cannot import its neighbour by name.
+    draw = runpy.run_path(str(PROJECT / "scripts/stable_txt2img.py"))["main"]
     before = set(outdir.rglob("*.png"))
     words = ["--like", str(args.file), "--outdir", str(outdir)]
     words += ["--ckpt", str(args.ckpt)] if args.ckpt else []
-    if stable_txt2img.main(words):
+    if draw(words):
         raise UserError(f"{args.file}: could not be drawn again")
     drawn = sorted(set(outdir.rglob("*.png")) - before)
     if len(drawn) != 1:

@@ -25,7 +25,7 @@ import yaml
 from ldm.commands import exit_status
 from ldm.config import load_yaml, to_plain
 from ldm.errors import UserError
-from ldm.studies.engines import make_engine
+from ldm.studies.flags import add_engine, engine_of
 from ldm.studies.search import KINDS
 from ldm.studies.sweep import PAGE, PLAN, TABLE, Plan, read_plan, run_sweep
 
@@ -47,34 +47,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--outdir", type=Path, help="default: outputs/sweeps/{name of the plan or config}")
     add_engine(parser)
     return parser
-
-
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the tasks run."""
-    add = parser.add_argument
-    add("--engine", default="local", help="local (default), ray, submitit")
-    add("--workers", type=int, default=1, help="tasks at once (default: 1)")
-    add(
-        "--engine_options",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="ray: address, gpus; submitit: cluster and the executor's parameters",
-    )
-
-
-def engine_of(args: argparse.Namespace, folder: Path, in_rounds: bool = False) -> Any:
-    """Return the engine that the flags name."""
-    import torch
-
-    options = {}
-    for text in args.engine_options:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--engine_options {text}: expected KEY=VALUE")
-        options[key] = yaml.safe_load(value)
-    devices = list(range(torch.cuda.device_count()))
-    return make_engine(args.engine, args.workers, folder, options, devices, in_rounds)
 
 
 def values_of(words: Sequence[str]) -> dict[str, list[Any]]:

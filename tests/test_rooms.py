@@ -116,6 +116,14 @@ def test_nothing_in_the_library_imports_what_uses_it():
     assert imports(SOURCES, ("main", "scripts", "tests")) == []
 
 
+def test_scripts_of_studies_can_be_run_as_files():
+    """Python puts a script's own folder in the project's place, where no package `scripts` is."""
+    names = [
+        f"scripts/{name}.py" for name in ("dreambench", "evaluate", "replay", "report", "sweep")
+    ]
+    assert imports({name: (ROOT / name).read_text() for name in names}, ("scripts", "tests")) == []
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -69,8 +69,8 @@ class Local:
 
     def run(self, work: Work, tasks: Iterator[Task]) -> Iterator[tuple[Task, Any]]:
         if self.workers == 1:
-            for task in tasks:
-                yield task, attempt(work, task)
+            for each in tasks:
+                yield each, attempt(work, each)
             return
         # A new process for each task: what one leaves behind, or its end, does not reach the next.
         context = multiprocessing.get_context("spawn")
@@ -204,7 +204,7 @@ class Submitit:
         try:
             while True:
                 room = None if self.size is None else self.size - len(waiting)
-                part = []
+                part: list[Task] = []
                 while (room is None or len(part) < room) and (task := next(tasks, None)):
                     part.append(task)
                 if part:
