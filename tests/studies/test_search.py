@@ -4,7 +4,7 @@ import pytest
 
 from ldm.errors import UserError
 from ldm.studies.search import make_searcher
-from ldm.studies.sweep import words
+from ldm.studies.sweep import Plan, _tasks, words
 from scripts.sweep import values_of
 
 
@@ -73,6 +73,20 @@ def test_searches_that_cannot_be(tmp_path, kind, space, trials, message):
     with pytest.raises(UserError) as found:
         make_searcher(kind, space, trials, 0, tmp_path / "x")
     assert message in str(found.value)
+
+
+def test_an_early_stop_goes_to_every_trial(tmp_path):
+    given = {"arguments": ["--max_steps", "9"], "set": {"seed": [1, 2]}}
+    plan = Plan.of({**given, "early_stop": {"patience": 3}})
+    searcher = make_searcher(plan.search, plan.set, None, 0, tmp_path / "x")
+    for task in _tasks(plan, searcher, tmp_path):
+        assert task["arguments"][:2] == ["--max_steps", "9"]
+        (word,) = [w for w in task["arguments"] if w.startswith("lightning.callbacks.early_stop=")]
+        assert "StopOnFixedLoss" in word and '"patience": 3' in word
+    with pytest.raises(UserError, match=r"early_stop\.patience: expected 1 or more, got 0"):
+        Plan.of({**given, "early_stop": {"patience": 0}})
+    with pytest.raises(UserError, match=r"early_stop\.patients: unknown key"):
+        Plan.of({**given, "early_stop": {"patients": 1}})
 
 
 def test_flags_become_values_and_values_words():
