@@ -31,6 +31,8 @@ class Scoring:
         batch_size: pictures that are drawn at once.
         dino, clip, lpips: local weights of the encoders.
         encoders: which of `dino`, `clip` and `lpips` to use.
+        device: of the sampling and the encoders. By default the best there is draws, and the CPU
+            scores: the next training has the GPU's memory to itself.
     """
 
     protocol: str = "paper"
