@@ -71,6 +71,8 @@ def make_class_images(
     names = find_sampler(sampler, schedule)
     recipe = Recipe(steps, scale, eta, names[0], size, size, seed, names[1])
     series = {"prompts": list(prompts), "unconditional": unconditional, **asdict(recipe)}
+    # Decide which numbers are missing. One process decides for all, because files appear
+    # while the others still look.
     rank, world = share() if shared else (0, 1)
     if shared:
         numbers = json.loads(agreed(lambda: json.dumps(numbers_to_make(folder, count, series))))
@@ -108,6 +110,7 @@ def make_class_images(
         draw_series(batches, draw, folder, how or {}, first=0, desc="class images")
     finally:
         model.to(home).train(was_training)
+    # The plan may go only when all processes have written their pictures.
     if shared:
         wait_for_all()
     if rank == 0:
@@ -139,10 +142,12 @@ def numbers_to_make(folder: Path, count: int, series: Mapping[str, Any]) -> list
     Args:
         series: what the pictures are a function of, besides their numbers.
     """
+    # New numbers come behind all that are taken, so that no caption meets another picture.
     behind = next_number(folder)
     lacking: list[int] = []
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+        # A run was cut short here. Its gaps are filled first, by the same pictures.
         if plan["series"] == series:
             begin, end = int(plan["begin"]), int(plan["end"])
             lacking = sorted(set(range(begin, end)) - taken_numbers(folder))

@@ -68,6 +68,7 @@ def _paste_fitted(
     sheet: Image.Image, image: Image.Image, corner: tuple[int, int], cell: int
 ) -> None:
     """Scale the image into the cell, keeping its proportions, and centre it there."""
+    # The longer side fills the cell; the shorter one gets margins.
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     fitted = image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)

@@ -37,5 +37,6 @@ def draw_pictures(
     else:
         size = 1 if args.exact else args.n_samples
         made = draw_shares(pictures, draw, size, folder, how, say)
+    # The first process has all pictures, so it makes the sheet.
     if not args.skip_grid and is_first():
         say(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))

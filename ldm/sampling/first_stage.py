@@ -55,6 +55,7 @@ def _without_overflow(
     autoencoder = model.first_stage_model
     kind = next(autoencoder.parameters()).dtype
     halved = kind == torch.float16 or torch.is_autocast_enabled(x.device.type)
+    # Try as it is. One that has overflowed once would do so again, so it is remembered.
     if autoencoder not in _IN_FULL:
         found = compute(x)
         # What came in as no number is not the autoencoder's fault, nor is it mended by precision.
@@ -62,6 +63,7 @@ def _without_overflow(
             return found
         log.warning("half precision overflows in this autoencoder: it computes in float32 now")
         _IN_FULL.add(autoencoder)
+    # The whole autoencoder in float32, which has the range that half precision lacks.
     autoencoder.float()
     with torch.autocast(x.device.type, enabled=False):
         return compute(x.float())

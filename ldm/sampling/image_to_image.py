@@ -34,6 +34,7 @@ def steps_of(strength: float, steps: int) -> int:
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength}: expected more than 0, and at most 1")
+    # CompVis's script does the same, so that a strength means the same there and here.
     taken = min(steps, int(strength * steps))
     if taken < 1:
         raise UserError(f"strength {strength}: of {steps} steps none is left; take more of either")
@@ -62,8 +63,10 @@ def image_to_image(
     """
     from ldm.models.diffusion.inpainting import all_hidden
 
+    # Refuse a size that the UNet cannot halve, before anything is computed.
     check_size(model, recipe.height, recipe.width)
     with autocast(model.device, precision), model.ema_scope("sampling"):
+        # The image is encoded once, and is the beginning of each picture.
         x0 = encode(model, to_tensor(image).to(model.device)).expand(len(prompts), -1, -1, -1)
         # A model that inpaints reads that all of the image may change.
         hidden = all_hidden(model, len(prompts), recipe.height, recipe.width)
@@ -125,6 +128,7 @@ def redraw(
 def pictures_of(model: LatentDiffusion, latents: Tensor) -> list[Image.Image]:
     """Return decoded pictures; raise a `UserError` instead of drawing what is no number."""
     images = decode(model, latents)
+    # Such values would be drawn as black, which looks like a result.
     if not torch.isfinite(images).all():
         raise UserError(
             "the model made values that are no numbers instead of a picture: sample in full "

@@ -96,6 +96,7 @@ def infotext(
     # The web UI reads brackets. A prompt that was drawn as plain words has to say so.
     if recipe.weighting is None and re.search(r"[(\[\\]|\bBREAK\b", prompt + negative_prompt):
         fields["Emphasis"] = "None"
+    # The prompt may have several lines, so the fields come last, in one.
     lines = [prompt]
     if negative_prompt:
         lines.append(NEGATIVE + negative_prompt)
@@ -125,6 +126,7 @@ def parse_infotext(text: str) -> tuple[str, str, dict[str, str]] | None:
 
     A prompt may have several lines. The fields are the last line.
     """
+    # A text without "Steps" is somebody's comment, not a recipe.
     above, _, last = text.strip().rpartition("\n")
     fields = {name.strip(): unquoted(value) for name, value in FIELD.findall(last)}
     if "Steps" not in fields:
@@ -142,5 +144,6 @@ def web_ui_schedule(sampler: str, name: str | None) -> str | None:
         return None
     if name == AUTOMATIC:
         return AUTOMATIC_SCHEDULES.get(sampler)
+    # A name that is not in the table may still be one of ours: the caller looks it up.
     by_name = {theirs: ours for ours, theirs in SCHEDULE_NAMES.items()}
     return by_name.get(name, name)

@@ -61,6 +61,7 @@ def inpaint(
     image = to_tensor(fit(photo, region, size)).to(model.device)
     hidden = mask_tensor(mask.crop(region), size).to(model.device)
 
+    # Draw that part anew, at the size that the model knows.
     with autocast(model.device, precision), model.ema_scope("sampling"):
         latents = _latents(model, image, hidden, prompts, seeds, recipe, negative_prompt, verbose)
         painted = pictures_of(model, latents)
@@ -83,6 +84,7 @@ def _latents(
     """Return latents of the image, (1, 3, h, w), drawn anew where `hidden`, (1, 1, h, w), is 1."""
     from ldm.models.diffusion.inpainting import inpaints, masked_channels
 
+    # The photo's latent is the beginning of each picture, with the noise of the strength.
     count = len(prompts)
     x0 = encode(model, image).expand(count, -1, -1, -1)
     # A model that was trained for it reads what stays, and fits to that what it draws.

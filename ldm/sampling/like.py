@@ -47,6 +47,7 @@ def flags_of_picture(path: str | Path, args: argparse.Namespace) -> dict[str, An
     Raises:
         UserError: no picture, or one that does not say how it was made or by what.
     """
+    # Our own entry is complete, so it comes before the text for other programs.
     path = Path(path)
     found, text = _read(path)
     values = _of_ours(path, found, args) if found is not None else _of_web_ui(path, text, args)
@@ -74,7 +75,9 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    # The flags beside the recipe, as far as this command has them.
     values = {name: found[name] for name in OTHERS if name in found and hasattr(args, name)}
+    # The recipe. A value that this command cannot follow would give another picture: refuse it.
     for field in fields(Recipe):
         flag = FLAG_OF.get(field.name, field.name)
         if field.name not in found:
@@ -99,6 +102,7 @@ def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> 
         batch = None if args.exact else (found.get("batch", 1), found.get("place", 0))
         values.update(_one_picture(index, args), like_batch=batch)
 
+    # The picture is a function of these files as well, so they have to be the same.
     _check_weights(path, found, args)
     _check_files(path, found, args)
     return values
@@ -125,6 +129,7 @@ def digests_of(args: argparse.Namespace) -> dict[str, str]:
 
 def _check_files(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Raise a `UserError` if a file that a picture was made from is not there, or not as it was."""
+    # A file under the same name may hold something else by now: digests tell.
     now = digests_of(argparse.Namespace(**{name: found.get(name) for name in FILES}))
     for name in FILES:
         recorded = found.get(f"{name}_sha256")
@@ -141,6 +146,7 @@ def _check_weights(path: Path, found: Mapping[str, Any], args: argparse.Namespac
     Raises:
         UserError: they are not given by the user, and not there or others.
     """
+    # Weights that the user names are wanted, so others than the picture's are only warned of.
     recorded = found.get("model_sha256") or ""
     if "ckpt" in args.given:
         # A digest of the web UI is shorter.
@@ -148,6 +154,7 @@ def _check_weights(path: Path, found: Mapping[str, Any], args: argparse.Namespac
         if now and not now.startswith(recorded):
             log.warning("%s: was drawn by other weights than %s", path, args.ckpt)
         return
+    # Weights that nobody named have to be the very ones that drew the picture.
     ckpt = found.get("ckpt")
     if not ckpt:
         named = f"by '{found['model']}' " if found.get("model") else ""
@@ -177,6 +184,7 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
     def take(name: str) -> str | None:
         return given.pop(name, None)
 
+    # The fields that are a flag of ours, each under its own name and kind.
     values: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative}
     for name, flag, kind in (
         ("Steps", "ddim_steps", int),
@@ -188,6 +196,7 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
     ):
         if name in given and hasattr(args, flag):
             values[flag] = _number(path, name, given.pop(name), kind)
+    # One field holds both sides.
     size = SIZE.fullmatch(take("Size") or "")
     if size:
         values["W"], values["H"] = int(size[1]), int(size[2])
@@ -218,6 +227,7 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
         "this recipe, unless this project has drawn it",
         path,
     )
+    # The text speaks of one picture, whose seed it names: draw that one alone.
     if not OF_A_SERIES & args.given:
         values.update(_one_picture(0, args))
     _check_weights(path, model, args)

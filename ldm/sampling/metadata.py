@@ -70,8 +70,10 @@ def weights_names(checkpoint: Path) -> dict[str, str]:
     """Return the name and, of a single file, the digest by which other programs know a
     checkpoint.
     """
+    # A folder and an index of shards have no digest by which others know them.
     if not checkpoint.is_file() or checkpoint.suffix == ".json":
         return {"model": checkpoint.name}
+    # A digest reads the whole file: remember it until the file changes.
     state = checkpoint.stat()
     digest = _digest(checkpoint, state.st_mtime_ns, state.st_size)
     return {"model": checkpoint.stem, "model_sha256": digest}

@@ -57,6 +57,7 @@ def mask_of_box(box: Sequence[int], size: tuple[int, int]) -> Image.Image:
     Raises:
         UserError: it is not inside.
     """
+    # Outside of the photo there is nothing to paint: a box that leaves it is a mistake.
     left, top, width, height = box
     right, lower = left + width, top + height
     if min(left, top) < 0 or min(width, height) < 1 or right > size[0] or lower > size[1]:
@@ -72,6 +73,7 @@ def mask_of_box(box: Sequence[int], size: tuple[int, int]) -> Image.Image:
 
 def central_box(size: tuple[int, int], wanted: tuple[int, int]) -> Box | None:
     """Return the largest part in the middle of a photo that has the proportions of `wanted`."""
+    # As large as fits in; the rest is cut off evenly on both sides.
     scale = min(size[0] / wanted[0], size[1] / wanted[1])
     width, height = (min(side, round(want * scale)) for side, want in zip(size, wanted))
     if (width, height) == size:
@@ -100,9 +102,11 @@ def region_of(
         padding: pixels around the mask that the model sees at least.
         wanted: width and height that the model draws.
     """
+    # What is painted and its surroundings, from which the model learns what has to fit.
     box = mask.getbbox()
     assert box is not None, "an empty mask"
     around = [box[2] - box[0] + 2 * padding, box[3] - box[1] + 2 * padding]
+    # Never smaller than what the model draws: enlarging a part would invent its details.
     scale = max(1.0, around[0] / wanted[0], around[1] / wanted[1])
     sides = [min(full, round(want * scale)) for full, want in zip(mask.size, wanted)]
     # The mask is in the middle, unless a border of the photo is near.
@@ -142,6 +146,7 @@ def inward_weights(mask: np.ndarray, blur: int) -> np.ndarray:
     From the mask's border inwards it rises to 1 within `blur` pixels, and in a mask that is thinner
     within as many as there are. At the photo's own border it does not fall.
     """
+    # The depth of a pixel inside the mask: how many erosions it outlasts.
     inside = torch.from_numpy(mask > 0).float()[None, None]
     depth, eroded = inside.clone(), inside
     steps = 0
@@ -164,11 +169,13 @@ def paste(
         mask: of the whole photo.
         blur: pixels inside the mask's border over which photo and painting are mixed.
     """
+    # Bring the painting to the region's size in the photo.
     size = region[2] - region[0], region[3] - region[1]
     new = np.asarray(fit(painted, None, size), dtype=np.float32)
     # Of the mask in the whole photo, because the region's border may cut it.
     weights = inward_weights(np.asarray(mask), blur)
     weights = weights[region[1] : region[3], region[0] : region[2], None]
+    # Mix in the region alone. Where the weight is 0, the photo's own bytes stay.
     pixels = np.array(photo)
     old = pixels[region[1] : region[3], region[0] : region[2]]
     mixed = np.rint(old + weights * (new - old)).astype(np.uint8)

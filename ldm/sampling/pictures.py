@@ -21,6 +21,7 @@ def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
 
     Values are cut to that range, then truncated as the reference's are.
     """
+    # In float32: half precision cannot hold all of the 256 values.
     pixels = (255 * ((images.float() + 1) / 2).clamp(0, 1)).to(torch.uint8)
     arrays = rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
     return [Image.fromarray(array) for array in arrays]

@@ -79,20 +79,24 @@ def read_prompts(
 
     A scale of 1 is no guidance, and needs no negative prompt. A guide reads that prompt itself.
     """
+    # Without guidance the model runs on the prompt alone, so one embedding is enough.
     guidance = guidance_of(recipe, guide)
     if recipe.scale == 1.0:
         return Texts(_embed(model, prompts, recipe.weighting), None, guidance)
+    # Guidance leads away from one text, the same for each prompt.
     negatives = [negative_prompt] * len(prompts)
     if guide is None and recipe.weighting is not None:
         # One pass of the model takes both, so they have to be of one length.
         both = _embed(model, [*prompts, *negatives], recipe.weighting)
         cond, uncond = both.chunk(2)
         return Texts(cond, uncond, guidance)
+    # A guide has a text encoder of its own, which may have been tuned apart from this one.
     cond = _embed(model, prompts, recipe.weighting)
     return Texts(cond, _embed(guide or model, negatives, recipe.weighting), guidance)
 
 
 def _embed(model: LatentDiffusion, prompts: Sequence[str], weighting: str | None) -> Tensor:
+    # As trained: plain words, and the encoder cuts what is too long.
     if weighting is None:
         return model.get_learned_conditioning(prompts)
     if weighting != A1111:

@@ -90,6 +90,7 @@ def in_batches(
     # Each process takes every world-th picture, so that all have about the same to do.
     mine = list(enumerate(pictures))[rank::world]
     found = []
+    # A batch has one recipe and one negative prompt. Neighbours that share them go together.
     for _, group in groupby(mine, key=lambda item: item[1].common):
         same = list(group)
         for start in range(0, len(same), size):
@@ -127,13 +128,16 @@ def draw_series(
     try:
         for batch in tqdm(batches, desc=desc, disable=len(batches) < 2):
             images = draw(batch.pictures)
+            # Write at once: a series that is stopped keeps what it has drawn.
             for place, (position, image) in enumerate(zip(batch.positions, images)):
+                # The others of this batch are there for its size alone.
                 if batch.kept not in (None, place):
                     continue
                 if folder is not None:
                     _save(image, folder, batch.texts(place, how), first, position)
                 made[position] = image
     finally:
+        # Also after an error: the user learns what is there already.
         if made and folder is not None:
             say(f"{len(made)} pictures in {folder}")
     return made
@@ -164,6 +168,7 @@ def draw_shares(
     Args:
         size: pictures in a batch.
     """
+    # One process needs no agreement: its files take the next free numbers.
     rank, world = share()
     batches = in_batches(pictures, size, rank, world)
     if world == 1:
@@ -173,6 +178,7 @@ def draw_shares(
     # The processes agree on the number of the first file, from which each knows those of its own.
     first = int(agreed(lambda: str(next_number(folder) if folder else 0)))
     made = draw_series(batches, draw, folder, how, first, say)
+    # All have written now. The first reads the others' pictures, for the sheet of all of them.
     wait_for_all()
     if rank == 0 and folder is not None:
         for position in range(len(pictures)):

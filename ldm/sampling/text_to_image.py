@@ -76,6 +76,7 @@ def load_model(
     # Adapters are merged into the weights, so that what is sampled is always the plain network.
     opened = Checkpoint.open(checkpoint, config).merged()
     log.info("%s", opened)
+    # Then choose the EMA weights or the trained ones, which no later stage has to know of.
     model, _ = opened.for_sampling(weights).build(dtype)
     return model.to(device).eval().requires_grad_(False)
 
@@ -94,14 +95,17 @@ def load_guide(model: LatentDiffusion, checkpoint: str, mix: float = 0.0) -> Lat
     Raises:
         UserError: a file that cannot be read, or a model of another kind.
     """
+    # The guide computes as the tuned model does, so that only the weights differ.
     unet = model.model.diffusion_model
     dtype = next(p.dtype for p in unet.parameters() if p.ndim > 1)
     guide = load_model(checkpoint, device=model.device, dtype=dtype)
+    # Outputs that mean something else, or at another noise level, cannot be compared.
     problem = ""
     if guide.parameterization != model.parameterization:
         problem = f"predicts {guide.parameterization}, not {model.parameterization}"
     elif not torch.equal(guide.schedule.alphas_cumprod, model.schedule.alphas_cumprod):
         problem = "has another noise schedule"
+    # Compare every weight's shape, and mix where that is wanted.
     for part in ("model", "cond_stage_model"):
         tuned, base = (dict(getattr(m, part).named_parameters()) for m in (model, guide))
         for name in sorted({*tuned, *base}):
@@ -153,6 +157,7 @@ class Recipe:
 
 def guide_of(model: LatentDiffusion, recipe: Recipe) -> LatentDiffusion | None:
     """Return the weaker model that a recipe names, None if it names none or does not guide."""
+    # A guide that would have no effect is not even read: it is as large as the model.
     if recipe.guide_ckpt is None or recipe.scale == 1.0:
         return None
     return load_guide(model, recipe.guide_ckpt, recipe.guide_mix)
@@ -220,6 +225,7 @@ def text_to_image(
 
     # Refuse what this model cannot do before anything is computed.
     sampler = make_sampler(model, recipe.sampler, recipe.schedule)
+    # Such a model has no text encoder to ask.
     if model.model.conditioning_key == "concat":
         raise UserError("this model reads no text: it needs an image beside the noise")
     check_size(model, recipe.height, recipe.width)

@@ -46,6 +46,7 @@ class Axis:
         """Return what stands beside a row, or above a column."""
         if self.name == "prompt":
             return str(value)
+        # Names without folders, unless two checkpoints would look alike.
         if self.name == "ckpt":
             stems = {Path(other).stem for other in self.values}
             value = Path(value).stem if len(stems) == len(self.values) else value
@@ -74,9 +75,11 @@ def read_axis(text: str | None, parser: argparse.ArgumentParser) -> Axis:
     """
     if text is None:
         return NOTHING
+    # The name: ours, an older one of ours, or another program's.
     given, _, listed = text.partition("=")
     name = ALIASES.get(given.strip(), given.strip())
     flag = FLAG_OF.get(name, name)
+    # What may vary: the recipe's fields and a few others that this command has a flag for.
     actions = {action.dest: action for action in parser._actions if action.nargs is None}
     may_vary = {FLAG_OF.get(f.name, f.name): f.name for f in fields(Recipe)}
     may_vary |= {"H": "H", "W": "W", **{key: key for key in ("prompt", "negative_prompt", "ckpt")}}
@@ -84,10 +87,12 @@ def read_axis(text: str | None, parser: argparse.ArgumentParser) -> Axis:
     if name not in known:
         hint = nearest(name, known)
         raise UserError(f"{text}: '{name}' cannot vary{hint}; accepted: {', '.join(known)}")
+    # The values: commas separate them, so a prompt with one stands in quotation marks.
     words = next(csv.reader([listed], skipinitialspace=True), [])
     words = [word.strip() for word in words]
     if not all(words) or not words:
         raise UserError(f"{text}: expected values with commas between them, as scale=4,7.5,12")
+    # A value twice would draw the same picture twice, under one key.
     if len(set(words)) < len(words):
         raise UserError(f"{text}: a value is there twice")
 
@@ -110,6 +115,7 @@ def grid_axes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tupl
     Raises:
         UserError: what `read_axis` refuses, axes that are one, or flags that ask for a series.
     """
+    # Each cell is one picture. What asks for more than one has no place in it.
     across, down = read_axis(args.x, parser), read_axis(args.y, parser)
     if across.flag == down.flag:
         raise UserError(f"--x, --y: both are {across.name}")
@@ -137,9 +143,11 @@ def cells(
     for below in down.values:
         for beside in across.values:
             cell = copy.copy(args)
+            # A cell's flags are those of the command, with its two values.
             for axis, value in ((across, beside), (down, below)):
                 if axis.flag:
                     setattr(cell, axis.flag, value)
+            # All cells are checked before the first is drawn.
             check_recipe_flags(cell)
             found[beside, below] = cell
     return found
@@ -149,6 +157,7 @@ def labelled_grid(
     across: Axis, down: Axis, made: Mapping[tuple[Any, Any], Image.Image], title: str
 ) -> Image.Image:
     """Return the pictures in rows and columns, with the values beside them."""
+    # One size for all cells, so that rows and columns line up.
     side = max(SMALLEST, *(max(image.size) for image in made.values()))
     rows = []
     for below in down.values:

@@ -36,9 +36,12 @@ class DPM2(SigmaSampler):
     @staticmethod
     def midpoint(x: Tensor, sigma: float, after: float, denoised: Denoised) -> Tensor:
         """Return x at `after`, by the slope in the middle."""
+        # Euler's slope, which is all there is at sigma 0: its logarithm has no middle.
         slope = (x - denoised(x, sigma)) / sigma
         if after == 0:
             return x - sigma * slope
+        # The slope of the middle stands for the whole step. Halfway is in log(sigma), in which the
+        # ODE is smooth.
         half = middle(sigma, after)
         x_half = x + (half - sigma) * slope
         slope = (x_half - denoised(x_half, half)) / half
@@ -50,6 +53,7 @@ class DPM2Ancestral(DPM2):
 
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after a midpoint step and fresh noise."""
+        # The deterministic method goes down too far; fresh noise comes back up.
         down, up = ancestral(self.sigmas[index], self.sigmas[index + 1])
         x = self.midpoint(x, self.sigmas[index], down, denoised)
         return x + up * noise() if up > 0 else x
@@ -61,12 +65,15 @@ class DPMpp2SAncestral(SigmaSampler):
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after a second-order step and fresh noise."""
         sigma, after = self.sigmas[index], self.sigmas[index + 1]
+        # Leave room for the noise that is renewed: the deterministic part ends at `down`.
         down, up = ancestral(sigma, after)
         start = denoised(x, sigma)
+        # Second order: take the clean latent of the middle for the whole step (algorithm 1).
         if down > 0:
             half = middle(sigma, down)
             x_half = exponential_step(x, start, sigma, half)
             start = denoised(x_half, half)
+        # Go down, and renew the noise that was left out.
         x = exponential_step(x, start, sigma, down)
         return x + up * noise() if up > 0 else x
 
@@ -81,6 +88,7 @@ class DPMppSDE(SigmaSampler):
         """Return x after a second-order stochastic step."""
         sigma, after = self.sigmas[index], self.sigmas[index + 1]
         start = denoised(x, sigma)
+        # The last step ends in the clean latent, without noise, as log(0) has no value.
         if after == 0:
             return start
         # To the middle of the step.
@@ -118,6 +126,7 @@ class DPMpp2M(Multistep):
         sigma, after = self.sigmas[index], self.sigmas[index + 1]
         start = denoised(x, sigma)
         continued = start
+        # The first step knows no change, and the last one has an infinite h: both keep D as it is.
         if self.past and after > 0:
             (sigma_before, start_before), *_ = self.past
             ratio = math.log(sigma_before / sigma) / math.log(sigma / after)
@@ -133,16 +142,20 @@ class DPMpp2MSDE(Multistep):
         """Return x after a second-order stochastic multistep."""
         sigma, after = self.sigmas[index], self.sigmas[index + 1]
         start = denoised(x, sigma)
+        # The last step ends in the clean latent, without noise.
         if after == 0:
             return start
+        # First order: D stays what it is. `share` is how much of the noise is drawn anew.
         h = math.log(sigma / after)
         share = -math.expm1(-2 * h)
         new = math.exp(-2 * h) * x + share * start
+        # Second order: D goes on changing as it did in the last step.
         if self.past:
             (sigma_before, start_before), *_ = self.past
             ratio = math.log(sigma_before / sigma) / h
             new = new + share / 2 * (start - start_before) / ratio
         self.remember(sigma, start)
+        # The stochastic equation's noise over the step: as much as was taken out.
         return new + after * math.sqrt(share) * noise()
 
 
@@ -155,13 +168,18 @@ class DPMpp3MSDE(Multistep):
         """Return x after a third-order stochastic multistep."""
         sigma, after = self.sigmas[index], self.sigmas[index + 1]
         start = denoised(x, sigma)
+        # The last step ends in the clean latent, without noise.
         if after == 0:
             return start
+        # First order: D stays what it is.
         h = math.log(sigma / after)
         twice = 2 * h  # the step of the stochastic equation, whose drift is twice the ODE's
         new = math.exp(-twice) * x - math.expm1(-twice) * start
+        # Weights of D's first and second derivative over the step: integrals of the exponential
+        # with a power of time (phi functions).
         phi_2 = math.expm1(-twice) / twice + 1
         phi_3 = phi_2 / twice - 0.5
+        # Divided differences, by Newton's rule, of as many earlier steps as there are.
         if len(self.past) == 1:
             ((sigma_1, start_1),) = self.past
             ratio = math.log(sigma_1 / sigma) / h
@@ -172,6 +190,7 @@ class DPMpp3MSDE(Multistep):
             ratio_1 = math.log(sigma_2 / sigma_1) / h
             change_0 = (start - start_1) / ratio_0
             change_1 = (start_1 - start_2) / ratio_1
+            # The slope is that of the parabola through three clean latents, at the newest of them.
             slope = change_0 + (change_0 - change_1) * ratio_0 / (ratio_0 + ratio_1)
             curvature = (change_0 - change_1) / (ratio_0 + ratio_1)
             new = new + phi_2 * slope - phi_3 * curvature

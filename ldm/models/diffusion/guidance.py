@@ -63,6 +63,7 @@ class Rescale:
 
     def __call__(self, output: Tensor, cond: Tensor) -> Tensor:
         """Return the guided output with its spread per sample moved towards that of `cond`."""
+        # Lin et al., eq. 15 and 16: rescale, then mix, because the full rescaling looks dull.
         wanted, found = (x.std(PIXELS, keepdim=True) for x in (cond, output))
         return self.share * (output * (wanted / found)) + (1 - self.share) * output
 
@@ -118,10 +119,12 @@ class Projection:
 
     def update(self, difference: Tensor, start: Tensor) -> Tensor:
         """Return the direction to go in, from the averaged difference and the prompt's x_0."""
+        # Cut the length, so that one step with a large difference does not decide on the picture.
         if self.norm > 0:
             length = difference.square().sum(PIXELS, keepdim=True).sqrt()
             # A difference of 0 stays 0.
             difference = difference * (self.norm / length.clamp(min=1e-12)).clamp(max=1)
+        # Split off the part along the clean latent, which makes contrast stronger, not the content.
         along = (difference * start).sum(PIXELS, keepdim=True)
         along = along / start.square().sum(PIXELS, keepdim=True).clamp(min=1e-12) * start
         return difference - along + self.parallel * along
@@ -164,6 +167,7 @@ def guided(
     # With scale 1, eq. 6 is the conditional output alone, and the unconditional one is not needed.
     if uncond is None or scale == 1.0:
         return conditional
+    # Decide once what each step needs.
     how = guidance or Guidance()
     outputs = _both_outputs(model, cond, uncond, how.weak)
     noise_level = _noise_level(model.schedule) if how.interval or how.projection else None
@@ -176,6 +180,7 @@ def guided(
         if how.interval and not how.interval.holds(sigma):
             return conditional(x, t)
 
+        # Move the output away from the unconditional one.
         output_uncond, output_cond = outputs(x, t)
         if how.projection is None:
             # Ho & Salimans, eq. 6, with scale = 1 + w. It is written for noise, and holds for x0

@@ -44,6 +44,7 @@ def masked_channels(
     Raises:
         UserError: the UNet has another number of input channels.
     """
+    # A wrong number of channels would fail deep inside the UNet, without a word on the cause.
     expected = 2 * model.latent_channels + 1
     found = model.model.diffusion_model.in_channels
     if found != expected:
@@ -69,6 +70,7 @@ def all_hidden(
     """
     if not inpaints(model):
         return None
+    # One row is encoded, and stands for all pictures: they hide the same.
     grey = torch.zeros(1, 3, height, width, device=model.device)
     channels = masked_channels(model, grey, torch.ones_like(grey[:, :1]))
     return channels.expand(count, -1, -1, -1)
@@ -113,10 +115,12 @@ class RandomMasks:
     def _one(
         self, height: int, width: int, draws: torch.Generator | None
     ) -> Float[Tensor, "1 h w"]:
+        # The first draw decides on the kind of mask.
         if float(torch.rand(1, generator=draws)) < self.everything:
             return torch.ones(1, height, width)
         mask = Image.new("L", (width, height))
         canvas = ImageDraw.Draw(mask)
+        # Users paint a few spots of any form, so the masks are such spots.
         for _ in range(1 + _integer(MOST_SHAPES, draws)):
             shape = SHAPES[_integer(len(SHAPES), draws)]
             shape(canvas, _box(width, height, draws), draws)
@@ -153,6 +157,7 @@ def _posterior_noise(
     model: CompVisInterface, seeds: Sequence[int] | Tensor | None, count: int, images: Tensor
 ) -> Tensor:
     """Draw the noise of the masked images' posteriors, as a function of the examples' seeds."""
+    # Another stream than that of the whole image's noise: the two must not be the same.
     own = None if seeds is None else [derive_seed("masked image", int(seed)) for seed in seeds]
     height, width = (side // model.downsampling for side in images.shape[2:])
     return SampleRandom(own, images.device).randn((count, model.latent_channels, height, width))
@@ -172,6 +177,7 @@ def _box(width: int, height: int, draws: torch.Generator | None) -> Box:
     """
     sides = []
     for side in (width, height):
+        # Large enough to matter in the latent, small enough to leave a surrounding to fit to.
         least = max(1, side // 8)
         sides.append(least + _integer(max(1, side * 3 // 4 - least + 1), draws))
     left = _integer(width - sides[0] + 1, draws)

@@ -182,6 +182,7 @@ class CompVisInterface(pl.LightningModule):
 
     def q_sample(self, x_start: Latent, t: Steps, noise: Tensor | None = None) -> Latent:
         """Return noisy latents at time steps `t`."""
+        # DDPM, eq. 4: any step at once, without the steps before it.
         noise = torch.randn_like(x_start) if noise is None else noise
         return self.schedule.q_sample(x_start, t, noise)
 
@@ -189,6 +190,7 @@ class CompVisInterface(pl.LightningModule):
         self, x_start: Latent, x_t: Latent, t: Steps
     ) -> tuple[Latent, Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
         """Return mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0)."""
+        # DDPM, eq. 6 and 7.
         mean, log_variance = self.schedule.q_posterior(x_start, x_t, t)
         return mean, at(self.schedule.posterior_variance, t), log_variance
 

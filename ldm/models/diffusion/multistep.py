@@ -24,10 +24,14 @@ def lagrange_integrals(
         nodes: noise levels at which the slope is known.
         logarithmic: polynomials in log(sigma) instead of sigma.
     """
+    # Move the nodes of the Gauss rule from [-1, 1] to the step. The rule is exact for
+    # polynomials, so in sigma there is no error.
     points = (after + sigma) / 2 + (after - sigma) / 2 * GAUSS[0]
     weights = GAUSS[1] * (after - sigma) / 2
     places = np.log(points) if logarithmic else points
     known = np.log(nodes) if logarithmic else np.asarray(nodes)
+    # A Lagrange polynomial is 1 at its own node and 0 at the others. Its integral is the weight
+    # of the slope that is known there.
     integrals = []
     for j, own in enumerate(known):
         others = np.delete(known, j)
@@ -45,10 +49,12 @@ class LMS(Multistep):
     def sigma_step(self, x: Tensor, index: int, denoised: Denoised, noise: Noise) -> Tensor:
         """Return x after a multistep over the slopes known so far."""
         sigma, after = self.sigmas[index], self.sigmas[index + 1]
+        # The newest slope, and those of earlier steps, which cost no further pass of the model.
         slope = (x - denoised(x, sigma)) / sigma
         known = [(sigma, slope), *self.past]
         if after == 0 and self.logarithmic:  # log(0): the last step is Euler's
             known = known[:1]
+        # Integrate the polynomial through the known slopes over the step.
         weights = lagrange_integrals([level for level, _ in known], sigma, after, self.logarithmic)
         for weight, (_, earlier) in zip(weights, known):
             x = x + weight * earlier
@@ -77,8 +83,10 @@ class UniPC(Multistep):
         """Return x after a correction by this level's clean latent, and a prediction."""
         sigma, after = self.sigmas[index], self.sigmas[index + 1]
         start = denoised(x, sigma)
+        # Corrector: repeat the last step with what this level has shown. It costs no pass.
         if self._before is not None:
             x = self._corrected(self._before, sigma, start)
+        # Predictor: from the corrected x to the next level.
         self._before = x
         self.remember(sigma, start)
         return self._predicted(x, after)
@@ -89,6 +97,7 @@ class UniPC(Multistep):
         new = exponential_step(x, start, sigma, after)
         if after == 0 or not earlier:
             return new
+        # Second order: continue D by its last change, with UniPC's weight 1/2 for B2(h).
         h = math.log(sigma / after)
         ((sigma_1, start_1),) = earlier
         ratio = math.log(sigma / sigma_1) / h  # negative: in the past
@@ -98,12 +107,14 @@ class UniPC(Multistep):
         """Return x at `sigma` once more, from the level before, now that `start` is known."""
         (sigma_0, start_0), *earlier = self.past
         new = exponential_step(x, start_0, sigma_0, sigma)
+        # The change of D over the step is known now. Without an earlier step it gives second order.
         h = math.log(sigma_0 / sigma)
         base = math.expm1(-h)
         change = start - start_0
         if not earlier:
             return new - base * 0.5 * change
         ((sigma_1, start_1),) = earlier
+        # With an earlier step there are two changes, and third order.
         ratio = math.log(sigma_0 / sigma_1) / h
         # The two weights solve the order conditions of 2302.04867, with data prediction.
         phi_1 = base / -h

@@ -28,6 +28,7 @@ def preview(
     # The mode, so that a reconstruction shows what the autoencoder loses and no noise.
     z = model.get_first_stage_encoding(posterior.mode())
     pictures = {} if batch.images is None else {"inputs": batch.images}
+    # Behind the mask's channel come those of the masked image's latent.
     if channels is not None:
         pictures["masked"] = model.decode_first_stage(channels[:, 1:])
     return {**pictures, "reconstruction": model.decode_first_stage(z)}

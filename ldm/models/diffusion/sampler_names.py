@@ -88,20 +88,24 @@ def find_sampler(name: str, schedule: str | None = None) -> tuple[str, str | Non
     Raises:
         UserError: an unknown sampler or schedule, or a schedule for a sampler that has its own.
     """
+    # Web UIs write sampler and schedule as one name. A schedule that is named apart comes first.
     sampler = _plain(name)
     for suffix in SCHEDULES:
         if schedule is None and sampler.endswith(f"_{suffix}"):
             sampler, schedule = sampler.removesuffix(f"_{suffix}"), suffix
+    # What other programs call it is replaced by our own name.
     sampler = ALIASES.get(sampler, sampler)
     if sampler not in SAMPLERS and sampler not in SIGMA_SAMPLERS:
         known = [*SAMPLERS, *SIGMA_SAMPLERS]
         raise UserError(
             f"sampler: unknown '{name}'{nearest(sampler, known)}; accepted: {', '.join(known)}"
         )
+    # A schedule for a sampler that has its own would have no effect, so it is refused.
     if sampler in SAMPLERS:
         if schedule is not None:
             raise UserError(f"schedule: {name} has its own time steps: leave '{schedule}' out")
         return sampler, None
+    # Without a name: the time steps evenly, as the model was trained.
     wanted = _plain(schedule or "normal")
     wanted = SCHEDULE_ALIASES.get(wanted, wanted)
     if wanted not in SCHEDULES:

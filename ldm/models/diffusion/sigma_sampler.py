@@ -63,6 +63,7 @@ class SigmaSampler(Sampler):
             predicted.append(clean_latent(str(self.model.parameterization), x, sigma, output))
             return predicted[-1]
 
+        # The loop counts steps down, noise levels are listed from the largest.
         x = self.sigma_step(x, self._place(index), denoised, noise)
         # A method may ask the model again later in the step. The prediction to show is that for
         # the x of its beginning.
@@ -76,9 +77,11 @@ class SigmaSampler(Sampler):
         verbose: bool = True,
     ) -> None:
         """Fix the noise levels of `ddim_num_steps` steps; `sample` does it itself."""
+        # Noise that is renewed belongs to the method here, so there is no eta to choose.
         if ddim_eta:
             raise UserError(f"{type(self).__name__}: eta is for DDIM: it must be 0, got {ddim_eta}")
         self.schedule = self.model.schedule
+        # The levels that the model was trained at bound those that are visited.
         self.levels = NoiseLevels.of(self.schedule)
         self.sigmas = noise_levels(self.noise_schedule, self.levels, ddim_num_steps)
         check_descending(self.sigmas)
@@ -90,6 +93,7 @@ class SigmaSampler(Sampler):
 
     def _scaled(self, x: Tensor, steps: int) -> Tensor:
         """Return x_0 + sigma eps of x_t, from which `steps` steps are left."""
+        # sqrt(acp) = 1 / sqrt(1 + sigma^2): x_t divided by it is x_0 + sigma eps.
         return x * math.sqrt(1 + self.sigmas[self._place(steps - 1)] ** 2)
 
     def _noised(self, x0: Tensor, index: int, noise: Tensor) -> Tensor:
@@ -108,6 +112,7 @@ class SigmaSampler(Sampler):
         if use_original_steps:
             return super().stochastic_encode(x0, t, use_original_steps, noise)
         noise = torch.randn_like(x0) if noise is None else noise
+        # The caller expects the model's x_t, which `decode` scales back.
         index = int(t.flatten()[0])
         return scaled_to_model(self._noised(x0, index, noise), self.sigmas[self._place(index)])
 
@@ -117,5 +122,6 @@ def ancestral(sigma: float, after: float) -> tuple[float, float]:
 
     The split is that of the reverse process (Song et al. 2021, 2011.13456).
     """
+    # Variances add: down^2 + up^2 = after^2.
     up = min(after, math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
     return math.sqrt(after**2 - up**2), up

@@ -50,6 +50,7 @@ class NoiseLevels:
 
     def timestep(self, sigma: float) -> float:
         """Return the time step of a sigma, between two of the schedule's by the logarithm."""
+        # The logarithm of sigma is close to linear in t over most of the schedule.
         return float(np.interp(math.log(sigma), np.log(self.values), np.arange(len(self.values))))
 
     def sigma(self, timestep: float | np.ndarray) -> np.ndarray:
@@ -87,6 +88,7 @@ def ddim_uniform(levels: NoiseLevels, steps: int) -> np.ndarray:
 
 def karras(levels: NoiseLevels, steps: int, rho: float = 7.0) -> np.ndarray:
     """Space the noise levels evenly in sigma^(1/rho) (Karras et al. 2022)."""
+    # Eq. 5. A larger rho puts more of the steps at small noise, where details are made.
     ramp = np.linspace(0, 1, steps)
     first, last = levels.largest ** (1 / rho), levels.smallest ** (1 / rho)
     return (first + ramp * (last - first)) ** rho
@@ -109,15 +111,18 @@ def beta_quantiles(share: np.ndarray, shape: float) -> np.ndarray:
     # follows from the symmetry.
     u = np.linspace(0, 0.5**shape, 20001)
     density = (1 - u ** (1 / shape)) ** (shape - 1)
+    # The distribution's function up to 1/2 by the trapezoid rule; half of all lies below.
     steps = (density[1:] + density[:-1]) / 2 * np.diff(u)
     lower = np.concatenate([[0], np.cumsum(steps)])
     lower *= 0.5 / lower[-1]
+    # Read the function backwards, and turn u into x again.
     below = np.interp(np.minimum(share, 1 - share), lower, u) ** (1 / shape)
     return np.where(share <= 0.5, below, 1 - below)
 
 
 def align_your_steps(levels: NoiseLevels, steps: int) -> np.ndarray:
     """Interpolate the published noise levels, evenly in log(sigma), and keep them in range."""
+    # The published levels were made for 10 steps. Other numbers follow the same curve.
     published = np.log(np.array(ALIGN_YOUR_STEPS))
     ramp = np.linspace(0, 1, steps + 1)
     wanted = np.exp(np.interp(ramp, np.linspace(0, 1, len(published)), published))[:-1]
@@ -164,8 +169,10 @@ def clean_latent(parameterization: str, x: Tensor, sigma: float, output: Tensor)
     Args:
         parameterization: what the output is: `eps`, `x0` or `v` (Salimans & Ho 2022).
     """
+    # x = x_0 + sigma eps, solved for x_0.
     if parameterization == "eps":
         return x - sigma * output
+    # x_0 = sqrt(acp) x_t - sqrt(1 - acp) v, with x_t and acp in terms of sigma.
     if parameterization == "v":
         return x / (1 + sigma**2) - output * (sigma / math.sqrt(1 + sigma**2))
     return output
@@ -173,6 +180,7 @@ def clean_latent(parameterization: str, x: Tensor, sigma: float, output: Tensor)
 
 def output_slope(parameterization: str, sigma: float) -> float:
     """Return how much a model's output changes with the x_0 that it stands for, at a given x_t."""
+    # The inverse of the derivative of `clean_latent` by the output.
     if parameterization == "eps":
         return -1 / sigma
     if parameterization == "v":

@@ -73,6 +73,7 @@ def parts_to_train(
     Args:
         text_encoder: None if it is not trained.
     """
+    # Groups only where rates differ: a checkpoint's optimizer has to find as many again.
     if text_encoder is None:
         return [unet]
     if text_lr is None:
@@ -238,6 +239,7 @@ def clips_scaled(trainer: Any) -> bool:
 
     Fused kernels would unscale them once more.
     """
+    # Only fp16 scales its loss; other precisions have gradients of the true size.
     if trainer is None or trainer.precision != "16-mixed":
         return False
     return bool(trainer.gradient_clip_val)
