@@ -32,6 +32,8 @@ def draw_pictures(
     # Each picture is written as soon as it is there, whole or not at all, so a command that is
     # stopped keeps those that it has finished.
     if args.like_batch is not None and len(pictures) == 1:
+        if not is_first():
+            return  # one picture has no shares
         batches = as_in_batch(pictures[0], *args.like_batch)
         made = list(draw_series(batches, draw, folder, how, say=say).values())
     else:

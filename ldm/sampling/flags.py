@@ -210,7 +210,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     without = argparse.Namespace(**dict.fromkeys(vars(args), _MISSING))
     found = vars(parser.parse_args(argv, without))
     args.given = {name for name, value in found.items() if value is not _MISSING}
-    args.like_batch = None
+    args.like_batch, args.like_device = None, None
     if getattr(args, "like", None):
         for name, value in flags_of_picture(args.like, args).items():
             if name not in args.given:
@@ -300,6 +300,9 @@ def model_of(args: argparse.Namespace) -> LatentDiffusion:
     from ldm.modules.embedding_manager import EmbeddingManager
 
     device = device_of(args)
+    before = getattr(args, "like_device", None)
+    if before not in (None, device.type):
+        log.warning("%s: was drawn on %s; on %s its pixels may differ", args.like, before, device)
     # Under autocast a GPU would make half-precision copies of the weights anyway.
     halved = args.precision == "autocast" and device.type != "cpu"
     dtype = torch.float16 if halved else None

@@ -67,7 +67,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
             return read_recipe(picture), str(texts.get(INFOTEXT, ""))
     except FileNotFoundError:
         raise UserError(f"--like {path}: no such file") from None
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, UnidentifiedImageError) as error:
         raise UserError(f"--like {path}: cannot read this picture ({error})") from error
 
 
@@ -101,6 +101,7 @@ def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> 
             )
         batch = None if args.exact else (found.get("batch", 1), found.get("place", 0))
         values.update(_one_picture(index, args), like_batch=batch)
+    values["like_device"] = found.get("device")
 
     # The picture is a function of these files as well, so they have to be the same.
     _check_weights(path, found, args)
