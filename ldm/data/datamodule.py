@@ -232,8 +232,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def summary(self) -> dict[str, Any]:
         """Say what a run trains on.
 
-        It has `subject_images`, `class_images`, `class_images_to_make`, and the distinct
-        `subject_prompts` and `class_prompts`.
+        It has `subject_images`, `class_images`, `class_images_to_make`, the distinct
+        `subject_prompts` and `class_prompts`, and of the subject's those without its identifier,
+        `unnamed_prompts`.
         """
         train, reg = self.datasets.get("train"), self.datasets.get("reg")
         made_later = self.reg is not None and reg is None
@@ -242,6 +243,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             "class_images": 0 if self.prior is None else count_images(self.prior),
             "class_images_to_make": self.class_images_to_make,
             "subject_prompts": _prompts(train),
+            "unnamed_prompts": train.unnamed if isinstance(train, PersonalizedBase) else [],
             "class_prompts": self.class_prompts if made_later else _prompts(reg),
         }
 

@@ -11,7 +11,7 @@ import torch
 from ldm.data.captions import read_captions
 from ldm.data.image_folder import ImageFolderDataset
 from ldm.data.notices import warn_once
-from ldm.data.prompts import captions_from_templates
+from ldm.data.prompts import captions_from_templates, class_words, without_identifier
 from ldm.errors import ParameterError
 
 
@@ -19,7 +19,8 @@ class PersonalizedBase(ImageFolderDataset):
     """Images with captions: `{"image": (h, w, c) float32 in [-1, 1], "caption": str}`.
 
     The set "train" holds every image `repeats` times, "val" once. A caption file beside an image
-    wins over the templates (see `ldm.data.prompts`) unless `captions` is false. `resize=None`
+    wins over the templates (see `ldm.data.prompts`) unless `captions` is false. The subject's
+    examples also have a "class_caption", which lacks the identifier. `resize=None`
     squashes the image to `size` x `size`, or crops its centre with `center_crop`. With `masks`, of
     images beside the photos (01.mask.png for 01.jpg), an example has a "mask", too: (h, w) float32
     in [0, 1], how much of the loss counts where.
@@ -65,6 +66,8 @@ class PersonalizedBase(ImageFolderDataset):
         # An empty caption is for the prior: it keeps the unconditional model, too.
         self.captioned = beside = read_captions(self.paths, may_be_empty=reg) if captions else {}
         self.class_word, self.templates = str(placeholder_token), templates
+        self.identifier, self.reg = identifier, reg
+        self.class_words = class_words(placeholder_token, coarse_class_text)
         self.captions = {
             path: [beside[path]] if path in beside else self.templated for path in self.paths
         }
@@ -84,7 +87,18 @@ class PersonalizedBase(ImageFolderDataset):
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         path = self.paths[index % self.n_images]
         entries = self.augmented(path, generator)
-        return {**entries, "caption": self._caption(path, generator)}
+        caption = self._caption(path, generator)
+        if self.reg:
+            return {**entries, "caption": caption}
+        return {**entries, "caption": caption, "class_caption": self._as_class(caption)}
+
+    @property
+    def unnamed(self) -> list[str]:
+        """Return the captions without the identifier."""
+        return [prompt for prompt in self.prompts if self._as_class(prompt) == prompt]
+
+    def _as_class(self, caption: str) -> str:
+        return without_identifier(caption, self.identifier, self.class_words)
 
     def _caption(self, path: Path, generator: torch.Generator | None) -> str:
         captions = self.captions[path]

@@ -39,11 +39,28 @@ def captions_from_templates(
     templates = [templates] if isinstance(templates, str) else list(templates)
     if not templates:
         raise ParameterError("templates", "the list is empty; leave it out for the default")
-    class_word = (
-        f"{coarse_class_text} {placeholder_token}" if coarse_class_text else str(placeholder_token)
-    )
+    class_word = class_words(placeholder_token, coarse_class_text)
     captions = [_fill(template, identifier, class_word) for template in templates]
     return list(dict.fromkeys(captions))
+
+
+def class_words(placeholder_token: str, coarse_class_text: str | None = None) -> str:
+    """Return the class word, behind `coarse_class_text` if there is one."""
+    return (
+        f"{coarse_class_text} {placeholder_token}" if coarse_class_text else str(placeholder_token)
+    )
+
+
+def without_identifier(caption: str, identifier: str, class_words: str) -> str:
+    """Return a subject's caption as one of its class: `photo of a sks dog` is `photo of a dog`.
+
+    Where the class is not named, it takes the identifier's place.
+    """
+    named = rf"(?<!\w){re.escape(identifier)}(?!\w)"
+    is_named = re.search(rf"(?<!\w){re.escape(class_words)}(?!\w)", caption, re.IGNORECASE)
+    if is_named:
+        return re.sub(rf"{named}\s*", "", caption, flags=re.IGNORECASE).strip()
+    return re.sub(named, lambda _: class_words, caption, flags=re.IGNORECASE)
 
 
 def class_word_of(caption: str, templates: str | Sequence[str] | None = None) -> str | None:

@@ -8,7 +8,8 @@ starts as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -93,3 +94,20 @@ def add_adapters(module: nn.Module, layers: Sequence[str], options: LoraOptions)
         target_modules=list(layers),
     )
     inject_adapter_in_model(config, module)
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Compute as if a module had no adapters, inside."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    # Not peft's `enable_adapters`: that sets which parameters train, which `freeze` has settled.
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before):
+            layer._disable_adapters = was

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +16,7 @@ import yaml
 
 from ldm.config import EXPORTS, RunConfig, load_config, to_plain
 from ldm.errors import UserError, nearest
-from ldm.training.defaults import TRAINER_KEYS, WEIGHTS
+from ldm.training.defaults import TRAINER_KEYS, WEIGHTS, WITHOUT_CLASS_IMAGES
 from ldm.training.run import Run, new_run, resumed_run
 from ldm.training.saved import saved_config
 from ldm.training.trainer_values import check_trainer_values
@@ -335,16 +335,21 @@ def _images(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _needs_no_class_images(config: RunConfig) -> bool:
-    """Return whether the prior weighs nothing, and no folder is named for it but the subject's."""
-    weighs = config.get("model.params.reg_weight", 1.0)
+    """Return whether no class images are wanted, nor a folder named for them but the subject's."""
+    method = config.get("model.params.preservation")
+    if isinstance(method, Mapping):
+        method = method.get("method")
+    weighs = config.get("model.params.reg_weight", 1.0) and method not in WITHOUT_CLASS_IMAGES
     if weighs or not config.get("data.params.reg"):
         return False
     root = config.get("data.params.reg.params.data_root")
     if root and str(root) == str(config.get("data.params.train.params.data_root")):
+        why = f"preservation is {method}" if method in WITHOUT_CLASS_IMAGES else "reg_weight is 0"
         log.warning(
-            "%s: the folder of the subject and of the class: model.params.reg_weight is 0, so no "
+            "%s: the folder of the subject and of the class: model.params.%s, so no "
             "class images are used",
             root,
+            why,
         )
         return True
     return not root

@@ -54,6 +54,9 @@ TRAINER_KEYS: tuple[str, ...] = (
 # Of the flag --weights, for the same reason: the room of checkpoints imports torch.
 WEIGHTS = ("trained", "ema")
 
+# Of the names of model.params.preservation, those that take no class images. The same reason.
+WITHOUT_CLASS_IMAGES = ("dop", "blank", "none")
+
 TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,

@@ -13,6 +13,7 @@ from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.checkpoints.export import DTYPES
 from ldm.errors import UserError
 from ldm.files import size_text
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optim.in_backward import SUFFIX
 from ldm.training.memory import STATE_BYTES
 
@@ -88,6 +89,10 @@ def needed(
         name = str(getattr(model, "optimizer", "adam")).removesuffix(SUFFIX)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         checkpoint += STATE_BYTES.get(name, ADAM_BYTES) * trained
+
+        # A teacher that is a copy of the weights is kept with them.
+        if isinstance(model, LatentDiffusion):
+            checkpoint += model.preservation.copied_bytes(model)
 
     # How many lie there at once. A new one is written before an old one goes.
     steps, every = trainer.max_steps - step, keeper._every_n_train_steps

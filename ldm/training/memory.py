@@ -266,12 +266,14 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
         or sum(p.nbytes for p in model.parameters()) < CONCERNS
     ):
         return None
-    batches = 2 if "reg" in data.datasets else 1  # of the subject and of the prior
+    # Of the subject and of the prior, which a teacher may stand for.
+    batches = 2 if model.preservation.chosen.has_prior("reg" in data.datasets) else 1
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
     accumulates = trainer.accumulate_grad_batches > 1
     found = estimate(model, model.optimizer, batches * data.batch_size, side, autocast, accumulates)
     buckets = found.gradients if trainer.world_size > 1 else 0  # in which DDP exchanges them
-    return replace(found, shared=found.shared + buckets)
+    copied = model.preservation.copied_bytes(model)
+    return replace(found, shared=found.shared + buckets, weights=found.weights + copied)
 
 
 def outlook(trainer: Any, model: Any, found: Estimate) -> str:

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from ldm.config import RunConfig
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, nearest, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders import tokenizer
 
@@ -109,6 +109,15 @@ def _why_no_validation(trainer: Any, data: Any) -> str:
     if 0 < trainer.max_steps < step:
         return f"the first one comes after step {step} and max_steps is {trainer.max_steps}"
     return ""
+
+
+def check_preservation(model: Any, data: Any) -> None:
+    """Raise a `UserError` if a run's data is not what its way to keep the prior works with."""
+    if not isinstance(model, LatentDiffusion) or not isinstance(data, DataModuleFromConfig):
+        return
+    has_class_images = "reg" in data.datasets or bool(data.num_class_images)
+    with under("model.params"):
+        model.preservation.check_data(has_class_images, data.summary()["unnamed_prompts"])
 
 
 def check_identifier(identifier: str, prompts: Sequence[str]) -> None:

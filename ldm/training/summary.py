@@ -70,6 +70,17 @@ def text_encoder(model: Any) -> str:
     return f", text encoder {' '.join(parts)}" if parts else ""
 
 
+def preservation(model: Any) -> str:
+    """Say how the prior is kept, where it is not by class images alone."""
+    options = getattr(model, "preservation", None)
+    if options is None or options.method == "class_images":
+        return ""
+    weight = f", weight {model.objective.reg_weight:g}" if options.chosen.has_prior(True) else ""
+    copied = options.copied_bytes(model)
+    more = f", {copied / memory.GB:.2f} GB of weights more" if copied else ""
+    return f"{options}{weight}{more}"
+
+
 def schedule(trainer: Any) -> str:
     """Return how the learning rate changes with the steps."""
     for config in trainer.lr_scheduler_configs:
@@ -107,6 +118,8 @@ def start(
         batch += f" x {number} {unit}" if number > 1 else ""
     if found["class_images"]:
         batch += f" of each; loss = subject + {model.objective.reg_weight:g} x prior"
+    if kept := preservation(model):
+        rows["prior"] = kept
     rows["step"] = (
         f"{batch}; learning rate {model.learning_rate:.3g}{text_encoder(model)}{schedule(trainer)}"
     )

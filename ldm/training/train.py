@@ -36,7 +36,7 @@ from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.disk import check_disk
-from ldm.training.monitors import check_identifier, check_monitors
+from ldm.training.monitors import check_identifier, check_monitors, check_preservation
 from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
@@ -109,6 +109,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
 
     # Whatever can be refused is refused before the hours that class images may take.
     check_monitors(trainer, model, data, config)
+    check_preservation(model, data)
     check_identifier(config.identifier, data.summary()["subject_prompts"])
     check_training(model, data, trainer)
     first = resumed.step if resumed else 0

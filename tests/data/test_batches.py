@@ -243,6 +243,7 @@ def test_summary(folders):
         "class_images": 7,
         "class_images_to_make": 0,
         "subject_prompts": ["photo of a sks dog"],
+        "unnamed_prompts": [],
         "class_prompts": ["photo of a dog"],
     }
 

@@ -42,9 +42,11 @@ INPAINTING = [
     "model.params.conditioning_key=hybrid",
     "model.params.unet_config.params.in_channels=9",
 ]
+# The prior is compared with a copy of the weights, which a run that goes on has to have again.
+TAUGHT = ["model.params.preservation=prior_prediction"]
 RUNS = {
     "accumulated": ACCUMULATED,
-    "bf16-cached": [*BF16, *CACHED],
+    "bf16-cached-taught": [*BF16, *CACHED, *TAUGHT],
     "inpainting": INPAINTING,
 }
 if WHOLE:
@@ -254,7 +256,7 @@ def ranks(workspace, name, base, *more):
     return [torch.load(workspace.path / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("accumulated, kind", [(1, []), (2, []), (1, INPAINTING)])
+@pytest.mark.parametrize("accumulated, kind", [(1, []), (2, TAUGHT), (1, INPAINTING)])
 def test_two_processes_compute_what_one_does_with_twice_the_batch(
     workspace, base, accumulated, kind
 ):

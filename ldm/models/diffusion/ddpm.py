@@ -16,9 +16,12 @@ from ldm.errors import check_counts, check_positive, check_share
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper
 from ldm.models.diffusion.inpainting import RandomMasks, training_channels, with_channels
 from ldm.models.diffusion.interface import CompVisInterface, Images
-from ldm.models.diffusion.objective import Draws, Objective
+from ldm.models.diffusion.objective import Objective
+from ldm.models.diffusion.preservation import PreservationOptions
 from ldm.models.diffusion.preview import preview, samples
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
+from ldm.models.diffusion.teacher import STATE as TEACHER
+from ldm.models.diffusion.teacher import Teacher
 from ldm.models.diffusion.trained import (
     TextEncoderTraining,
     adapt,
@@ -35,6 +38,7 @@ from ldm.modules.adapters import TEXT_LAYERS, UNET_LAYERS, check_adaptable, lora
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.encoders.modules import embed_distinct
 from ldm.modules.losses.batch import Batch, RawBatch, named_parts
 from ldm.optim.boundary import at_step_boundary
 from ldm.optim.registry import Part, make_optimizer
@@ -53,7 +57,8 @@ class LatentDiffusion(CompVisInterface):
         zero_terminal_snr: rescale the schedule, a base model's too, so that its last step is noise
             alone (2305.08891); for parameterization v.
         parameterization, loss_type, reg_weight, original_elbo_weight, min_snr_gamma,
-            caption_dropout, offset_noise, unmasked_weight: see `Objective`.
+            caption_dropout, offset_noise, unmasked_weight, noisy_step_weight: see `Objective`.
+        preservation: a method's name, or `method` and `teacher`, see `PreservationOptions`.
         scale_factor: multiplies latents, so that they have about unit variance.
         cond_stage_trainable: train the text encoder together with the UNet.
         text_encoder_lr, text_encoder_stop: see `TextEncoderTraining`.
@@ -105,6 +110,8 @@ class LatentDiffusion(CompVisInterface):
         offset_noise: float = 0.0,
         zero_terminal_snr: bool = False,
         unmasked_weight: float = 0.0,
+        noisy_step_weight: float = 1.0,
+        preservation: str | Mapping[str, Any] = "class_images",
         ema_decay: float = 0.9999,
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, Any] | None = None,
@@ -123,7 +130,11 @@ class LatentDiffusion(CompVisInterface):
             caption_dropout=caption_dropout,
             offset_noise=offset_noise,
             unmasked_weight=unmasked_weight,
+            noisy_step_weight=noisy_step_weight,
         )
+        self.preservation = PreservationOptions.of(preservation)
+        self.preservation.check(reg_weight, lora is not None, conditioning_key)
+        self.teacher: Teacher | None = None
         self.objective.check_terminal(zero_terminal_snr)
         self.random_masks = RandomMasks(mask_everything)
         check_share("ema_decay", ema_decay)
@@ -190,45 +201,40 @@ class LatentDiffusion(CompVisInterface):
         t: Steps,
         noise: Latent,
         weights: Float[Tensor, "b h w"] | None = None,
+        taught: Sequence[str] = (),
     ) -> dict[str, Tensor]:
-        """Return each sample's losses, (b,), see `Objective.losses`."""
+        """Return each sample's losses, (b,), see `Objective.losses`.
+
+        Args:
+            taught: captions of the last samples, which are compared with the teacher's predictions.
+        """
         # Go to time step t at once (DDPM, eq. 4), then let the UNet predict with the help of the
         # text (Rombach et al., eq. 3).
         schedule = self.schedule
-        output = self.apply_model(schedule.q_sample(x_start, t, noise), t, cond)
-        vlb_weights = self.lvlb_weights
-        return self.objective.losses(schedule, vlb_weights, output, x_start, t, noise, weights)
-
-    def p_losses(
-        self, x_start: Latent, cond: Cond, t: Steps, noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of one batch of scaled latents, and its parts for the log."""
-        # Scripts of the LDM family call this with latents of their own. These have no seeds, so the
-        # noise comes from torch's global generator.
-        noise = torch.randn_like(x_start) if noise is None else noise
-        prefix = "train" if self.training else "val"
-        losses = self._losses(x_start, cond, t, noise)
-        means = {name: value.mean() for name, value in losses.items()}
-        logged = {f"{prefix}/{name}": value.detach() for name, value in means.items()}
-        return means["loss"], logged
+        x_noisy, kept = schedule.q_sample(x_start, t, noise), None
+        if taught:
+            assert self.teacher is not None
+            last = slice(-len(taught), None)
+            kept = self.teacher.predict(self, taught, x_noisy[last], t[last])
+        output, vlb = self.apply_model(x_noisy, t, cond), self.lvlb_weights
+        return self.objective.losses(schedule, vlb, output, x_start, t, noise, weights, kept)
 
     def shared_step(self, batch: RawBatch, prefix: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of a subject, or of a (subject, prior) pair, and what to log of it."""
         # The subject's examples and, with prior preservation, those of its class, which keep the
         # model from forgetting what else the class word means (Ruiz et al., eq. 2).
+        trains = prefix == "train"
         examples = Batch.of(batch, self.first_stage_key, self.cond_stage_key)
+        if trains:
+            examples = self.preservation.chosen.with_prior(examples)
 
         # Every network runs once, over subject and prior together: faster than twice.
         posterior = self._posterior(examples)
 
         # Draw time steps and noise (DDPM, algorithm 1). They depend on the examples' seeds alone,
         # so that a resumed run repeats them.
-        shape = posterior.mean.shape[1:]
-        parts = [
-            self.objective.draw(part, shape, self.num_timesteps, self.device)
-            for part in examples.parts
-        ]
-        draws = Draws.joined(parts)
+        steps, shape = self.num_timesteps, posterior.mean.shape[1:]
+        draws = self.objective.draws(examples, shape, steps, self.device)
 
         # The posterior is sampled anew in every step, also where the latents are cached: a cache
         # holds its mean and variance, not a sample.
@@ -237,17 +243,27 @@ class LatentDiffusion(CompVisInterface):
 
         # Empty captions teach the unconditional model that guidance needs (Ho & Salimans, algorithm
         # 1). Validation keeps all captions, so that its losses compare.
-        captions = self.objective.captions(examples) if prefix == "train" else examples.captions
+        captions = self.objective.captions(examples) if trains else examples.captions
+        cond = embed_distinct(self.get_learned_conditioning, captions)
         # An inpainting model also reads a mask, and the image without what that hides.
-        cond = with_channels(self._embeddings(captions), self.extra_channels(examples))
+        cond = with_channels(cond, self.extra_channels(examples))
 
-        # The error of each example, then the subject's mean and the prior's, weighted.
-        losses = self._losses(x_start, cond, draws.t, draws.noise, weights)
+        # The error of each example, then the subject's mean and the prior's, weighted. A teacher
+        # says what the prior's predictions are to be.
+        taught = captions[len(examples.subject) :] if self.teacher and trains else []
+        losses = self._losses(x_start, cond, draws.t, draws.noise, weights, taught)
+        factors = self.objective.step_weights(examples, draws.t, steps) if trains else None
+        if factors is not None:
+            losses["loss"] = factors * losses["loss"]
         loss, logged = self.objective.total(examples, losses)
         return loss, {f"{prefix}/{name}": value for name, value in logged.items()}
 
     def _posterior(self, batch: Batch) -> DiagonalGaussianDistribution:
         """Return the posterior of a batch's images: encoded now, or when latents were cached."""
+        # Images that are there twice are encoded once.
+        if batch.repeats_subject:
+            moments = self._posterior(Batch(batch.subject)).parameters
+            return DiagonalGaussianDistribution(torch.cat([moments, moments]))
         moments, images = batch.moments, batch.images
         # With cached latents the autoencoder does not run in a training step.
         if moments is not None:
@@ -260,12 +276,6 @@ class LatentDiffusion(CompVisInterface):
         """Return what the UNet reads of a batch beside the noisy latent; None for text alone."""
         return training_channels(self, self.random_masks, batch)
 
-    def _embeddings(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
-        """Return embeddings of captions. Most are the same: each distinct one is read once."""
-        distinct = list(dict.fromkeys(captions))
-        rows = [distinct.index(caption) for caption in captions]
-        return self.get_learned_conditioning(distinct)[torch.tensor(rows, device=self.device)]
-
     # Lightning
 
     def configure_model(self) -> None:
@@ -277,10 +287,12 @@ class LatentDiffusion(CompVisInterface):
         unet = self.model.diffusion_model
         if isinstance(unet, UNetModel):
             unet.use_memory_format()
-        # Lightning calls this for a training and for a test; the adapters are added once.
         if self.lora is not None and not self._adapted:
             adapt(self, self._adapted_layers(), self.lora, self._frozen)
             self._adapted = True
+        # The teacher is the model as it is now, before the first step.
+        if self.preservation.chosen.needs_teacher and self.teacher is None:
+            self.teacher = self.preservation.teacher_of(self)
 
     def _adapted_layers(self) -> dict[str, Sequence[str]]:
         """Return the networks that `lora` adapts, and how the names of their layers end."""
@@ -296,6 +308,13 @@ class LatentDiffusion(CompVisInterface):
         count = sum(parameter.requires_grad for parameter in self.parameters())
         names = group_names(self._parts())
         check_same_parameters(checkpoint, names, count, self.freeze_patterns)
+        if self.teacher is not None:
+            self.teacher.load(checkpoint.get(TEACHER, {}))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put a copied teacher's weights in: a run that goes on could not make it again."""
+        if self.teacher is not None:
+            checkpoint[TEACHER] = self.teacher.state()
 
     def on_fit_start(self) -> None:
         if self.text_training.stop is not None:
@@ -332,9 +351,10 @@ class LatentDiffusion(CompVisInterface):
 
     def metric_names(self, has_prior: bool) -> dict[str, list[str]]:
         """Return the metrics that a training logs: of every step, and of a validation."""
+        trained = self.objective.metric_names(self.preservation.chosen.has_prior(has_prior))
         names = self.objective.metric_names(has_prior)
         validation = [f"val/{name}{kind}" for kind in ("", "_ema") for name in names]
-        return {"train": [f"train/{name}" for name in names], "val": validation}
+        return {"train": [f"train/{name}" for name in trained], "val": validation}
 
     def _size(self, batch: RawBatch) -> int:
         return len(named_parts(batch)["subject"][self.cond_stage_key])
@@ -367,9 +387,8 @@ class LatentDiffusion(CompVisInterface):
         """Make one optimizer over the UNet and, if it is trained, the text encoder."""
         trainer = self._trainer
         # Fused Adam unscales fp16's gradients itself, which must not happen twice.
-        options = {}
-        if self.optimizer in ("adam", "adamw") and clips_scaled(trainer):
-            options["fused"] = False
+        is_adam = self.optimizer in ("adam", "adamw")
+        options = {"fused": False} if is_adam and clips_scaled(trainer) else {}
         optimizer = make_optimizer(self.optimizer, self._parts(), self.learning_rate, **options)
         # A schedule that decays has to know where the run ends.
         max_steps = -1 if trainer is None else trainer.max_steps
@@ -387,7 +406,6 @@ class LatentDiffusion(CompVisInterface):
         seed: int = 0,
     ) -> dict[str, Images]:
         """Return pictures of up to `N` images of each part: inputs, reconstructions, samples."""
-        # Reconstructions show what the autoencoder allows; samples show what the UNet has learned.
         shown = Batch.of(batch, self.first_stage_key, self.cond_stage_key).first(N)
         posterior = self._posterior(shown)
         channels = self.extra_channels(shown)

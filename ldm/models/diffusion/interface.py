@@ -140,6 +140,27 @@ class CompVisInterface(pl.LightningModule):
                 log.debug("%s: with the EMA weights", context)
             yield
 
+    # The loss of one batch
+
+    def p_losses(
+        self, x_start: Latent, cond: Cond, t: Steps, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of one batch of scaled latents, and its parts for the log."""
+        # Scripts of the LDM family call this with latents of their own. These have no seeds, so the
+        # noise comes from torch's global generator.
+        noise = torch.randn_like(x_start) if noise is None else noise
+        prefix = "train" if self.training else "val"
+        losses = self._losses(x_start, cond, t, noise)
+        means = {name: value.mean() for name, value in losses.items()}
+        logged = {f"{prefix}/{name}": value.detach() for name, value in means.items()}
+        return means["loss"], logged
+
+    def _losses(
+        self, x_start: Latent, cond: Cond, t: Steps, noise: Latent
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """Return each sample's losses, see `Objective.losses`."""
+        raise NotImplementedError
+
     # What scripts read
 
     @property

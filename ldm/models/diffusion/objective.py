@@ -47,6 +47,9 @@ class Objective:
         caption_dropout: share of captions that training empties (2207.12598).
         offset_noise: strength of a random constant for each sample and channel in the noise.
         unmasked_weight: weight of what a mask leaves black; white has 1.
+        noisy_step_weight: weight of the subject's loss at the last time step, which is noise
+            almost alone; it falls from 1 at the first. T-LoRA (2507.05964) finds that a subject is
+            overfitted at noisy steps most of all. The prior counts at all steps.
 
     Raises:
         UserError: a name that is not known, or a number out of range.
@@ -60,6 +63,7 @@ class Objective:
     caption_dropout: float = 0.0
     offset_noise: float = 0.0
     unmasked_weight: float = 0.0
+    noisy_step_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.parameterization not in PARAMETERIZATIONS:
@@ -72,7 +76,7 @@ class Objective:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ParameterError(name, f"expected 0 or more, got {value}")
-        for name in ("caption_dropout", "unmasked_weight"):
+        for name in ("caption_dropout", "unmasked_weight", "noisy_step_weight"):
             check_share(name, getattr(self, name))
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             problem = f"expected a positive number, got {self.min_snr_gamma}"
@@ -93,6 +97,15 @@ class Objective:
         return PARAMETERIZATIONS[self.parameterization]
 
     # Before the networks run
+
+    def draws(
+        self, batch: Batch, latent_shape: Sequence[int], steps: int, device: torch.device
+    ) -> Draws:
+        """Draw what is random in a step for all parts of a batch, see `draw`."""
+        # Where the prior is the subject once more, it is so with the same noise.
+        count = 1 if batch.repeats_subject else len(batch.parts)
+        drawn = [self.draw(part, latent_shape, steps, device) for part in batch.parts[:count]]
+        return Draws.joined(drawn * (len(batch.parts) // count))
 
     def draw(
         self, examples: Examples, latent_shape: Sequence[int], steps: int, device: torch.device
@@ -142,6 +155,18 @@ class Objective:
         masks = [part.masks for part in batch.parts]
         return place_weights(masks, batch.split(latents), self.unmasked_weight)
 
+    def step_weights(self, batch: Batch, t: Steps, steps: int) -> Float[Tensor, " b"] | None:
+        """Return how much each example's time step counts; None if all count alike.
+
+        Args:
+            steps: of the noise schedule.
+        """
+        if self.noisy_step_weight == 1:
+            return None
+        weights = 1 - (1 - self.noisy_step_weight) * t / (steps - 1)
+        subject, *prior = batch.split(weights)
+        return torch.cat([subject, *(torch.ones_like(part) for part in prior)])
+
     # After they ran
 
     def losses(
@@ -153,16 +178,20 @@ class Objective:
         t: Steps,
         noise: Latent,
         weights: Float[Tensor, "b h w"] | None = None,
+        kept: Float[Tensor, "k c h w"] | None = None,
     ) -> dict[str, Float[Tensor, " b"]]:
         """Return each sample's simple loss, term of the variational bound, and their weighted sum.
 
         Args:
             vlb_weights: of each time step, from `Parameterization.vlb_weights`.
             weights: of places; with them, all losses are of weighted means.
+            kept: a teacher's predictions, which the last of the outputs are to equal.
         """
         # The simple loss (DDPM, eq. 14), of whatever the UNet predicts. It stays one number for
         # each sample, because the weights below depend on the sample's time step.
         target = self.prediction.target(schedule, x_start, t, noise)
+        if kept is not None:
+            target = torch.cat([target[: len(target) - len(kept)], kept.to(target)])
         simple = per_sample_loss(output, target, self.loss_type, weights)
         # Its term of the variational bound (DDPM, eq. 12) is always logged, and seldom minimised.
         vlb = vlb_weights[t] * simple

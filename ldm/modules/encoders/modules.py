@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,16 @@ class TextEncoder(nn.Module):
     def freeze(self) -> None:
         """Leave the weights as they are, as scripts do that use the network alone."""
         self.eval().requires_grad_(False)
+
+
+def embed_distinct(
+    encode: Callable[[Sequence[str]], Float[Tensor, "n m d"]], texts: Sequence[str]
+) -> Float[Tensor, "b m d"]:
+    """Return embeddings of texts. Most of a batch are the same: each distinct one is read once."""
+    distinct = list(dict.fromkeys(texts))
+    embeddings = encode(distinct)
+    rows = [distinct.index(text) for text in texts]
+    return embeddings[torch.tensor(rows, device=embeddings.device)]
 
 
 class TextTransformer(nn.Module):

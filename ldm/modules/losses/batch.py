@@ -33,6 +33,7 @@ class Examples:
         masks: how much each place counts, from 0 to 1, at the size of the images or of their
             latents; None where all counts.
         seeds: of each example's random numbers; None to draw from torch's global generator.
+        class_captions: the captions without the identifier; None where nothing says them.
     """
 
     captions: Sequence[str]
@@ -40,6 +41,7 @@ class Examples:
     moments: Float[Tensor, "b z2 h w"] | None = None
     masks: Float[Tensor, "b _ _"] | None = None
     seeds: Sequence[int] | Tensor | None = None
+    class_captions: Sequence[str] | None = None
 
     @classmethod
     def of(cls, entries: Mapping[str, Any], image_key: str, caption_key: str) -> Examples:
@@ -50,6 +52,7 @@ class Examples:
             moments=entries.get("moments"),
             masks=entries.get("mask"),
             seeds=entries.get("noise_seed"),
+            class_captions=entries.get("class_caption"),
         )
 
     def __len__(self) -> int:
@@ -85,6 +88,17 @@ class Batch:
     def parts(self) -> list[Examples]:
         """Return the parts that are there, the subject first."""
         return [self.subject] if self.prior is None else [self.subject, self.prior]
+
+    @property
+    def repeats_subject(self) -> bool:
+        """Return whether the prior's examples are the subject's images once more."""
+        if self.prior is None:
+            return False
+        pairs = [
+            (self.subject.images, self.prior.images),
+            (self.subject.moments, self.prior.moments),
+        ]
+        return all(first is second for first, second in pairs)
 
     @property
     def captions(self) -> list[str]:

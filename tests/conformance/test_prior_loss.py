@@ -1,0 +1,332 @@
+"""The loss with its prior term, its gradients and the captions that are read, against a reference.
+
+The suite stands alone: `adapter.py` beside it connects a trainer, ours or another. The reference is
+the equations in float64. Below it, faults that trainers have had are planted: each has to be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion import objective as objectives
+from ldm.models.diffusion.objective import Draws, Objective
+from ldm.models.diffusion.preservation import OutputPreservation
+from ldm.models.diffusion.teacher import AdaptersOff, FrozenCopy
+from tests.conformance.adapter import Adapter, Case, Found, Part
+
+EXACT = 1e-6
+TAUGHT = ("prior_prediction", "dop", "blank")
+
+# The reference
+
+
+def terms(method: str, batch: Sequence[Part]) -> list[tuple[Part, list[str], bool]]:
+    """Return the parts of a batch's loss: examples, their captions, whether the mask counts."""
+    subject, *prior = batch
+    found = [(subject, subject.captions, True)]
+    if method in ("class_images", "prior_prediction"):
+        found += [(part, part.captions, True) for part in prior]
+    elif method in ("dop", "blank"):
+        found += [(subject, subject.class_captions if method == "dop" else [""] * 2, False)]
+    return found
+
+
+def reference(case: Case, adapter: Adapter, batch: Sequence[Part]) -> Tensor:
+    """Return subject + reg_weight x prior (DreamBooth, eq. 2), in float64."""
+    given = case.params.get
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas, kind = (
+        torch.cumprod(1 - betas, 0),
+        given("parameterization", "v" if "-v" in case.family else "eps"),
+    )
+    losses = []
+    for number, (part, captions, masked) in enumerate(terms(case.method, batch)):
+        x, t, noise = adapter.draws(part)
+        a = alphas[t]
+        root, rest = (value.sqrt()[:, None, None, None] for value in (a, 1 - a))
+        x_t = root * x + rest * noise
+        target = {"eps": noise, "x0": x, "v": root * noise - rest * x}[kind]
+        if number and case.method in TAUGHT:
+            target = adapter.predict_before(x_t, t, captions)
+        error = adapter.predict(x_t, t, captions) - target
+        error = error.abs() if given("loss_type") == "l1" else error**2
+        places = part.masks[:, None].double() if masked and part.masks is not None else 1.0
+        places = places * torch.ones_like(error)
+        each = (error * places).sum((1, 2, 3)) / places.sum((1, 2, 3))
+        snr, factor = a / (1 - a), torch.ones(len(t), dtype=torch.float64)
+        if gamma := given("min_snr_gamma"):
+            factor = (
+                snr.clamp(max=gamma) / {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[kind]
+            )
+        if number == 0:
+            factor = factor * (1 - (1 - given("noisy_step_weight", 1.0)) * t / 999)
+        losses.append((factor * each).mean())
+    subject, *prior = losses
+    return subject + given("reg_weight", 1.0) * prior[0] if prior else subject
+
+
+# The comparison
+
+
+def part(first: int, count: int, word: str, masks: bool, named: bool) -> Part:
+    seeds = list(range(first, first + count))
+    noise = torch.Generator().manual_seed(first)
+    latents = torch.randn((count, 4, 4, 4), generator=noise).double()
+    drawn = torch.rand((count, 4, 4), generator=noise).double() if masks else None
+    captions = [f"photo of a {word} {seed}" for seed in seeds]
+    classes = [caption.replace("sks ", "") for caption in captions] if named else None
+    return Part(latents, captions, seeds, classes, drawn)
+
+
+def batches_of(case: Case) -> list[list[Part]]:
+    found = []
+    for number in range(case.accumulated):
+        batch = [part(10 * number, case.sizes[0], "sks dog", case.masks, True)]
+        if case.method in ("class_images", "prior_prediction"):
+            batch.append(part(500 + 10 * number, case.sizes[1], "cat", False, False))
+        found.append(batch)
+    return found
+
+
+def problems(case: Case, tolerance: float = EXACT) -> list[str]:
+    """Return in what a trainer's step differs from the reference; nothing if it conforms."""
+    adapter, batches = Adapter(case), batches_of(case)
+    loss = sum(reference(case, adapter, batch) for batch in batches) / len(batches)
+    named = adapter.parameters()
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    expected = {n: g for n, g in zip(named, gradients) if g is not None}
+    found: Found = adapter.step(batches)
+    wrong = [] if abs(found.loss - loss.item()) <= tolerance * loss.item() else ["loss"]
+    if found.gradients.keys() != expected.keys():
+        wrong.append("which tensors have gradients")
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name in found.gradients.keys() & expected.keys():
+        if (found.gradients[name] - expected[name]).abs().max() > tolerance * scale:
+            wrong.append(f"gradient of {name}")
+    read = {
+        text for batch in batches for _, texts, _ in terms(case.method, batch) for text in texts
+    }
+    if {text for texts in found.captions for text in texts} != read:
+        wrong.append("captions")
+    return wrong
+
+
+CASES = {
+    "plain": Case(),
+    "weight": Case(params={"reg_weight": 0.3}),
+    "unequal": Case(sizes=(1, 3)),
+    "accumulated": Case(accumulated=3),
+    "masks": Case(masks=True),
+    "l1": Case(params={"loss_type": "l1"}),
+    "min-snr": Case(params={"min_snr_gamma": 5.0}),
+    "noisy-steps": Case(params={"noisy_step_weight": 0.2}),
+    "offset-noise": Case(params={"offset_noise": 0.1}),
+    "x0": Case(params={"parameterization": "x0"}),
+    "lora": Case(lora=True),
+    "v2": Case("v2"),
+    "v2-v-lora-min-snr": Case("v2-v", lora=True, params={"min_snr_gamma": 5.0}),
+    "none": Case(method="none"),
+    "prior_prediction": Case(method="prior_prediction", sizes=(1, 2), masks=True),
+    "dop": Case(method="dop", masks=True, params={"reg_weight": 0.3}),
+    "blank": Case("v2-v", method="blank", accumulated=2),
+    "dop-lora": Case(method="dop", lora=True, params={"min_snr_gamma": 5.0}),
+    "prior_prediction-lora": Case(method="prior_prediction", lora=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_the_reference(name):
+    assert problems(CASES[name]) == []
+
+
+@pytest.mark.parametrize("precision, tolerance", [("32-true", 2e-5), ("bf16-mixed", 0.1)])
+def test_a_step_is_the_reference_as_far_as_a_precision_goes(precision, tolerance):
+    """float32 rounds to 6e-8 and bfloat16 to 4e-3, and a network adds that up."""
+    assert problems(Case(precision=precision), tolerance) == []
+
+
+# Faults, each with a case that shows it. A fault changes the trainer, through `monkeypatch`.
+
+FAULTS = {}
+
+
+def fault(case: Case):
+    def register(plant):
+        FAULTS[plant.__name__] = (case, plant)
+        return plant
+
+    return register
+
+
+def changed(patch, owner, name, change):
+    """Replace a method by `change(original, *its arguments)`."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *args, **more: change(original, *args, **more))
+
+
+@fault(Case())
+def detached_prior(patch):
+    patch.setattr(Objective, "combine", lambda self, losses: losses[0] + losses[1].detach())
+
+
+@fault(Case(params={"reg_weight": 0.3}))
+def weight_applied_twice(patch):
+    patch.setattr(Objective, "combine", lambda s, losses: losses[0] + s.reg_weight**2 * losses[1])
+
+
+@fault(Case(params={"reg_weight": 0.3}))
+def weight_on_the_subject(patch):
+    patch.setattr(Objective, "combine", lambda s, losses: s.reg_weight * losses[0] + losses[1])
+
+
+@fault(Case(params={"reg_weight": 0.3}))
+def weight_ignored(patch):
+    patch.setattr(Objective, "combine", lambda self, losses: losses[0] + losses[1])
+
+
+@fault(Case())
+def half_of_the_sum(patch):
+    patch.setattr(Objective, "combine", lambda self, losses: (losses[0] + losses[1]) / 2)
+
+
+@fault(Case())
+def class_prompt_ignored(patch):
+    patch.setattr(Objective, "captions", lambda self, batch: list(batch.subject.captions) * 2)
+
+
+@fault(Case())
+def class_prompt_empty(patch):
+    patch.setattr(Objective, "captions", lambda self, batch: [*batch.subject.captions, "", ""])
+
+
+@fault(Case())
+def pairs_out_of_order(patch):
+    patch.setattr(Objective, "captions", lambda self, batch: batch.captions[::-1])
+
+
+@fault(Case())
+def captions_out_of_order_within_the_prior(patch):
+    change = lambda self, batch: [*batch.captions[:2], *batch.captions[:1:-1]]  # noqa: E731
+    patch.setattr(Objective, "captions", change)
+
+
+@fault(Case(sizes=(1, 3)))
+def one_mean_over_both_parts(patch):
+    def total(original, self, batch, losses):
+        _, logged = original(self, batch, losses)
+        return (1 + self.reg_weight) * losses["loss"].mean(), logged
+
+    changed(patch, Objective, "total", total)
+
+
+@fault(Case(masks=True))
+def mean_over_the_wrong_axis(patch):
+    def per_sample(output, target, loss_type="l2", weights=None):
+        # Weights of places that are averaged over the batch, too.
+        error = (output - target) ** 2
+        weights = torch.ones_like(error[:, 0]) if weights is None else weights
+        return (error * weights[:, None]).mean((1, 2, 3)) / weights.mean()
+
+    patch.setattr(objectives, "per_sample_loss", per_sample)
+
+
+@fault(Case(masks=True))
+def prior_counted_with_the_subjects_mask(patch):
+    def places(original, self, batch, latents):
+        found = original(self, batch, latents)
+        return torch.cat([found[:2], found[:2]])
+
+    changed(patch, Objective, "place_weights", places)
+
+
+@fault(Case(params={"min_snr_gamma": 5.0}))
+def weights_of_time_steps_not_chunked(patch):
+    def losses(original, self, schedule, vlb, output, x, t, noise, *more):
+        # All are weighed by the subject's time steps.
+        found = original(self, schedule, vlb, output, x, t, noise, *more)
+        first = torch.cat([t[:2], t[:2]])
+        weight = self.prediction.min_snr_weight
+        gamma = self.min_snr_gamma
+        found["loss"] = found["loss_simple"] * weight(schedule, first, gamma)
+        return found
+
+    changed(patch, Objective, "losses", losses)
+
+
+@fault(Case())
+def noise_compared_with_anothers(patch):
+    def losses(original, self, schedule, vlb, output, x, t, noise, *more):
+        return original(self, schedule, vlb, output, x, t, noise.flip(0), *more)
+
+    changed(patch, Objective, "losses", losses)
+
+
+def with_draws(patch, change):
+    changed(patch, Objective, "draws", lambda original, *args: change(original(*args)))
+
+
+@fault(Case())
+def prior_at_the_subjects_time_steps(patch):
+    with_draws(patch, lambda d: Draws(d.eps, torch.cat([d.t[:2], d.t[:2]]), d.noise))
+
+
+@fault(Case())
+def prior_with_the_subjects_noise(patch):
+    with_draws(patch, lambda d: Draws(d.eps, d.t, torch.cat([d.noise[:2], d.noise[:2]])))
+
+
+@fault(Case(params={"noisy_step_weight": 0.2}))
+def prior_weighed_by_its_time_step_as_the_subject(patch):
+    weights = lambda s, b, t, n: 1 - (1 - s.noisy_step_weight) * t / (n - 1)  # noqa: E731
+    patch.setattr(Objective, "step_weights", weights)
+
+
+@fault(Case(accumulated=2))
+def accumulated_gradients_summed(patch):
+    def total(original, self, batch, losses):
+        loss, logged = original(self, batch, losses)
+        return 2 * loss, logged
+
+    changed(patch, Objective, "total", total)
+
+
+@fault(Case(method="prior_prediction"))
+def teacher_that_learns(patch):
+    def predict(self, model, captions, x_noisy, t):
+        with torch.no_grad():
+            return model.apply_model(x_noisy, t, model.get_learned_conditioning(captions))
+
+    patch.setattr(FrozenCopy, "predict", predict)
+
+
+@fault(Case(method="dop", lora=True))
+def teacher_with_its_adapters_on(patch):
+    def predict(self, model, captions, x_noisy, t):
+        with torch.no_grad():
+            return model.apply_model(x_noisy, t, model.get_learned_conditioning(captions))
+
+    patch.setattr(AdaptersOff, "predict", predict)
+
+
+@fault(Case(method="dop"))
+def teacher_read_with_the_subjects_caption(patch):
+    def predict(original, self, model, captions, *more):
+        return original(self, model, [f"photo of a sks dog {n}" for n in (0, 1)], *more)
+
+    changed(patch, FrozenCopy, "predict", predict)
+
+
+@fault(Case(method="dop"))
+def identifier_kept_in_the_class_prompt(patch):
+    patch.setattr(OutputPreservation, "captions", lambda self, batch: list(batch.subject.captions))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name, monkeypatch):
+    case, plant = FAULTS[name]
+    plant(monkeypatch)
+    assert problems(case) != []
