@@ -214,8 +214,7 @@ class LatentDiffusion(CompVisInterface):
         x_noisy, kept = schedule.q_sample(x_start, t, noise), None
         if taught:
             assert self.teacher is not None
-            last = slice(-len(taught), None)
-            kept = self.teacher.predict(self, taught, x_noisy[last], t[last])
+            kept = self.teacher.predict(self, taught, x_noisy[-len(taught) :], t[-len(taught) :])
         output, vlb = self.apply_model(x_noisy, t, cond), self.lvlb_weights
         return self.objective.losses(schedule, vlb, output, x_start, t, noise, weights, kept)
 
