@@ -180,16 +180,6 @@ def stop_training(module: nn.Module) -> None:
         parameter.grad = None
 
 
-def clips_scaled(trainer: Any) -> bool:
-    """Return whether Lightning has to unscale fp16's gradients to clip them.
-
-    Fused kernels would unscale them once more.
-    """
-    if trainer is None or trainer.precision != "16-mixed":
-        return False
-    return bool(trainer.gradient_clip_val)
-
-
 # Going on from a checkpoint
 
 
