@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -36,14 +39,49 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+        self.reads_text = context_dim is not None
+        self._read: KeysAndValues | None = None  # where `texts_read_once` keeps them
 
     def forward(
         self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m e"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        context = x if context is None else context
-        return self.to_out(
-            attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
-        )
+        k, v = self._keys_and_values(x if context is None else context)
+        return self.to_out(attention(self.to_q(x), k, v, self.heads))
+
+    def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a context, those of before where it is the same text."""
+        if self._read is not None and context in self._read:
+            return self._read[context]
+        found = self.to_k(context), self.to_v(context)
+        if self._read is not None:
+            # Guidance at some noise levels alone shows two texts in turn. A caller that makes a
+            # new tensor at every step must not fill the memory.
+            if len(self._read) == TEXTS_KEPT:
+                self._read.clear()
+            self._read[context] = found
+        return found
+
+
+TEXTS_KEPT = 2
+# Text embedding -> its keys and values. A tensor is its own key, by identity.
+KeysAndValues = dict[Tensor, tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def texts_read_once(network: nn.Module) -> Iterator[None]:
+    """Compute the keys and values of each text once inside, for as many steps as there are.
+
+    They are a function of the text alone, and sampling shows the same text to every step. Inside,
+    texts must not be changed in place and weights must not change.
+    """
+    readers = [m for m in network.modules() if isinstance(m, CrossAttention) and m.reads_text]
+    for reader in readers:
+        reader._read = {}
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader._read = None
 
 
 class GEGLU(nn.Module):

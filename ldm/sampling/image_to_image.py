@@ -18,7 +18,7 @@ from ldm.sampling.first_stage import decode, encode
 from ldm.sampling.photos import to_tensor
 from ldm.sampling.pictures import to_pil
 from ldm.sampling.prompting import read_prompts
-from ldm.sampling.text_to_image import Recipe, autocast, check_size, guide_of
+from ldm.sampling.text_to_image import Recipe, check_size, guide_of, sampling_mode
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -65,7 +65,7 @@ def image_to_image(
 
     # Refuse a size that the UNet cannot halve, before anything is computed.
     check_size(model, recipe.height, recipe.width)
-    with autocast(model.device, precision), model.ema_scope("sampling"):
+    with sampling_mode(model, precision):
         # The image is encoded once, and is the beginning of each picture.
         x0 = encode(model, to_tensor(image).to(model.device)).expand(len(prompts), -1, -1, -1)
         # A model that inpaints reads that all of the image may change.

@@ -19,7 +19,7 @@ from ldm.data.resizing import fit
 from ldm.sampling.first_stage import encode
 from ldm.sampling.image_to_image import pictures_of, redraw
 from ldm.sampling.photos import mask_tensor, paste, region_of, region_size, to_tensor
-from ldm.sampling.text_to_image import Recipe, autocast, size_step
+from ldm.sampling.text_to_image import Recipe, sampling_mode, size_step
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -62,7 +62,7 @@ def inpaint(
     hidden = mask_tensor(mask.crop(region), size).to(model.device)
 
     # Draw that part anew, at the size that the model knows.
-    with autocast(model.device, precision), model.ema_scope("sampling"):
+    with sampling_mode(model, precision):
         latents = _latents(model, image, hidden, prompts, seeds, recipe, negative_prompt, verbose)
         painted = pictures_of(model, latents)
 

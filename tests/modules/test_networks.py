@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from ldm.errors import UserError
+from ldm.modules.attention import CrossAttention, texts_read_once
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from tests.support import golden
@@ -94,3 +96,34 @@ def test_shorter_texts(golden_model):
     assert out.shape == (1, 10, 32)
     # Attention is causal: what is cut off behind does not matter.
     assert rel(out, golden_model.get_learned_conditioning(["photo of a sks dog"])[:, :10]) < 1e-5
+
+
+def test_a_text_is_read_once_however_often_it_is_shown():
+    """`texts_read_once` changes no bit, reads each text once, and forgets it afterwards."""
+    torch.manual_seed(0)
+    layer = CrossAttention(query_dim=8, context_dim=6, heads=2, dim_head=4)
+    itself = CrossAttention(query_dim=8, context_dim=None, heads=2, dim_head=4)
+    network = nn.ModuleList([layer, itself])
+    texts = [torch.randn(2, 5, 6) for _ in range(2)]
+    steps = [torch.randn(2, 7, 8) for _ in range(3)]
+    reads: list[nn.Module] = []
+    for attention in (layer, itself):
+        attention.to_k.register_forward_hook(lambda module, *_: reads.append(module))
+
+    def shown() -> list[torch.Tensor]:
+        return [layer(x, text) + itself(x) for x in steps for text in texts]
+
+    with torch.no_grad():
+        expected = shown()
+        reads.clear()
+        with texts_read_once(network):
+            found = shown()
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        # Pixels change from step to step: self-attention keeps nothing.
+        assert reads.count(layer.to_k) == len(texts)
+        assert reads.count(itself.to_k) == len(found)
+
+        # Weights may change afterwards, and so may the text.
+        reads.clear()
+        assert torch.equal(layer(steps[0], texts[0]) + itself(steps[0]), expected[0])
+        assert reads.count(layer.to_k) == 1

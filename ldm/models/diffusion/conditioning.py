@@ -103,6 +103,9 @@ class DiffusionWrapper(nn.Module):
     ) -> Tensor:
         # Inpainting models read the mask and the masked latent beside the noisy one.
         inputs = torch.cat([x, *c_concat], dim=1) if c_concat else x
-        # Several texts are one longer text.
-        context = torch.cat(c_crossattn, dim=1) if c_crossattn else None
+        # Several texts are one longer text. A single one stays the same tensor from step to step,
+        # so that its keys and values can be kept (`texts_read_once`).
+        context = None
+        if c_crossattn:
+            context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(c_crossattn, dim=1)
         return self.diffusion_model(inputs, t, context=context)

@@ -219,8 +219,14 @@ class UNetModel(nn.Module):
         except (TypeError, RuntimeError) as error:
             raise ParameterError("compile", " ".join(str(error).split())) from error
 
-    def use_memory_format(self) -> None:
-        """Give the weights the layout of `channels_last`, in place, once they have their values."""
+    def use_memory_format(self, channels_last: bool | None = None) -> None:
+        """Give the weights the layout of `channels_last`, in place, once they have their values.
+
+        Args:
+            channels_last: as the constructor's; None keeps what that said.
+        """
+        if channels_last is not None:
+            self.channels_last = channels_last
         if not self.channels_last:
             return
         for parameter in self.parameters():
