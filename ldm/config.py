@@ -77,7 +77,8 @@ def load_config(
     Raises:
         UserError: a file or an override that cannot be read.
     """
-    configs = [OmegaConf.create(_escaped(before or {})), *(load_yaml(path) for path in paths)]
+    first = OmegaConf.create(_escaped(before or {}))
+    configs = [first, *map(load_yaml, paths)]
     for override in overrides:
         if not override.partition("=")[0] or "=" not in override:
             raise UserError(f"'{override}': an override has the form key.path=value")

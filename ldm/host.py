@@ -85,7 +85,8 @@ def parse_gpus(text: str) -> dict[str, Any]:
     if not available and wanted == [0]:
         log.warning("--gpus %s: this machine has no GPU: training on the CPU", text)
         return {"accelerator": "cpu", "devices": 1}
-    if missing := [index for index in wanted if index >= available]:
+    missing = [index for index in wanted if index >= available]
+    if missing:
         there = f"GPUs 0 to {available - 1}" if available else "no GPU"
         raise UserError(f"--gpus {text}: there is no GPU {missing[0]}: this machine has {there}")
     if len(set(wanted)) != len(wanted):

@@ -10,6 +10,7 @@ import torch
 from ldm.benchmark.reference import accumulated, autocast_dtype, has_prior
 from ldm.benchmark.variants import Variant
 from ldm.checkpoints.export import target_of
+from ldm.config import RunConfig
 from ldm.errors import UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training.memory import GB, Estimate, estimate
@@ -31,7 +32,7 @@ def predict(config: Mapping[str, Any]) -> Estimate:
             f"model.target: {config['model']['target']}: an estimate is for LatentDiffusion"
         )
     data = config["data"]["params"]
-    size = (data["train"].get("params") or {}).get("size")
+    size = RunConfig(data).get("train.params.size")
     if not size:
         raise UserError("data.params.train.params.size: needed for an estimate")
     model.configure_model()

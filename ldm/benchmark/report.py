@@ -61,8 +61,11 @@ def compare(variants: Sequence[dict[str, Any]], compared_to: str) -> None:
 
 def table(variants: Sequence[Mapping[str, Any]], compared_to: str) -> str:
     """Format the variants as a table in Markdown that is aligned for a terminal."""
-    header = [*COLUMNS, *(f"{name}, x {compared_to}" for name in RATIOS)]
-    rows = [header, *([v["name"], *_cells(v)] for v in variants)]
+    ratios = [f"{name}, x {compared_to}" for name in RATIOS]
+    header = [*COLUMNS, *ratios]
+    rows = [header]
+    for variant in variants:
+        rows.append([variant["name"], *_cells(variant)])
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [_line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

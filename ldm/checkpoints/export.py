@@ -49,7 +49,7 @@ def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
 
 def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the model's config without what only its training needs; empty if there is none."""
-    model = (config or {}).get("model") or {}
+    model = RunConfig(config or {}).section("model")
     if not model:
         return {}
     params = {
@@ -59,7 +59,7 @@ def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
         params["use_ema"] = False
     # Where a network's own weights came from is nobody else's affair.
     for name, network in params.items():
-        if isinstance(network, Mapping) and "ckpt_path" in (network.get("params") or {}):
+        if isinstance(network, Mapping) and "ckpt_path" in RunConfig(network).section("params"):
             kept = {key: value for key, value in network["params"].items() if key != "ckpt_path"}
             params[name] = {**network, "params": kept}
     return {"model": {**model, "params": params}}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.checkpoints.diffusers_format import CLIP_TEXT, OPEN_CLIP_TEXT, UNET
 from ldm.checkpoints.families import recognise
-from ldm.config import load_config, to_plain
+from ldm.config import RunConfig, load_config, to_plain
 
 SPEC = "1.0.1"
 # By the version of Stable Diffusion, whether it inpaints, and what the UNet predicts.
@@ -47,7 +47,7 @@ def kind_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Any]:
     family = recognise(state)
     if not config and family and len(family.paths) == 1:
         config = to_plain(load_config(family.paths))
-    params = (config.get("model") or {}).get("params") or {}
+    params = RunConfig(config).section("model.params")
     found: dict[str, Any] = {}
     for version, text_encoder in (("1", CLIP_TEXT), ("2", OPEN_CLIP_TEXT)):
         if any(key.startswith(text_encoder) for key in state):
@@ -63,8 +63,7 @@ def side_of(params: Mapping[str, Any]) -> int | None:
     """Return the side in pixels of the images that a model's params are for; None if they do not
     say it.
     """
-    first_stage = (params.get("first_stage_config") or {}).get("params") or {}
-    levels = (first_stage.get("ddconfig") or {}).get("ch_mult")
+    levels = RunConfig(params).get("first_stage_config.params.ddconfig.ch_mult")
     latent_side = params.get("image_size")
     if not levels or not isinstance(latent_side, int):
         return None

@@ -32,8 +32,12 @@ def describe(state: Mapping[str, Tensor]) -> str:
     """Return what a checkpoint holds, for a report: the kind, how many tensors of which types,
     averages or not.
     """
-    family, other = recognise(state), of_weights(state)
-    name = family.name if family else other.name if other else "weights"
+    family = recognise(state)
+    other = of_weights(state)
+    if family:
+        name = family.name
+    else:
+        name = other.name if other else "weights"
     types = sorted(
         {
             str(value.dtype).removeprefix("torch.")

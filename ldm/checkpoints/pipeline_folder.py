@@ -242,7 +242,12 @@ def _differences(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a folder's schedule that a config says otherwise."""
     params = {**SCHEDULE_DEFAULTS, **config["model"]["params"]}
     theirs = schedule_of_pipeline(folder)
-    return {key: value for key, value in theirs.items() if key in params and params[key] != value}
+    found = {}
+    for key, value in theirs.items():
+        says_otherwise = key in params and params[key] != value
+        if says_otherwise:
+            found[key] = value
+    return found
 
 
 def _with_schedule_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,9 @@ _REPLACED = {
 
 def _guarded(value: Any) -> Any:
     """A function that is the pickle's own: pickles can set attributes of whatever they name."""
-    return (lambda *args: value(*args)) if isinstance(value, types.FunctionType) else value
+    if isinstance(value, types.FunctionType):
+        return lambda *args: value(*args)
+    return value
 
 
 class SafeUnpickler(pickle.Unpickler):

@@ -45,7 +45,9 @@ def estimate(values: Mapping[str, Sequence[float]], seed: int = 0) -> Estimate:
         return Estimate(mean)
     random = np.random.default_rng(seed)
     sizes = np.array([len(group) for group in groups])
-    padded = np.array([[*group, *[0.0] * (sizes.max() - len(group))] for group in groups])
+    padded = np.zeros((len(groups), sizes.max()))
+    for row, group in zip(padded, groups):
+        row[: len(group)] = group
     means = np.zeros(DRAWS)
     for _ in groups:
         subject = random.integers(len(groups), size=DRAWS)

@@ -15,7 +15,10 @@ def score_table(rows: Mapping[str, Scored], protocol: Protocol) -> str:
     """
     found = {name: scored.estimates() for name, scored in rows.items()}
     columns = [score for score in SCORES if any(score in each for each in found.values())]
-    heads = [f"{score} {'↑' if SCORES[score][0] else '↓'}" for score in columns]
+    heads = []
+    for score in columns:
+        larger_is_better = SCORES[score][0]
+        heads.append(f"{score} ↑" if larger_is_better else f"{score} ↓")
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
     for name, estimates in found.items():
         cells = [str(estimates[score]) if score in estimates else "-" for score in columns]

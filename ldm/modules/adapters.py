@@ -70,7 +70,11 @@ def check_adaptable(text_encoder: nn.Module | None, use_ema: bool) -> None:
 
 def _has_layers(module: nn.Module, endings: Sequence[str]) -> bool:
     names = adaptable_weights(module, endings)
-    return all(any(name.endswith(f".{ending}.weight") for name in names) for ending in endings)
+    for ending in endings:
+        weight = f".{ending}.weight"
+        if not any(name.endswith(weight) for name in names):
+            return False
+    return True
 
 
 def adaptable_weights(module: nn.Module, endings: Sequence[str], prefix: str = "") -> list[str]:

@@ -43,4 +43,7 @@ class NamedWeights:
         """Take any of the network's weights for those that it waits for."""
         missing = tuple(found.missing_keys)
         ours = network.state_dict().keys()
-        self.loaded |= any(not any(key.endswith(name) for key in missing) for name in ours)
+        for name in ours:
+            is_missing = any(key.endswith(name) for key in missing)
+            if not is_missing:
+                self.loaded = True

@@ -58,7 +58,10 @@ def protocol_page(
         )
     ]
     if protocol.name == "paper":
-        printed = [[name, *("" if v is None else v for v in row)] for name, row in PRINTED.items()]
+        printed = []
+        for name, row in PRINTED.items():
+            figures = ["" if figure is None else figure for figure in row]
+            printed.append([name, *figures])
         heads = ["", "DINO", "CLIP-I", "CLIP-T"]
         sections.append(Section("The paper's own", [Table("Ruiz et al., table 1", heads, printed)]))
     if sheets:

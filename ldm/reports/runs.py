@@ -92,10 +92,13 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 def differences(runs: Sequence[RunFacts]) -> dict[str, list[Any]]:
     """Return the settings that are not the same in all runs, with each run's value."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    found = {key: [run.settings.get(key) for run in runs] for key in keys}
-    return {
-        key: values for key, values in found.items() if any(value != values[0] for value in values)
-    }
+    found: dict[str, list[Any]] = {}
+    for key in keys:
+        values = [run.settings.get(key) for run in runs]
+        differs = any(value != values[0] for value in values)
+        if differs:
+            found[key] = values
+    return found
 
 
 def write_run_page(folder: Path, status: str, step: int, steps: int) -> None:

@@ -60,12 +60,11 @@ def guidance_of(how: Guided, guide: LatentDiffusion | None = None) -> Guidance:
     Raises:
         UserError: a value that means nothing.
     """
-    return Guidance(
-        rescale=Rescale(how.rescale) if how.rescale else None,
-        interval=None if how.interval is None else Interval(*how.interval),
-        projection=None if how.apg is None else Projection(*how.apg),
-        weak=None if guide is None else guide.apply_model,
-    )
+    rescale = Rescale(how.rescale) if how.rescale else None
+    interval = None if how.interval is None else Interval(*how.interval)
+    projection = None if how.apg is None else Projection(*how.apg)
+    weak = None if guide is None else guide.apply_model
+    return Guidance(rescale, interval, projection, weak)
 
 
 def read_prompts(

@@ -59,10 +59,12 @@ def renderings(world: World, count: int, key: str) -> tuple[Tensor, dict[str, li
     pictures (count, 3, size, size) in [-1, 1] and their labels.
     """
     examples = [world.example(0, generator(key, number)) for number in range(count)]
-    images = torch.stack([torch.as_tensor(example["image"]) for example in examples]).permute(
-        0, 3, 1, 2
-    )
-    return images.contiguous(), {name: [e[name] for e in examples] for name in LABELS}
+    pictures = torch.stack([torch.as_tensor(example["image"]) for example in examples])
+    images = pictures.permute(0, 3, 1, 2).contiguous()
+    labels = {}
+    for name in LABELS:
+        labels[name] = [example[name] for example in examples]
+    return images, labels
 
 
 def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> Recognizer:

@@ -36,7 +36,10 @@ def write_shard(world: World, folder: Path, number: int) -> None:
     examples = [world.example(0, generator("world", number * SHARD + i)) for i in range(SHARD)]
     pictures = torch.stack([torch.as_tensor(example["image"]) for example in examples])
     pixels = ((pictures + 1) * 127.5).round().to(torch.uint8)
-    texts = [{key: example[key] for key in ("caption", *LABELS)} for example in examples]
+    kept = ("caption", *LABELS)
+    texts = []
+    for example in examples:
+        texts.append({key: example[key] for key in kept})
     header = {"examples": json.dumps(texts)}
     path = shard_path(folder, number)
     write_atomically(

@@ -268,4 +268,8 @@ def _anchors(
         "eyes": (head.eyes, head.radius),
         "neck": (head.neck, head.radius),
     }
-    return {name: [round(float(v), 4) for v in project(*place)] for name, place in places.items()}
+    found = {}
+    for name, place in places.items():
+        numbers = project(*place)
+        found[name] = [round(float(number), 4) for number in numbers]
+    return found

@@ -149,8 +149,9 @@ def application_table(runs: Runs) -> list[str]:
 
 def application_cell(results: Sequence[Results], kind: str) -> str:
     """Return what was recognised, what it was for the class, and how much of the gap is closed."""
-    names = (kind, f"{kind}, base", f"{kind}, EfficientNet-Lite0 gap closed")
-    recognised, base, closed = (mean(result[name] for result in results) for name in names)
+    recognised = mean(result[kind] for result in results)
+    base = mean(result[f"{kind}, base"] for result in results)
+    closed = mean(result[f"{kind}, EfficientNet-Lite0 gap closed"] for result in results)
     return f"{recognised:.0%} ({base:.0%}), {closed:.0%}"
 
 
@@ -161,7 +162,8 @@ def run_tables(runs: Runs) -> list[str]:
         found = {key: value for key, value in runs.items() if key[0] == kind}
         if not found:
             continue
-        seeds = ", ".join(str(seed) for seed in sorted({seed for _, _, seed in found}))
+        different = sorted({seed for _, _, seed in found})
+        seeds = ", ".join(map(str, different))
         heading = kind if kind == WITH else "without prior preservation"
         fields = {
             "kind": heading,

@@ -20,7 +20,7 @@ from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.optim.in_backward import SUFFIX
 from ldm.optim.registry import check_name
-from ldm.training.trainer import needs_gradients
+from ldm.training.build_trainer import needs_gradients
 
 GB = 1e9
 CONCERNS = 1e9  # bytes of weights from which on an estimate is worth its seconds

@@ -73,8 +73,12 @@ def time_stamp(claim: Callable[[str], bool]) -> str:
 
 def _new_stamp(claim: Callable[[str], bool]) -> str:
     now = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    candidates = (now if number == 0 else f"{now}_{number}" for number in itertools.count())
-    return next(stamp for stamp in candidates if claim(stamp))
+    # A run that began in the same second has taken the plain time.
+    for number in itertools.count():
+        stamp = now if number == 0 else f"{now}_{number}"
+        if claim(stamp):
+            return stamp
+    raise AssertionError("the numbers have no end")
 
 
 def forget_stamp() -> None:

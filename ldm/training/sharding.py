@@ -89,7 +89,8 @@ def check_shardable(model: Any) -> None:
         "preservation, which copies the weights": model.preservation.chosen.needs_teacher,
         f"optimizer={model.optimizer}": model.optimizer not in OPTIMIZERS,
     }
-    if found := [f"model.params.{name}" for name, given in excluded.items() if given]:
+    found = [f"model.params.{name}" for name, given in excluded.items() if given]
+    if found:
         raise UserError(f"{WHERE}: fsdp: not with {', '.join(found)}: use ddp, or leave it out")
 
 

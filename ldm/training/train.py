@@ -35,13 +35,13 @@ from ldm.models.diffusion.trained import check_strategy
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
+from ldm.training.build_trainer import build_trainer, check_optimizer, quiet_lightning
 from ldm.training.disk import check_disk
 from ldm.training.monitors import check_identifier, check_monitors, check_preservation
 from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
-from ldm.training.trainer import build_trainer, check_optimizer, quiet_lightning
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.optim.in_backward import AdamWInBackward
 from ldm.optim.registry import make_optimizer
-from ldm.training.trainer import check_optimizer
+from ldm.training.build_trainer import check_optimizer
 from tests.support import runs
 from tests.support.models import build
 from tests.support.runs import Workspace, checkpoint, metrics, same

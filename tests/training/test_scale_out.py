@@ -24,7 +24,7 @@ from ldm.config import RunConfig
 from ldm.errors import UserError
 from ldm.sampling.text_to_image import load_model
 from ldm.training import run, sharding
-from ldm.training.trainer import build_trainer
+from ldm.training.build_trainer import build_trainer
 from ldm.util import instantiate_from_config
 from tests.support import golden
 from tests.support.runs import Workspace, checkpoint, config, csv_rows
