@@ -35,12 +35,11 @@ from ldm.sampling.flags import (
     parse,
     prompts_of,
     recipe_of,
-    series_of,
 )
 from ldm.sampling.image_to_image import image_to_image
 from ldm.sampling.photo_flags import add_photo_flags
 from ldm.sampling.photos import central_box, drawn_size, read_photo
-from ldm.sampling.series import Picture
+from ldm.sampling.series import Picture, series_of
 from ldm.sampling.text_to_image import Recipe, size_step
 
 log = logging.getLogger(__name__)

@@ -36,12 +36,11 @@ from ldm.sampling.flags import (
     parse,
     prompts_of,
     recipe_of,
-    series_of,
 )
 from ldm.sampling.inpainting import inpaint
 from ldm.sampling.photo_flags import add_mask_flags, add_photo_flags
 from ldm.sampling.photos import mask_of_box, read_mask, read_photo
-from ldm.sampling.series import Picture
+from ldm.sampling.series import Picture, series_of
 
 
 def build_parser() -> argparse.ArgumentParser:

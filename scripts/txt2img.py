@@ -24,6 +24,7 @@ from typing import Any
 from PIL import Image
 
 from ldm.commands import exit_status
+from ldm.distributed import is_first
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import suite_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -35,13 +36,14 @@ from ldm.sampling.flags import (
     add_series_flags,
     check_flags,
     check_folder,
+    how_made,
     model_of,
     parse,
     prompts_of,
     recipe_of,
-    series_of,
 )
-from ldm.sampling.series import Draw, Picture
+from ldm.sampling.pictures import save_numbered
+from ldm.sampling.series import Draw, Picture, draw_shares, series_of
 from ldm.sampling.text_to_image import text_to_image
 from ldm.sampling.xy_grid import add_grid_flags, by_checkpoint, cells, grid_axes, labelled_grid
 

@@ -13,7 +13,7 @@ from ldm.checkpoints.export import DTYPES, in_dtype, shared_config, target_of, w
 from ldm.config import RunConfig, load_config, to_plain
 from ldm.files import tensor_bytes
 from ldm.sampling.text_to_image import load_model
-from ldm.training.train import Start, build_model
+from ldm.training.initial_weights import Start, build_model
 from ldm.util import instantiate_from_config
 
 GB = 1e9

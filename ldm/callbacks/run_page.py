@@ -49,7 +49,8 @@ class RunPage(pl.Callback):
 
     def _follow(self, trainer: pl.Trainer) -> None:
         """Write the page if pictures have been logged since it was written."""
-        loggers = [c for c in trainer.callbacks if isinstance(c, ImageLogger)]  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        loggers = [c for c in callbacks if isinstance(c, ImageLogger)]
         drawn = max((logger.drawn_at for logger in loggers), default=-1)
         if drawn > self._written:
             self._written = drawn

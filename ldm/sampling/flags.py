@@ -39,7 +39,6 @@ from ldm.sampling.image_to_image import steps_of
 from ldm.sampling.like import FLAG_OF, digests_of, flags_of_picture
 from ldm.sampling.metadata import weights_names
 from ldm.sampling.prompting import guidance_of
-from ldm.sampling.series import Picture
 from ldm.sampling.text_to_image import Recipe, check_size, load_model, pick_device
 
 if TYPE_CHECKING:
@@ -383,21 +382,3 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     )
     log.info("each prompt is drawn %d times, as --n_iter says", args.n_iter)
     return prompts
-
-
-def series_of(args: argparse.Namespace, prompts: Sequence[str], recipe: Recipe) -> list[Picture]:
-    """Return the pictures that the flags ask for.
-
-    Of one prompt there are `n_samples` for each of `n_iter`; of several, each has one.
-    """
-    one = not (args.from_file or args.suite)
-    count = args.n_iter * (args.n_samples if one else len(prompts))
-    wanted = range(count) if args.only is None else args.only
-    found = []
-    for number in wanted:
-        line = number % len(prompts)
-        # With --fixed_code the numbers that choose the noise begin anew in each batch.
-        fixed = (number if one else line) % args.n_samples
-        index = fixed if args.fixed_code else number
-        found.append(Picture(prompts[line], recipe, index, args.negative_prompt))
-    return found

@@ -8,6 +8,7 @@ of kernels that compute a larger batch in another order.
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,24 @@ class Picture:
     def common(self) -> tuple[Recipe, str]:
         """Return what the pictures of a batch have to share: all but the prompt and the noise."""
         return replace(self.recipe, seed=0), self.negative_prompt
+
+
+def series_of(args: argparse.Namespace, prompts: Sequence[str], recipe: Recipe) -> list[Picture]:
+    """Return the pictures that the flags ask for.
+
+    Of one prompt there are `n_samples` for each of `n_iter`; of several, each has one.
+    """
+    one = not (args.from_file or args.suite)
+    count = args.n_iter * (args.n_samples if one else len(prompts))
+    wanted = range(count) if args.only is None else args.only
+    found = []
+    for number in wanted:
+        line = number % len(prompts)
+        # With --fixed_code the numbers that choose the noise begin anew in each batch.
+        fixed = (number if one else line) % args.n_samples
+        index = fixed if args.fixed_code else number
+        found.append(Picture(prompts[line], recipe, index, args.negative_prompt))
+    return found
 
 
 @dataclass(frozen=True)

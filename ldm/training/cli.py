@@ -22,7 +22,7 @@ from ldm.training.saved import saved_config
 from ldm.training.trainer_values import check_trainer_values
 
 if TYPE_CHECKING:
-    from ldm.training.train import Start
+    from ldm.training.initial_weights import Start
 
 DESCRIPTION = """\
 Train a model from YAML: DreamBooth on Stable Diffusion, or whatever the config names.
@@ -361,7 +361,7 @@ def start_of(args: argparse.Namespace) -> Start:
     Raises:
         UserError: a file that is not there, or --weights without one.
     """
-    from ldm.training.train import Start
+    from ldm.training.initial_weights import Start
 
     weights = Path(args.actual_resume) if args.actual_resume else None
     if weights and not weights.exists():  # a file, or a diffusers folder

@@ -23,7 +23,6 @@ from ldm.checkpoints.export import DTYPES, sha256
 from ldm.checkpoints.finite import check_usable
 from ldm.checkpoints.loading import compare
 from ldm.checkpoints.lora import adapters_alone
-from ldm.checkpoints.parts import load_parts
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.commands import disk_text
 from ldm.config import SECTIONS, RunConfig
@@ -37,12 +36,13 @@ from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.build_trainer import build_trainer, check_optimizer, quiet_lightning
 from ldm.training.disk import check_disk
+from ldm.training.initial_weights import Start, build_model
 from ldm.training.monitors import check_identifier, check_monitors, check_preservation
 from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
-from ldm.util import get_obj_from_str, instantiate_from_config
+from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +55,6 @@ class Trained:
     data: pl.LightningDataModule
     trainer: pl.Trainer
     run: Run
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from, beside its config.
-
-    `weights` are a checkpoint's, of which `take` names the trained or the EMA ones (by default the
-    trained); `embeddings` are a textual-inversion file's; `init_word` gives the identifier
-    another word's embedding.
-    """
-
-    weights: Path | None = None
-    take: str | None = None
-    embeddings: Path | None = None
-    init_word: str | None = None
 
 
 def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = False) -> Trained:
@@ -314,75 +299,6 @@ class _Announcement(pl.Callback):
                     trainer, pl_module, data, self.run, self.weights, parameters, self.resumed
                 )
             )
-
-
-def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:
-    """Return the model with its initial weights, and a line that says where they are from.
-
-    The checkpoint is read once, and no weight is initialised that it will overwrite.
-    """
-    # A run that goes on gets its weights from Lightning, together with the optimizer's state.
-    if resumes:
-        return instantiate_from_config(config.model, "model"), ""
-    if start.weights is None:
-        # Training from scratch, but for networks whose config names a file of their own.
-        model, report = instantiate_from_config(config.model, "model"), "newly initialised"
-        load_parts(model)
-    else:
-        # A folder has no config of its own; a file's adapters have the scale that its own says.
-        checkpoint = Checkpoint.open(
-            start.weights, config.content if start.weights.is_dir() else None
-        )
-        # A LoRA or one network alone is named before the time that building the model takes.
-        cls = get_obj_from_str(config.model["target"], "model.target")
-        checkpoint.refuse_other_kinds(parts=issubclass(cls, LatentDiffusion))
-        checkpoint = checkpoint.merged()
-        # EMA weights come along only for a model that goes on averaging them.
-        keeps_ema = bool(config.get("model.params.use_ema", True))
-        weights = _with_channels(checkpoint.for_training(start.take, keeps_ema), config)
-        model, loaded = weights.build(config=config.content)
-        report = f"{checkpoint}; {loaded}"
-    # Last, because these replace rows of the embedding table that was just read.
-    if start.embeddings or start.init_word:
-        report += _write_embeddings(model, start, config.identifier)
-    return model, report
-
-
-def _with_channels(weights: Checkpoint, config: RunConfig) -> Checkpoint:
-    """Return the weights with the input channels of an inpainting model, where they lack them."""
-    wanted = config.get("model.params.unet_config.params.in_channels")
-    has = weights.input_channels
-    reads_masks = config.get("model.params.conditioning_key") == "hybrid"
-    if not reads_masks or not wanted or not has or has >= wanted:
-        return weights
-    # Adapters do not change the first convolution, so it would never read its new channels.
-    if config.get("model.params.lora"):
-        raise UserError(
-            f"{weights.path}: reads {has} channels, an inpainting model {wanted}: adapters cannot "
-            "learn the new ones; start a lora from an inpainting model"
-        )
-    log.info("%s: reads %d channels; %d more start from 0", weights.path, has, wanted - has)
-    return weights.for_inpainting(wanted)
-
-
-def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
-    from ldm.checkpoints.embeddings import read_embeddings
-    from ldm.modules.embedding_manager import EmbeddingManager
-
-    manager, report = EmbeddingManager(model.cond_stage_model), ""
-    if start.init_word:
-        manager.initialize(start.init_word, identifier)
-        report += f"; {identifier} starts as {start.init_word}"
-    if start.embeddings:
-        words = manager.start_from(read_embeddings(start.embeddings), identifier)
-        verb = "starts" if len(words) == 1 else "start"
-        report += f"; {', '.join(words)} {verb} from {start.embeddings}"
-    if getattr(model, "lora", None):
-        log.warning(
-            "%s will not hold the changed embeddings; the merged model does (scripts/convert.py)",
-            summary.LORA,
-        )
-    return report
 
 
 def set_learning_rates(model: Any, config: RunConfig, trainer: pl.Trainer, batch_size: int) -> None:

@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.sampling.text_to_image import load_model
-from ldm.training.train import Start, build_model
+from ldm.training.initial_weights import Start, build_model
 from scripts import convert
 from tests.support import families, golden
 from tests.support.runs import same

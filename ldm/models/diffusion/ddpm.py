@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 from ldm.errors import check_counts, check_positive, check_share
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper
 from ldm.models.diffusion.inpainting import RandomMasks, training_channels, with_channels
-from ldm.models.diffusion.interface import CompVisInterface, Images
+from ldm.models.diffusion.logged_steps import LoggedSteps
 from ldm.models.diffusion.objective import Objective
 from ldm.models.diffusion.preservation import PreservationOptions
-from ldm.models.diffusion.preview import preview, samples
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 from ldm.models.diffusion.teacher import STATE as TEACHER
 from ldm.models.diffusion.teacher import Teacher
@@ -39,7 +38,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import embed_distinct
-from ldm.modules.losses.batch import Batch, RawBatch, named_parts
+from ldm.modules.losses.batch import Batch, RawBatch
 from ldm.optim.boundary import at_step_boundary
 from ldm.optim.registry import Part, make_optimizer
 from ldm.optim.schedules import with_schedule
@@ -48,7 +47,7 @@ from ldm.util import instantiate_from_config
 log = logging.getLogger(__name__)
 
 
-class LatentDiffusion(CompVisInterface):
+class LatentDiffusion(LoggedSteps):
     """A text-to-image diffusion model in an autoencoder's latents (Rombach et al., 2112.10752).
 
     Args:
@@ -319,45 +318,6 @@ class LatentDiffusion(CompVisInterface):
         if self.text_training.stop is not None:
             check_strategy(self.trainer.strategy)
 
-    def training_step(self, batch: RawBatch, batch_idx: int) -> Tensor:
-        loss, logged = self.shared_step(batch, "train")
-        # The progress bar has the two losses to watch, of the subject and of the prior; the log has
-        # all. The size is given, because Lightning would have to guess it from a nested batch.
-        size = self._size(batch)
-        shown = [key for key in ("train/loss", "train/loss_prior") if key in logged]
-        self.log_dict({key: logged.pop(key) for key in shown}, prog_bar=True, batch_size=size)
-        self.log_dict(logged, batch_size=size)
-        return loss
-
-    def validation_step(self, batch: RawBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "val")
-
-    def test_step(self, batch: RawBatch, batch_idx: int) -> None:
-        self._evaluation_step(batch, "test")
-
-    @torch.no_grad()
-    def _evaluation_step(self, batch: RawBatch, prefix: str) -> None:
-        """Log the losses, and those of the EMA weights behind `_ema` (the same without an EMA)."""
-        # Validation examples carry seeds, so both sets of weights see the same noise.
-        _, logged = self.shared_step(batch, prefix)
-        smoothed = logged
-        if self.model_ema:
-            with self.ema_scope():
-                _, smoothed = self.shared_step(batch, prefix)
-        logged = logged | {f"{name}_ema": value for name, value in smoothed.items()}
-        size = self._size(batch)
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-
-    def metric_names(self, has_prior: bool) -> dict[str, list[str]]:
-        """Return the metrics that a training logs: of every step, and of a validation."""
-        trained = self.objective.metric_names(self.preservation.chosen.has_prior(has_prior))
-        names = self.objective.metric_names(has_prior)
-        validation = [f"val/{name}{kind}" for kind in ("", "_ema") for name in names]
-        return {"train": [f"train/{name}" for name in trained], "val": validation}
-
-    def _size(self, batch: RawBatch) -> int:
-        return len(named_parts(batch)["subject"][self.cond_stage_key])
-
     def on_train_batch_start(self, batch: RawBatch, batch_idx: int) -> None:
         # The text encoder's training may end before the UNet's. A run that is resumed behind that
         # step has to stop it as well, so the step is compared with `>=`.
@@ -392,33 +352,6 @@ class LatentDiffusion(CompVisInterface):
         # A schedule that decays has to know where the run ends.
         max_steps = -1 if trainer is None else trainer.max_steps
         return with_schedule(optimizer, self.scheduler_config, max_steps)
-
-    @torch.no_grad()
-    def log_images(
-        self,
-        batch: RawBatch,
-        N: int = 4,
-        sample: bool = True,
-        ddim_steps: int = 50,
-        ddim_eta: float = 0.0,
-        unconditional_guidance_scale: float = 7.5,
-        seed: int = 0,
-    ) -> dict[str, Images]:
-        """Return pictures of up to `N` images of each part: inputs, reconstructions, samples."""
-        shown = Batch.of(batch, self.first_stage_key, self.cond_stage_key).first(N)
-        posterior = self._posterior(shown)
-        channels = self.extra_channels(shown)
-        pictures = preview(self, shown, posterior, channels)
-        if sample:
-            how = (
-                posterior.mean.shape[1:],
-                ddim_steps,
-                ddim_eta,
-                unconditional_guidance_scale,
-                seed,
-            )
-            pictures["samples"] = samples(self, shown.captions, channels, *how)
-        return pictures
 
 
 LatentInpaintDiffusion = LatentDiffusion  # LDM's name for one whose conditioning_key is hybrid

@@ -35,8 +35,10 @@ NAME = "preservation"  # the parameter of `LatentDiffusion`
 class Preservation:
     """A method. The base is the paper's: the prior's examples are the class images of the batch."""
 
+    # Whether a batch may bring class images, and whether it must.
     takes_class_images = True
     needs_class_images = False
+    # Whether the term compares with the model as it was before the training.
     needs_teacher = False
     # Whether the prior's examples are the subject's once more, with other captions.
     repeats_subject = False
@@ -99,9 +101,11 @@ class NoPreservation(Preservation):
     takes_class_images = False
 
     def with_prior(self, batch: Batch) -> Batch:
+        # Without a prior part, the loss is the subject's mean alone.
         return Batch(batch.subject)
 
 
+# The methods hold no state, so one object of each serves every model. A new one is a line here.
 PRESERVATIONS: dict[str, Preservation] = {
     "class_images": ClassImages(),
     "prior_prediction": PriorPrediction(),
@@ -155,8 +159,10 @@ class PreservationOptions:
 
     def copied_bytes(self, model: LatentDiffusion) -> int:
         """Return how large the teacher's copy of a model's weights is, or will be."""
+        # With adapters the teacher is the model itself, with the adapters switched off.
         if not self.chosen.needs_teacher or model.lora is not None:
             return 0
+        # A text encoder that does not train stays what it was, and needs no copy.
         trains = any(p.requires_grad for p in model.cond_stage_model.parameters())
         networks = [model.model, model.cond_stage_model] if trains else [model.model]
         size = sum(p.nbytes for network in networks for p in network.parameters())
@@ -164,12 +170,14 @@ class PreservationOptions:
 
     def check(self, reg_weight: float, has_adapters: bool, conditioning_key: str) -> None:
         """Raise a `UserError` for what does not go together."""
+        # The teacher gets no mask and no masked image, which an inpainting model reads.
         if self.chosen.needs_teacher and conditioning_key != "crossattn":
             problem = f"{self.method} is for models that read text alone: use class_images"
             raise ParameterError(NAME, problem)
         if self.chosen.needs_teacher and reg_weight == 0:
             problem = f"{self.method} with a reg_weight of 0 preserves nothing: use none"
             raise ParameterError(NAME, problem)
+        # A precision is said of a copy; where there is no copy, it would have no effect.
         if self.teacher == PRECISIONS[0]:
             return
         if has_adapters or not self.chosen.needs_teacher:
@@ -186,6 +194,7 @@ class PreservationOptions:
         Args:
             unnamed: captions of the subject without its identifier.
         """
+        # Class images that no term reads would only take time.
         if has_class_images and not self.chosen.takes_class_images:
             raise ParameterError(
                 NAME,

@@ -31,6 +31,7 @@ def preview(
     # Behind the mask's channel come those of the masked image's latent.
     if channels is not None:
         pictures["masked"] = model.decode_first_stage(channels[:, 1:])
+    # What no training of the UNet can make better: the autoencoder's own loss of detail.
     return {**pictures, "reconstruction": model.decode_first_stage(z)}
 
 

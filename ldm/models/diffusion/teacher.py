@@ -47,10 +47,12 @@ class AdaptersOff:
         self, model: LatentDiffusion, captions: Sequence[str], x_noisy: Latent, t: Steps
     ) -> Latent:
         """Return the UNet's output, without gradients."""
+        # Without dropout: what is kept is what sampling would see.
         mode = model.training
         model.train(False)
         try:
             with adapters_off(model.model), adapters_off(model.cond_stage_model):
+                # Each distinct caption is read once, as in the training step.
                 cond = embed_distinct(model.cond_stage_model, captions)
                 return model.apply_model(x_noisy, t, cond)
         finally:
@@ -75,11 +77,13 @@ class FrozenCopy:
     """
 
     def __init__(self, model: LatentDiffusion, precision: str = PRECISIONS[0]):
+        # Copy what will train: the rest is the same before and after.
         self.rounded = precision == "bf16"
         parts: dict[str, nn.Module] = {"model": model.model}
         if any(parameter.requires_grad for parameter in model.cond_stage_model.parameters()):
             parts["cond_stage_model"] = model.cond_stage_model
         self.networks = nn.ModuleDict({name: copy.deepcopy(part) for name, part in parts.items()})
+        # It predicts, and never learns.
         self.networks.requires_grad_(False).eval()
         if self.rounded:
             self.networks.bfloat16()
@@ -105,6 +109,7 @@ class FrozenCopy:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over the weights that the run's first start had."""
+        # A copy of the weights of now would be a teacher that has learned the subject.
         if not state:
             raise UserError(
                 "the checkpoint to go on from has no copy of the weights before the training, "

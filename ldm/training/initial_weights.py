@@ -1,0 +1,102 @@
+"""The model that a run begins with, and where its weights are from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.parts import load_parts
+from ldm.config import RunConfig
+from ldm.errors import UserError
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.training import summary
+from ldm.util import get_obj_from_str, instantiate_from_config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, beside its config.
+
+    `weights` are a checkpoint's, of which `take` names the trained or the EMA ones (by default the
+    trained); `embeddings` are a textual-inversion file's; `init_word` gives the identifier
+    another word's embedding.
+    """
+
+    weights: Path | None = None
+    take: str | None = None
+    embeddings: Path | None = None
+    init_word: str | None = None
+
+
+def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:
+    """Return the model with its initial weights, and a line that says where they are from.
+
+    The checkpoint is read once, and no weight is initialised that it will overwrite.
+    """
+    # A run that goes on gets its weights from Lightning, together with the optimizer's state.
+    if resumes:
+        return instantiate_from_config(config.model, "model"), ""
+    if start.weights is None:
+        # Training from scratch, but for networks whose config names a file of their own.
+        model, report = instantiate_from_config(config.model, "model"), "newly initialised"
+        load_parts(model)
+    else:
+        # A folder has no config of its own; a file's adapters have the scale that its own says.
+        checkpoint = Checkpoint.open(
+            start.weights, config.content if start.weights.is_dir() else None
+        )
+        # A LoRA or one network alone is named before the time that building the model takes.
+        cls = get_obj_from_str(config.model["target"], "model.target")
+        checkpoint.refuse_other_kinds(parts=issubclass(cls, LatentDiffusion))
+        checkpoint = checkpoint.merged()
+        # EMA weights come along only for a model that goes on averaging them.
+        keeps_ema = bool(config.get("model.params.use_ema", True))
+        weights = _with_channels(checkpoint.for_training(start.take, keeps_ema), config)
+        model, loaded = weights.build(config=config.content)
+        report = f"{checkpoint}; {loaded}"
+    # Last, because these replace rows of the embedding table that was just read.
+    if start.embeddings or start.init_word:
+        report += _write_embeddings(model, start, config.identifier)
+    return model, report
+
+
+def _with_channels(weights: Checkpoint, config: RunConfig) -> Checkpoint:
+    """Return the weights with the input channels of an inpainting model, where they lack them."""
+    wanted = config.get("model.params.unet_config.params.in_channels")
+    has = weights.input_channels
+    reads_masks = config.get("model.params.conditioning_key") == "hybrid"
+    if not reads_masks or not wanted or not has or has >= wanted:
+        return weights
+    # Adapters do not change the first convolution, so it would never read its new channels.
+    if config.get("model.params.lora"):
+        raise UserError(
+            f"{weights.path}: reads {has} channels, an inpainting model {wanted}: adapters cannot "
+            "learn the new ones; start a lora from an inpainting model"
+        )
+    log.info("%s: reads %d channels; %d more start from 0", weights.path, has, wanted - has)
+    return weights.for_inpainting(wanted)
+
+
+def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
+    from ldm.checkpoints.embeddings import read_embeddings
+    from ldm.modules.embedding_manager import EmbeddingManager
+
+    manager, report = EmbeddingManager(model.cond_stage_model), ""
+    if start.init_word:
+        manager.initialize(start.init_word, identifier)
+        report += f"; {identifier} starts as {start.init_word}"
+    if start.embeddings:
+        words = manager.start_from(read_embeddings(start.embeddings), identifier)
+        verb = "starts" if len(words) == 1 else "start"
+        report += f"; {', '.join(words)} {verb} from {start.embeddings}"
+    if getattr(model, "lora", None):
+        log.warning(
+            "%s will not hold the changed embeddings; the merged model does (scripts/convert.py)",
+            summary.LORA,
+        )
+    return report
