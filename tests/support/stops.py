@@ -58,13 +58,13 @@ def _patches(place: str, act: Callable[[], None]) -> Iterator[Any]:
     from ldm.checkpoints import headers
     from ldm.data import latents
     from ldm.models.diffusion.ddpm import LatentDiffusion
-    from ldm.sampling import class_images
+    from ldm.sampling import series
     from ldm.training import train
 
     if place == "start":
         yield _before(train, "build_model", act)
     elif place == "class images":
-        yield _after(class_images, "save_png", act)
+        yield _after(series, "save_png", act)
     elif place == "latents":
         yield _after(latents, "_encode", act)
     elif place == "training":

@@ -13,7 +13,8 @@ from ldm.data.reading import load_image
 from ldm.errors import UserError
 from ldm.evaluation.metrics import CLIPImages, features_of, similarity, similarity_within, to_tensor
 from ldm.sampling.text_to_image import Recipe, load_model
-from ldm.tiny import miniature
+from ldm.tiny import miniature, report
+from ldm.tiny.attributes import KINDS
 from scripts import demo
 from scripts.tiny import evaluate
 
@@ -157,10 +158,17 @@ def test_the_report_holds_every_subject():
         ),
         0.5,
     )
-    runs = {(evaluate.WITH, "dog", seed): result for seed in (1, 2)} | {
-        (evaluate.WITHOUT, "dog", 1): result
+    applications = {
+        f"{kind}{what}": 0.25
+        for kind in KINDS
+        for what in ("", ", base", ", EfficientNet-Lite0 gap closed")
     }
-    table = "\n".join(evaluate.run_tables(runs))
+    kept = {**result, "applications": applications}
+    runs = {(report.WITH, "dog", seed): kept for seed in (1, 2)} | {
+        (report.WITHOUT, "dog", 1): result
+    }
+    table = "\n".join([*report.run_tables(runs), *report.application_table(runs)])
+    assert table.count("25% (25%), 25%") == 2 * len(KINDS)
     assert table.count("| dog | 50% | 50% | 50% (50%) |") == 2
     assert "Means over seeds 1, 2;" in table and "without prior preservation" in table
 
