@@ -91,8 +91,7 @@ def make_class_images(
 
     def draw(batch: Sequence[Picture]) -> list[Image.Image]:
         texts, seeds = [p.prompt for p in batch], [p.noise_seed for p in batch]
-        more = {} if precision == "full" else {"precision": precision}
-        images = text_to_image(model, texts, seeds, batch[0].recipe, **more)
+        images = text_to_image(model, texts, seeds, batch[0].recipe, precision=precision)
         # Only now: a run that is stopped before the first picture leaves no empty folder.
         folder.mkdir(parents=True, exist_ok=True)
         note_plan(folder, numbers, series)

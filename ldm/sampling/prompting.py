@@ -46,12 +46,12 @@ class Texts:
         """Return the same with what an inpainting model reads beside the noisy latent, if any."""
         if channels is None:
             return self
-        parts = [
-            None if text is None else {"c_concat": [channels], "c_crossattn": [text]}
-            for text in (self.cond, self.uncond)
-        ]
-        assert parts[0] is not None
-        return replace(self, cond=parts[0], uncond=parts[1])
+
+        def beside(text: Any) -> Cond:
+            return {"c_concat": [channels], "c_crossattn": [text]}
+
+        uncond = None if self.uncond is None else beside(self.uncond)
+        return replace(self, cond=beside(self.cond), uncond=uncond)
 
 
 def guidance_of(how: Guided, guide: LatentDiffusion | None = None) -> Guidance:

@@ -86,7 +86,9 @@ class Batch:
         """Return the metadata of one of the pictures; `how` is what all of the series share."""
         picture = self.pictures[place]
         # Kernels may round differently in a batch of another size, so the size is said.
-        batch = {"batch": len(self.pictures), "place": place} if len(self.pictures) > 1 else {}
+        batch: dict[str, Any] = {}
+        if len(self.pictures) > 1:
+            batch = {"batch": len(self.pictures), "place": place}
         return picture_texts(
             picture.prompt,
             picture.recipe,

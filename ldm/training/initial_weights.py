@@ -52,7 +52,9 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
         )
         # A LoRA or one network alone is named before the time that building the model takes.
         cls = get_obj_from_str(config.model["target"], "model.target")
-        checkpoint.refuse_other_kinds(parts=issubclass(cls, LatentDiffusion))
+        checkpoint.refuse_other_kinds(
+            parts=isinstance(cls, type) and issubclass(cls, LatentDiffusion)
+        )
         checkpoint = checkpoint.merged()
         # EMA weights come along only for a model that goes on averaging them.
         keeps_ema = bool(config.get("model.params.use_ema", True))

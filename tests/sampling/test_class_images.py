@@ -29,7 +29,7 @@ PROMPT = "photo of a dog"
 def make(monkeypatch):
     """Make class images of grey pictures."""
 
-    def draw(model, prompts, seeds, recipe):
+    def draw(model, prompts, seeds, recipe, precision):
         return [Image.new("RGB", (recipe.width, recipe.height), "grey") for _ in prompts]
 
     monkeypatch.setattr(class_images, "text_to_image", draw)
@@ -87,11 +87,11 @@ def test_a_run_that_was_cut_short_is_completed_as_it_would_have_been(make, tmp_p
     make(whole, 6, unconditional=0.5, batch_size=2)
     draw, calls = class_images.text_to_image, []
 
-    def stopped(*arguments):
+    def stopped(*arguments, **how):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return draw(*arguments)
+        return draw(*arguments, **how)
 
     monkeypatch.setattr(class_images, "text_to_image", stopped)
     with pytest.raises(KeyboardInterrupt):

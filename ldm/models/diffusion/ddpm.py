@@ -242,9 +242,9 @@ class LatentDiffusion(LoggedSteps):
         # Empty captions teach the unconditional model that guidance needs (Ho & Salimans, algorithm
         # 1). Validation keeps all captions, so that its losses compare.
         captions = self.objective.captions(examples) if trains else examples.captions
-        cond = embed_distinct(self.get_learned_conditioning, captions)
+        text = embed_distinct(self.get_learned_conditioning, captions)
         # An inpainting model also reads a mask, and the image without what that hides.
-        cond = with_channels(cond, self.extra_channels(examples))
+        cond = with_channels(text, self.extra_channels(examples))
 
         # The error of each example, then the subject's mean and the prior's, weighted. A teacher
         # says what the prior's predictions are to be.
@@ -260,8 +260,8 @@ class LatentDiffusion(LoggedSteps):
         """Return the posterior of a batch's images: encoded now, or when latents were cached."""
         # Images that are there twice are encoded once.
         if batch.repeats_subject:
-            moments = self._posterior(Batch(batch.subject)).parameters
-            return DiagonalGaussianDistribution(torch.cat([moments, moments]))
+            once = self._posterior(Batch(batch.subject)).parameters
+            return DiagonalGaussianDistribution(torch.cat([once, once]))
         moments, images = batch.moments, batch.images
         # With cached latents the autoencoder does not run in a training step.
         if moments is not None:
