@@ -83,6 +83,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise ParameterError("num_workers", "expected 0 or more")
         if num_class_images < 0:
             raise ParameterError("num_class_images", f"expected 0 or more, got {num_class_images}")
+        if seed < 0:
+            raise ParameterError("seed", f"expected 0 or more, got {seed}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.reg, self.num_class_images = reg, num_class_images
         self.latent_cache = latent_cache

@@ -21,6 +21,7 @@ from ldm.errors import UserError
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import warn_of_cut
 from ldm.sampling.class_images import check_class, make_class_images
+from ldm.training.memory import is_out_of_memory
 
 FIRST_STAGE = "first_stage_model."  # how the keys of an autoencoder's weights begin
 
@@ -98,16 +99,24 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: b
             "a new "
             "run makes them: put them back, or lower data.params.num_class_images"
         )
-    make_class_images(
-        model=model,
-        folder=folder,
-        prompts=data.class_prompts,
-        count=missing,
-        size=data.class_size,
-        seed=data.seed,
-        device=device,
-        **data.class_images,
-    )
+    try:
+        make_class_images(
+            model=model,
+            folder=folder,
+            prompts=data.class_prompts,
+            count=missing,
+            size=data.class_size,
+            seed=data.seed,
+            device=device,
+            **data.class_images,
+        )
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{device}: out of memory while class images are made. To need less: lower "
+            "data.params.class_images.batch_size; the images made so far are kept"
+        ) from error
     left = data.class_images_to_make
     assert not left, f"{left} class images are still missing in {folder}"
 

@@ -73,6 +73,8 @@ def test_config_errors_name_the_key(one):
         module(one, train={"repeat": 3})
     with pytest.raises(UserError, match="batch_size: expected at least 1"):
         module(one, batch_size=0)
+    with pytest.raises(UserError, match="seed: expected 0 or more, got -1"):
+        module(one, seed=-1)
     with pytest.raises(UserError, match=r"needs data\.params\.reg"):
         module(one, num_class_images=3)
     with pytest.raises(
@@ -356,6 +358,17 @@ def test_missing_class_images_are_made_by_the_model(tmp_path, monkeypatch):
     assert len(calls) == 1
     prepare(Recorder(), module(subject, prior, num_class_images=4), trainer)
     assert calls[1][2] == 2
+
+
+def test_out_of_memory_for_class_images_names_their_batch_size(tmp_path, monkeypatch):
+    def make_class_images(**_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("ldm.training.prepare.make_class_images", make_class_images)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    data = module(folder(tmp_path / "subject", 1), tmp_path / "class", num_class_images=1)
+    with pytest.raises(UserError, match=r"out of memory .*data\.params\.class_images\.batch_size"):
+        prepare(Recorder(), data, trainer)
 
 
 def test_class_image_config_is_checked_before_anything_runs(tmp_path):

@@ -82,6 +82,11 @@ def test_betas_out_of_range(wrong):
         NoiseSchedule.create(**{"timesteps": 100, **wrong})
 
 
+def test_a_noise_that_falls_is_refused():
+    with pytest.raises(UserError, match=r"linear_start: 0\.02 is above linear_end 0\.01"):
+        NoiseSchedule.create(100, linear_start=0.02, linear_end=0.01)
+
+
 def test_unknown_schedule():
     with pytest.raises(
         UserError, match="beta_schedule: unknown 'cosinus'; accepted: linear, sqrt_linear, cosine"

@@ -75,8 +75,12 @@ class NoiseSchedule:
         """Make a schedule of `timesteps` steps; with `zero_terminal_snr` the last is noise alone.
 
         Raises:
-            UserError: an unknown `beta_schedule`, or betas that leave (0, 1).
+            UserError: an unknown `beta_schedule`, betas that leave (0, 1), or a noise that falls.
         """
+        if linear_start > linear_end:
+            raise ParameterError(
+                "linear_start", f"{linear_start} is above linear_end {linear_end}; exchange them"
+            )
         betas = np.empty(0)
         if timesteps > 0 and min(linear_start, linear_end) > 0:
             # The schedule `linear` takes roots of its ends. Other values are refused below.
