@@ -104,6 +104,9 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
 
         # Class images and cached latents, made by the model as it is now.
         prepare(model, data, trainer, run.resume_from)
+        # Nobody goes on before the first process does. From here on torch's group waits for it,
+        # and would do so for half an hour after it has ended.
+        first_alone(lambda: None)
 
         # The steps. What ends them early says which step is saved and how to go on.
         trainer.callbacks.append(_Announcement(run, report, resumed))

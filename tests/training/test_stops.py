@@ -133,6 +133,7 @@ def test_what_ends_a_run_early_loses_no_step(workspace, base, straight, what, pl
     left = step_left(what, place, processes)
     try:
         assert statuses[0] == STATUS[what], said
+        assert None not in statuses, f"a process is left over: {said}"
         assert "Done" not in said or what == "SIGUSR1"
         check_message(what, place, left, said)
         check_files(runs, workspace.path / f"class-{name}", left, what)
