@@ -23,7 +23,7 @@ def save_memory(model: LatentDiffusion, tiling: bool = False, slicing: bool = Fa
     """Let the autoencoder work in tiles of the size that the model is made for, or one by one.
 
     Args:
-        tiling: pictures larger than that in tiles; their pixels differ a little.
+        tiling: pictures larger than that in tiles; their pixels differ.
         slicing: the pictures of a batch one after another.
     """
     model.first_stage_model.tile = model.image_size if tiling else None

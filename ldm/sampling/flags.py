@@ -78,7 +78,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--vae_tiling",
         action="store_true",
-        help="decode large pictures in tiles: bounded memory, pixels differ a little",
+        help="decode large pictures in tiles: bounded memory, other pixels",
     )
     add("--vae_slicing", action="store_true", help="decode the pictures of a batch one by one")
 
