@@ -8,11 +8,13 @@
     python $convert --ckpt my-dog.safetensors --lora_base sd-v1-4.ckpt --output lora.safetensors
     python $convert --ckpt sd-v1-4.ckpt --lora lora.safetensors --output merged.safetensors
     python $convert --ckpt sd-v1-4.ckpt --vae vae-ft-mse.ckpt --output better-eyes.safetensors
+    python $convert --ckpt my-dog.safetensors --mix sd-v1-4.ckpt 0.3 --output softer.safetensors
 
 --ckpt may be a .ckpt, .safetensors, .pt or .bin, the index of a sharded one, or a pipeline folder.
 Files of ours say which config they fit, and those of Stable Diffusion are recognised; for others
 give --config. Of a LoRA run's checkpoint the plain model is written, its adapters merged; with
---adapters these alone, as a LoRA file.
+--adapters these alone, as a LoRA file. --mix takes back some of a training: 0.3 of the base model's
+weights and 0.7 of the trained ones, in the UNet and the text encoder.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ from ldm.checkpoints.ema import WEIGHTS
 from ldm.checkpoints.export import DTYPES, SUFFIXES
 from ldm.checkpoints.lora import adapters_alone, extract_lora, merge_lora, not_in_lora
 from ldm.checkpoints.lora_formats import read_lora
+from ldm.checkpoints.mixing import mixed
 from ldm.checkpoints.parts import with_autoencoder
 from ldm.checkpoints.pipeline_folder import check_new_folder
 from ldm.commands import exit_status
 from ldm.errors import UserError
 
 # Flags that choose or change a model's weights, which a LoRA file does not have.
-OF_MODELS = ("keep_ema", "lora", "vae", "only")
+OF_MODELS = ("keep_ema", "lora", "vae", "mix", "only")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         help="put this one's autoencoder in the place of the model's",
     )
+    parser.add_argument(
+        "--mix",
+        nargs=2,
+        metavar=("BASE", "SHARE"),
+        help="mix this share, from 0 to 1, of the base model's weights into the trained ones",
+    )
     parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
     return parser
 
@@ -118,6 +127,8 @@ def convert(args: argparse.Namespace) -> None:
     # Change them.
     if args.lora_base:
         checkpoint = difference(checkpoint, args)
+    if args.mix:
+        checkpoint = with_base(checkpoint, args)
     if args.vae:
         checkpoint = with_autoencoder(checkpoint, args.vae)
     if args.lora:
@@ -140,8 +151,10 @@ def check_flags(args: argparse.Namespace) -> None:  # noqa: C901, PLR0912 - one 
         check_new_folder(args.output)
     elif args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; give the name of a file")
-    for flag in ("ckpt", "lora_base", "lora", "vae"):
-        source = getattr(args, flag)
+    check_mix(args)
+    sources = {flag: getattr(args, flag) for flag in ("ckpt", "lora_base", "lora", "vae")}
+    sources["mix"] = Path(args.mix[0]) if args.mix else None
+    for flag, source in sources.items():
         if source and source.exists() and args.output.exists() and args.output.samefile(source):
             raise UserError(
                 f"--output {args.output}: is the file that --{flag} reads; give another name"
@@ -173,6 +186,37 @@ def check_flags(args: argparse.Namespace) -> None:  # noqa: C901, PLR0912 - one 
                 raise UserError(
                     f"--{flag}: is for checkpoint files; {args.ckpt} is a pipeline folder"
                 )
+
+
+def check_mix(args: argparse.Namespace) -> None:
+    """Raise a `UserError` for a share that is none, or for what does not go with --mix."""
+    if not args.mix:
+        return
+    for flag in ("keep_ema", "only"):
+        if getattr(args, flag):
+            raise UserError(f"--mix: does not go with --{flag}")
+    share_of(args)
+
+
+def share_of(args: argparse.Namespace) -> float:
+    """Return the share of the base model's weights that --mix gives."""
+    text = args.mix[1]
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise UserError(f"--mix {args.mix[0]} {text}: expected a share from 0 to 1, such as 0.3")
+    return share
+
+
+def with_base(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
+    """Return the weights with a share of the base model's."""
+    share = share_of(args)
+    base = Checkpoint.open(args.mix[0], args.config).refuse_other_kinds().merged().for_sampling()
+    mix = mixed(checkpoint, base, share)
+    print(f"{base.path}: {share:g} of its weights, and {1 - share:g} of the trained ones")
+    return mix
 
 
 def adapters_of(checkpoint: Checkpoint) -> Checkpoint:
