@@ -26,7 +26,7 @@ from ldm.checkpoints.export import (
 )
 from ldm.checkpoints.families import FIRST, Family, config_for, recognise, widened
 from ldm.checkpoints.headers import kind_of
-from ldm.checkpoints.layouts import NETWORKS, with_our_names
+from ldm.checkpoints.layouts import absent_networks, with_our_names
 from ldm.checkpoints.loading import (
     EmptyInit,
     LoadReport,
@@ -146,15 +146,7 @@ class Checkpoint:
     @property
     def is_whole(self) -> bool:
         """Whether all three networks of a model are there."""
-        return not self._absent()
-
-    def _absent(self) -> list[str]:
-        """Return the names of the networks that are not there."""
-        return [
-            name
-            for name, prefix in NETWORKS.items()
-            if not any(key.startswith(prefix) for key in self.state)
-        ]
+        return not absent_networks(self.state)
 
     def fitting_config(self) -> Config:
         """Return the config of the model that these weights fit: the known one, or that of their
@@ -173,7 +165,7 @@ class Checkpoint:
     def check_whole(self) -> Checkpoint:
         """Return the same; raises a `UserError` if a network of the model is missing."""
         self.refuse_other_kinds()
-        absent = self._absent()
+        absent = absent_networks(self.state)
         if absent:
             other = of_weights(self.state)
             names = " and no ".join(absent)

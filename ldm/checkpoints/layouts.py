@@ -33,6 +33,8 @@ _INSIDE = re.compile(rf"(?<=\.)(?:{_WORDS})\.")
 AVERAGES = "model_ema."  # how the names of a UNet's averaged weights begin
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 NETWORKS = {"UNet": UNET, "autoencoder": VAE, "text encoder": TEXT}
+OUTPUT = UNET + "out.2.weight"  # the UNet's last convolution
+IMAGE_CHANNELS = 3
 # transformers before 4.0 had no `text_model` level.
 _OLD_CLIP = re.compile(
     r"^cond_stage_model\.transformer\.(?=(?:embeddings|encoder|final_layer_norm)\.)"
@@ -83,6 +85,20 @@ def with_our_names(state: Mapping[str, Tensor], path: str | Path) -> State:
 
     _refuse_collisions(ours, path)
     return {ours[key]: _repaired(ours[key], value, path) for key, value in state.items()}
+
+
+def absent_networks(state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of a model's networks that are not there.
+
+    A UNet that predicts three channels works in pixels, which need no autoencoder.
+    """
+    absent = [
+        name
+        for name, prefix in NETWORKS.items()
+        if not any(key.startswith(prefix) for key in state)
+    ]
+    in_pixels = OUTPUT in state and len(state[OUTPUT]) == IMAGE_CHANNELS
+    return [name for name in absent if name != "autoencoder" or not in_pixels]
 
 
 def ema_name(key: str) -> str:

@@ -15,7 +15,7 @@ from ldm.checkpoints.diffusers_format import with_names_of_text_encoder
 from ldm.checkpoints.ema import has_averages
 from ldm.checkpoints.families import recognise
 from ldm.checkpoints.finite import check_usable
-from ldm.checkpoints.layouts import AVERAGES, NETWORKS, UNET
+from ldm.checkpoints.layouts import AVERAGES, NETWORKS, UNET, absent_networks
 from ldm.checkpoints.other_files import of_weights
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.errors import UserError
@@ -149,11 +149,7 @@ def _advice(state: Mapping[str, Tensor]) -> str:
     """Return which config fits a checkpoint that does not fit the one at hand, or which network it
     lacks.
     """
-    absent = [
-        name
-        for name, prefix in NETWORKS.items()
-        if not any(key.startswith(prefix) for key in state)
-    ]
+    absent = absent_networks(state)
     if 0 < len(absent) < len(NETWORKS):
         return f"it has no {' and no '.join(absent)}: a file with all three networks is needed"
     family = recognise(state)

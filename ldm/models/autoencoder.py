@@ -272,6 +272,35 @@ class AutoencoderKL(pl.LightningModule):
         return {name: images.clamp(-1, 1) for name, images in pictures.items()}
 
 
+class IdentityFirstStage(nn.Module):
+    """No autoencoder: the latents are the images themselves, for diffusion in pixels.
+
+    The name is LDM's.
+
+    Args:
+        vq_interface: accepted for LDM's files, without effect.
+        channels: of an image.
+    """
+
+    downsampling = 1
+
+    def __init__(self, vq_interface: bool = False, channels: int = 3):
+        super().__init__()
+        check_counts(channels=channels)
+        self.embed_dim = channels
+        # As of `AutoencoderKL`, without effect.
+        self.tile: int | None = None
+        self.slices = False
+
+    def encode(self, x: Images) -> DiagonalGaussianDistribution:
+        """Return images as a posterior without variance, so that every sample is the image."""
+        return DiagonalGaussianDistribution(torch.cat([x, torch.zeros_like(x)], 1), True)
+
+    def decode(self, z: Images) -> Images:
+        """Return images as they are."""
+        return z
+
+
 def image_metrics(images: Images, targets: Images, split: str) -> dict[str, Tensor]:
     """Return peak signal-to-noise ratio in dB and structural similarity, means over images."""
     from kornia.metrics import psnr, ssim

@@ -10,6 +10,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ldm.models.autoencoder import IdentityFirstStage
+
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -53,6 +55,8 @@ def _without_overflow(
 ) -> Tensor:
     """Return `compute(x)`; in float32 where the autoencoder overflows in half precision."""
     autoencoder = model.first_stage_model
+    if isinstance(autoencoder, IdentityFirstStage):
+        return compute(x)
     kind = next(autoencoder.parameters()).dtype
     halved = kind == torch.float16 or torch.is_autocast_enabled(x.device.type)
     # Try as it is. One that has overflowed once would do so again, so it is remembered.

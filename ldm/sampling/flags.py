@@ -33,6 +33,7 @@ from ldm.distributed import agreed, share
 from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.models.diffusion.thresholding import threshold_of
 from ldm.modules.encoders.weighting import WEIGHTINGS
 from ldm.sampling.first_stage import save_memory
 from ldm.sampling.image_to_image import steps_of
@@ -112,6 +113,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add("--ddim_eta", type=float, default=0.0, help="0 is deterministic (default: %(default)s)")
     add("--scale", type=float, default=7.5, help="guidance (default: %(default)s)")
     add_guidance_flags(parser)
+    add(
+        "--thresholding",
+        metavar="NAME",
+        help="of predicted images: none, static, dynamic, dynamic:0.99 (default: the model's)",
+    )
     add("--H", type=int, help="height, pixels (default: the model's)")
     add("--W", type=int, help="width, pixels (default: the model's)")
     add(
@@ -242,6 +248,7 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: expected at least 1")
     check_guidance_flags(args)
+    threshold_of(args.thresholding)
     if args.seed != RANDOM and not 0 <= args.seed < SEEDS:
         raise UserError(
             f"--seed {args.seed}: expected a whole number from 0 to {SEEDS - 1}, or {RANDOM}"

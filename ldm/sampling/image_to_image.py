@@ -94,7 +94,7 @@ def redraw(
     from ldm.models.diffusion.sampler_names import make_sampler
 
     # Refuse what this model cannot do before anything is computed.
-    sampler = make_sampler(model, recipe.sampler, recipe.schedule)
+    sampler = make_sampler(model, recipe.sampler, recipe.schedule, recipe.thresholding)
     strength = 1.0 if recipe.strength is None else recipe.strength
     steps = steps_of(strength, recipe.steps)
     sampler.make_schedule(recipe.steps, ddim_eta=recipe.eta, verbose=False)

@@ -152,6 +152,8 @@ class Recipe:
     # Of a photo that is drawn anew: the share of the steps, and the border that is mixed, pixels.
     strength: float | None = None
     mask_blur: int | None = None
+    # Of predicted images: a name that `threshold_of` knows, or None for the model's own.
+    thresholding: str | None = None
 
     def __post_init__(self) -> None:
         # Flags and JSON give lists. What is left out of `apg` is written down, so that a picture
@@ -239,7 +241,7 @@ def text_to_image(
     from ldm.models.diffusion.sampler_names import make_sampler
 
     # Refuse what this model cannot do before anything is computed.
-    sampler = make_sampler(model, recipe.sampler, recipe.schedule)
+    sampler = make_sampler(model, recipe.sampler, recipe.schedule, recipe.thresholding)
     # Such a model has no text encoder to ask.
     if model.model.conditioning_key == "concat":
         raise UserError("this model reads no text: it needs an image beside the noise")

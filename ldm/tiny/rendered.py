@@ -11,12 +11,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.resizing import check_resize, fit
 from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.rng import generator
@@ -54,6 +57,7 @@ class RenderedWorld(Dataset):
         folder: where the shards are.
         length: how many pictures an epoch has; None for as many as there are at the start.
         labels: whether an example says what is pictured.
+        size: side of a picture, pixels; by default that of the pictures in the files.
 
     Where `length` is more than the shards hold, the pictures repeat; shards that come later are
     read, too.
@@ -62,8 +66,15 @@ class RenderedWorld(Dataset):
         UserError: there is no shard.
     """
 
-    def __init__(self, folder: str | Path, length: int | None = None, labels: bool = False):
-        self.folder, self.labels = Path(folder).expanduser(), labels
+    def __init__(
+        self,
+        folder: str | Path,
+        length: int | None = None,
+        labels: bool = False,
+        size: int | None = None,
+    ):
+        check_resize(size, "squash", "bicubic")
+        self.folder, self.labels, self.size = Path(folder).expanduser(), labels, size
         self._shards: list[tuple[Tensor, list[dict[str, str]]]] = []
         self._read_more()
         if not self._shards:
@@ -98,7 +109,10 @@ class RenderedWorld(Dataset):
             self._read_more()
         number, row = divmod(index % self.available, SHARD)
         pixels, texts = self._shards[number]
-        image = pixels[row].numpy().astype("float32") / 127.5 - 1
+        picture = pixels[row].numpy()
+        if self.size is not None:
+            picture = np.asarray(fit(Image.fromarray(picture), None, self.size))
+        image = picture.astype("float32") / 127.5 - 1
         shown = {"image": image, "caption": texts[row]["caption"]}
         return shown | {key: texts[row][key] for key in LABELS} if self.labels else shown
 

@@ -24,7 +24,7 @@ class Told:
     schedule = NoiseSchedule.create(1000, "linear", 0.00085, 0.012)
 
     def __init__(self, parameterization="eps"):
-        self.parameterization = parameterization
+        self.parameterization, self.threshold = parameterization, None
         self.calls = []
 
     def apply_model(self, x, t, cond):

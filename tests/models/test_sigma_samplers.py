@@ -40,7 +40,7 @@ class Model:
         given = {"linear_start": 0.00085, "linear_end": 0.012, **schedule}
         self.schedule = NoiseSchedule.create(1000, "linear", **given)
         self.levels = NoiseLevels.of(self.schedule)
-        self.parameterization = parameterization
+        self.parameterization, self.threshold = parameterization, None
         self.steps = []  # of every call
 
     def apply_model(self, x, t, cond):

@@ -10,6 +10,7 @@ from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
 from ldm.models.diffusion.sampler_names import SAMPLERS
 from ldm.models.diffusion.schedule import NoiseSchedule, at
 from ldm.models.diffusion.sigmas import NoiseLevels
+from ldm.models.diffusion.thresholding import Threshold
 from ldm.rng import SampleRandom
 
 SHAPE = (2, 4, 4)
@@ -27,6 +28,7 @@ class Gaussian:
         self.schedule = NoiseSchedule.create(timesteps, "linear", 0.00085, 0.012)
         self.parameterization = parameterization
         self.std = std
+        self.threshold: Threshold | None = None
         self.steps: list[int] = []  # of every call
         self.conds: list[Any] = []
 

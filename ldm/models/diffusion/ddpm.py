@@ -21,6 +21,7 @@ from ldm.models.diffusion.preservation import PreservationOptions
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
 from ldm.models.diffusion.teacher import STATE as TEACHER
 from ldm.models.diffusion.teacher import Teacher
+from ldm.models.diffusion.thresholding import threshold_of
 from ldm.models.diffusion.trained import (
     TextEncoderTraining,
     adapt,
@@ -67,6 +68,8 @@ class LatentDiffusion(LoggedSteps):
             `cond_stage_trainable`, the text encoder's, which are trained instead of the weights.
         conditioning_key: crossattn, concat or hybrid, which inpaints.
         mask_everything: see `RandomMasks`; of a training that inpaints.
+        thresholding: what sampling does to each predicted image of a model in pixels: static,
+            dynamic, dynamic:0.99 or none, see `threshold_of`.
         image_size: side of the latents that it is made for.
         use_ema, ema_decay: keep an exponential moving average of the UNet's weights.
         first_stage_key, cond_stage_key: a batch's entries for the image and the caption.
@@ -117,6 +120,7 @@ class LatentDiffusion(LoggedSteps):
         lora: Mapping[str, Any] | None = None,
         image_size: int = 64,
         mask_everything: float = 0.25,
+        thresholding: str | None = None,
     ):
         super().__init__()
         # Check the values first: to build the networks takes much longer.
@@ -136,6 +140,7 @@ class LatentDiffusion(LoggedSteps):
         self.teacher: Teacher | None = None
         self.objective.check_terminal(zero_terminal_snr)
         self.random_masks = RandomMasks(mask_everything)
+        self.threshold = threshold_of(thresholding)
         check_share("ema_decay", ema_decay)
         check_counts(image_size=image_size)
         check_positive("scale_factor", scale_factor)
@@ -260,8 +265,9 @@ class LatentDiffusion(LoggedSteps):
         """Return the posterior of a batch's images: encoded now, or when latents were cached."""
         # Images that are there twice are encoded once.
         if batch.repeats_subject:
-            once = self._posterior(Batch(batch.subject)).parameters
-            return DiagonalGaussianDistribution(torch.cat([once, once]))
+            once = self._posterior(Batch(batch.subject))
+            twice = torch.cat([once.parameters, once.parameters])
+            return DiagonalGaussianDistribution(twice, once.deterministic)
         moments, images = batch.moments, batch.images
         # With cached latents the autoencoder does not run in a training step.
         if moments is not None:

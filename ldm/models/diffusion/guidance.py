@@ -19,6 +19,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.conditioning import Cond, concat_batches
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.diffusion.sigmas import NoiseLevels, clean_latent, output_slope
+from ldm.models.diffusion.thresholding import Threshold
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 ApplyModel = Callable[[Tensor, Tensor, Any], Tensor]
@@ -37,6 +38,10 @@ class SampledModel(Protocol):
     @property
     def parameterization(self) -> str:
         """Return what the output stands for: a name in `PARAMETERIZATIONS`."""
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """Return what is done to each predicted clean latent; None for nothing."""
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any) -> Tensor:
         """Return the output for noisy latents at time steps `t`."""

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper, as_mapping
 from ldm.models.diffusion.objective import Objective
 from ldm.models.diffusion.schedule import (
@@ -27,6 +27,7 @@ from ldm.models.diffusion.schedule import (
     at,
     with_zero_terminal_snr,
 )
+from ldm.models.diffusion.thresholding import Threshold
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.encoders.modules import TextEncoder
@@ -46,11 +47,12 @@ class CompVisInterface(pl.LightningModule):
     config_keys = tuple(NoiseSchedule.names())
     model: DiffusionWrapper
     model_ema: LitEma | None
-    first_stage_model: AutoencoderKL
+    first_stage_model: AutoencoderKL | IdentityFirstStage
     cond_stage_model: TextEncoder
     objective: Objective
     scale_factor: float
     zero_terminal_snr: bool
+    threshold: Threshold | None
     betas: Tensor
     lvlb_weights: Tensor
 

@@ -41,6 +41,8 @@ class PLMSSampler(Sampler):
         # x_0 has to follow from the corrected noise (DDPM, eq. 15), or the two would not be of one
         # x_t.
         pred_x0 = self.schedule.start_from_noise(x, self._batch_of(index, x), combined)
+        if self.threshold is not None:
+            pred_x0 = self.threshold(pred_x0)
         return self._ddim_update(index, combined, pred_x0, noise), pred_x0
 
     def _combined(

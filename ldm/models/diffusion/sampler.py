@@ -14,6 +14,7 @@ from ldm.models.diffusion import conditioning as conditions
 from ldm.models.diffusion.conditioning import Cond
 from ldm.models.diffusion.guidance import Denoiser, Guidance, SampledModel, guided
 from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
+from ldm.models.diffusion.thresholding import Threshold
 from ldm.modules.diffusionmodules.util import (
     check_steps,
     make_ddim_sampling_parameters,
@@ -55,6 +56,8 @@ class Sampler(ABC):
     def __init__(self, model: SampledModel, schedule: str = "linear"):
         self.model = model
         self.schedule = model.schedule
+        # What is done to each predicted clean latent. It is the model's, unless a caller changes it.
+        self.threshold: Threshold | None = model.threshold
 
     def timesteps(self, steps: int) -> Tensor:
         """Return the time steps to visit, ascending, (steps,)."""
@@ -255,8 +258,12 @@ class Sampler(ABC):
         # Updates are written in noise and x_0, so that each sampler serves every parameterization.
         t = self._batch_of(index, x)
         prediction = PARAMETERIZATIONS[self.model.parameterization]
-        noise = prediction.to_noise(self.schedule, x, t, output)
-        return noise, prediction.to_start(self.schedule, x, t, output)
+        start = prediction.to_start(self.schedule, x, t, output)
+        if self.threshold is None:
+            return prediction.to_noise(self.schedule, x, t, output), start
+        # Noise and x_0 have to be of one x_t, so the noise follows from the thresholded x_0.
+        start = self.threshold(start)
+        return self.schedule.noise_from_start(x, t, start), start
 
     @torch.no_grad()
     def stochastic_encode(

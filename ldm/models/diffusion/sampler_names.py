@@ -23,6 +23,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.sigma_sampler import SigmaSampler
 from ldm.models.diffusion.sigmas import SCHEDULES
+from ldm.models.diffusion.thresholding import threshold_of
 
 # Over time steps of the model's own schedule, as the reference has them.
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -116,12 +117,19 @@ def find_sampler(name: str, schedule: str | None = None) -> tuple[str, str | Non
     return sampler, wanted
 
 
-def make_sampler(model: Any, name: str, schedule: str | None = None) -> Sampler:
-    """Return the sampler of a name, for a model; raise as `find_sampler` does."""
-    sampler, found = find_sampler(name, schedule)
-    if found is None:
-        return SAMPLERS[sampler](model)
-    return SIGMA_SAMPLERS[sampler](model, found)
+def make_sampler(
+    model: Any, name: str, schedule: str | None = None, thresholding: str | None = None
+) -> Sampler:
+    """Return the sampler of a name, for a model; raise as `find_sampler` and `threshold_of` do.
+
+    Args:
+        thresholding: of predicted images; by default the model's own.
+    """
+    kind, found = find_sampler(name, schedule)
+    sampler = SAMPLERS[kind](model) if found is None else SIGMA_SAMPLERS[kind](model, found)
+    if thresholding is not None:
+        sampler.threshold = threshold_of(thresholding)
+    return sampler
 
 
 def _plain(name: str) -> str:

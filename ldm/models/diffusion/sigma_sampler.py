@@ -60,7 +60,8 @@ class SigmaSampler(Sampler):
         def denoised(x: Tensor, sigma: float) -> Tensor:
             t = batch_of(self.levels.timestep(sigma), x)
             output = denoise(scaled_to_model(x, sigma), t)
-            predicted.append(clean_latent(str(self.model.parameterization), x, sigma, output))
+            start = clean_latent(str(self.model.parameterization), x, sigma, output)
+            predicted.append(start if self.threshold is None else self.threshold(start))
             return predicted[-1]
 
         # The loop counts steps down, noise levels are listed from the largest.
