@@ -56,7 +56,7 @@ def test_the_diffusers_step_has_our_loss(tmp_path):
 
 def test_the_diffusers_step_trains_unet_and_text_encoder(tmp_path):
     pytest.importorskip("diffusers")
-    config = checked_config([runs.config(tmp_path)], ["data.params.train.params.size=16"])
+    config = checked_config([runs.golden_config(tmp_path)], ["data.params.train.params.size=16"])
     theirs = DiffusersDreamBooth(config, torch.device("cpu"))
     networks = {"unet": theirs.unet, "vae": theirs.vae, "text_encoder": theirs.text_encoder}
     before = {

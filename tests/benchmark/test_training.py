@@ -27,7 +27,7 @@ def test_training_and_a_switch(here, tmp_path, capsys, monkeypatch):
         *[
             "train",
             "--base",
-            runs.config(tmp_path),
+            runs.golden_config(tmp_path),
             "--steps",
             2,
             "--warmup",

@@ -10,8 +10,9 @@ import torch
 import main
 from ldm.data.image_folder import ImageFolderDataset
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from tests.support.runs import ROOT, SIZE, checkpoint
+from tests.support.runs import SIZE, checkpoint
 from tests.support.spies import checkpoints, errors, fixed, panels, spy, with_panel
+from tests.support.together import of_torchrun, together
 
 
 class BreakWeights(pl.Callback):
@@ -114,23 +115,22 @@ def test_weights_that_are_not_finite_are_not_written(workspace, caplog):
     )
 
 
-def test_a_loss_of_one_process_ends_all(workspace, monkeypatch):
-    devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+def test_a_loss_of_one_process_ends_all(workspace):
+    devices = ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--max_steps", "6"]
     more = [
         f"model.target={__name__}.BrokenOnRankOne",
         "lightning.modelcheckpoint.params.every_n_train_steps=1",
-    ]
-    more += [
         fixed(every_n_steps=1),
-        with_panel({"images": 1}),
-    ]  # of the first process, for which the other waits
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    process = workspace.start(*workspace.arguments("nan-ddp", *devices, *more, "--max_steps", "6"))
-    try:
-        output, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 1, output
+        with_panel({"images": 1}),  # of the first process, for which the other waits
+    ]
+    arguments = workspace.arguments("nan-ddp", *devices, *more)
+
+    def job(rank: int) -> None:
+        # The first process's status is the run's; a second error would stop it before its own.
+        assert main.main(arguments) == (1 if rank == 0 else 0)
+
+    together(workspace.path, job, of_torchrun)
+    output = "".join((workspace.path / f"log{rank}").read_text() for rank in (0, 1))
     assert (
         "step 3: the loss is not finite" in output
         and "step 3: stopped, for another process" in output

@@ -22,7 +22,7 @@ from scripts import convert, stable_txt2img
 from tests.support import golden
 from tests.support.families import PROMPTS, noise, params
 from tests.support.golden import rel
-from tests.support.runs import Workspace, checkpoint, same
+from tests.support.runs import Workspace, checkpoint, golden_config, same
 
 pytest.importorskip("peft")
 
@@ -71,7 +71,7 @@ def adapted():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    return Workspace(tmp_path_factory.mktemp("lora"))
+    return Workspace(tmp_path_factory.mktemp("lora"), make_config=golden_config)
 
 
 @pytest.fixture(scope="module")

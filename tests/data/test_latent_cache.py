@@ -8,10 +8,8 @@ from ldm.models.autoencoder import AutoencoderKL
 from tests.support import runs
 from tests.support.runs import checkpoint, metrics, same
 
-STEPS = 50
-SLOW = (
-    "model.base_learning_rate=1e-4"  # else fifty steps make much of the last digits of an encoding
-)
+STEPS = 16
+SLOW = "model.base_learning_rate=1e-4"  # else the steps make much of the last digits of an encoding
 
 
 @pytest.fixture(scope="module")

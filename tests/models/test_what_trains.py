@@ -21,7 +21,14 @@ from tests.support.models import (
     small_trainer,
     step,
 )
-from tests.support.runs import Workspace, assert_resumes_exactly, checkpoint, csv_rows, same
+from tests.support.runs import (
+    Workspace,
+    assert_resumes_exactly,
+    checkpoint,
+    csv_rows,
+    golden_config,
+    same,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +38,7 @@ def logged(caplog):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    return Workspace(tmp_path_factory.mktemp("workspace"))
+    return Workspace(tmp_path_factory.mktemp("workspace"), make_config=golden_config)
 
 
 @pytest.mark.parametrize("trainable", [True, False])

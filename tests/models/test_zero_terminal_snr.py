@@ -17,7 +17,13 @@ from tests.support.models import (
     SCHEDULE,
     build,
 )
-from tests.support.runs import Workspace, assert_resumes_exactly, checkpoint, same
+from tests.support.runs import (
+    Workspace,
+    assert_resumes_exactly,
+    checkpoint,
+    golden_config,
+    same,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +33,7 @@ def logged(caplog):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    return Workspace(tmp_path_factory.mktemp("workspace"))
+    return Workspace(tmp_path_factory.mktemp("workspace"), make_config=golden_config)
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from ldm.sampling.metadata import read_recipe
 from ldm.sampling.pictures import next_number, save_numbered, save_png
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
 from scripts import stable_txt2img, txt2img
-from tests.support.runs import SIZE, Workspace
+from tests.support.runs import SIZE, Workspace, golden_config
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     """A checkpoint away from its run folder, so that its own config must be enough."""
-    workspace = Workspace(tmp_path_factory.mktemp("sampled"))
+    workspace = Workspace(tmp_path_factory.mktemp("sampled"), make_config=golden_config)
     run = workspace.train("sampled", "--max_steps", "2")
     (run / "checkpoints/last.ckpt").rename(path := workspace.path / "model.ckpt")
     return path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from tests.support.processors import THREADS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
+# The golden model with a layer of each kind: a test of a run is not about the model.
+SMALL_UNET = {"channel_mult": [1], "attention_resolutions": [1], "context_dim": 16}
+SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 
 
 def pictures(folder: Path, count: int, seed: int = 0) -> Path:
@@ -37,10 +42,25 @@ def config(tmp_path: Path, **overrides: Any) -> Path:
     """A complete YAML in the reference's shape; `overrides` are `section__key=value`, levels split
     by `__`.
     """
-    model = dict(golden.RECORDED)
+    unet = {**golden.RECORDED["unet_config"]["params"], **SMALL_UNET, "use_checkpoint": False}
+    text = {**golden.TEXT_CONFIG, **SMALL_TEXT}
+    return _written(tmp_path, unet, text, overrides)
+
+
+def golden_config(tmp_path: Path, **overrides: Any) -> Path:
+    """The same YAML with the golden files' model, for tests that load or count its weights."""
+    unet = golden.RECORDED["unet_config"]["params"]
+    return _written(tmp_path, unet, golden.TEXT_CONFIG, overrides)
+
+
+def _written(
+    tmp_path: Path, unet: dict[str, Any], text: dict[str, Any], overrides: dict[str, Any]
+) -> Path:
+    model = copy.deepcopy(golden.RECORDED)
+    model["unet_config"]["params"] = unet
     model["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-        "params": {"text_config": golden.TEXT_CONFIG},
+        "params": {"text_config": text},
     }
     dataset = {"target": "ldm.data.personalized.PersonalizedBase"}
     plain = {
@@ -81,8 +101,15 @@ class Workspace:
     called.
     """
 
-    def __init__(self, path: Path, subject: int = 3, prior: int = 4):
+    def __init__(
+        self,
+        path: Path,
+        subject: int = 3,
+        prior: int = 4,
+        make_config: Callable[[Path], Path] = config,
+    ):
         self.path = path
+        self.make_config = make_config
         self.photos = pictures(path / "photos", subject, seed=1)
         self.class_images = pictures(path / "class_images", prior, seed=2)
         self.logs = path / "logs"
@@ -90,7 +117,15 @@ class Workspace:
     def arguments(self, name: str, *more: str, base: Path | None = None) -> list[str]:
         """The command line of a new run."""
         return [
-            *["--base", str(base or config(self.path)), "-t", "-n", name, "-l", str(self.logs)],
+            *[
+                "--base",
+                str(base or self.make_config(self.path)),
+                "-t",
+                "-n",
+                name,
+                "-l",
+                str(self.logs),
+            ],
             *[
                 "--data_root",
                 str(self.photos),

@@ -74,7 +74,7 @@ class Anew:
         }
         with open(log, "a") as output:
             self._process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        self.kill, self.join = self._process.kill, self._process.wait
+        self.kill, self.join, self.pid = self._process.kill, self._process.wait, self._process.pid
 
     def is_alive(self) -> bool:
         return self._process.poll() is None

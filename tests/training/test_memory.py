@@ -278,11 +278,12 @@ def test_weights_that_are_on_the_device_need_no_more_room(workspace, caplog, mon
     monkeypatch.setattr(
         memory, "available_bytes", lambda device: found.total - found.weights + 10**6
     )
-    workspace.train("fits", "--max_steps", "1")
+    base = runs.golden_config(workspace.path)
+    workspace.train("fits", "--max_steps", "1", base=base)
     monkeypatch.setattr(
         memory, "available_bytes", lambda device: found.total - found.weights - 10**6
     )
-    workspace.train("too-large", "--max_steps", "1")
+    workspace.train("too-large", "--max_steps", "1", base=base)
     lines = [line for line in caplog.text.splitlines() if line.strip().startswith("memory")]
     assert ["it will not fit" in line for line in lines] == [False, True]
 
