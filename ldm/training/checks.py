@@ -1,4 +1,4 @@
-"""What a run watches and binds: metrics that something logs, an identifier of one token."""
+"""What is checked of a run before its first step: metrics, class images, the identifier."""
 
 from __future__ import annotations
 
