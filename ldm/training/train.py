@@ -35,9 +35,9 @@ from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.build_trainer import build_trainer, check_optimizer, quiet_lightning
+from ldm.training.checks import check_identifier, check_monitors, check_preservation
 from ldm.training.disk import check_disk
 from ldm.training.initial_weights import Start, build_model
-from ldm.training.checks import check_identifier, check_monitors, check_preservation
 from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run

@@ -56,7 +56,7 @@ class Sampler(ABC):
     def __init__(self, model: SampledModel, schedule: str = "linear"):
         self.model = model
         self.schedule = model.schedule
-        # What is done to each predicted clean latent. It is the model's, unless a caller changes it.
+        # What is done to each predicted clean latent: the model's way, unless a caller changes it.
         self.threshold: Threshold | None = model.threshold
 
     def timesteps(self, steps: int) -> Tensor:
