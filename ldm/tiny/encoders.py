@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.checkpoints.checkpoint import find_config
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.config import load_config, to_plain
-from ldm.evaluation.encoders import Encoders, weights_hash
+from ldm.errors import UserError
+from ldm.evaluation.encoders import Clip, Encoders, weights_hash
 from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0, features_of, to_tensor
+from ldm.evaluation.protocols import PAPER
 from ldm.tiny.clip import CLIP
 from ldm.tiny.miniature import CLIP_CONFIG, CLIP_IMAGES
 
@@ -56,6 +59,51 @@ def miniature_encoders(clip_file: str | Path | None = None) -> Encoders:
         "LPIPS": f"EfficientNet-Lite0 {weights_hash(efficient)}",
     }
     return Encoders(features, shown, said, distance, hashes)
+
+
+def image_tower(given: str | None, side: int, device: torch.device | str = "cpu") -> Any:
+    """Return a CLIP's image tower, as a function of pictures: the given one, or by the pictures'
+    side the miniature's or the paper's.
+    """
+    if given is not None:
+        return read_clip(given, device)[0]
+    if side > SIDE:
+        return Clip(PAPER.clip, device=device)
+    images = CLIPImages(CLIP_IMAGES, to_plain(load_config([CLIP_CONFIG]))["model"])
+    return lambda pictures: features_of(images, to_tensor(pictures, SIDE))
+
+
+def read_clip(given: str | Path, device: torch.device | str = "cpu") -> tuple[Any, Any]:
+    """Return the towers of a CLIP as functions of pictures and of texts, to one row each.
+
+    Args:
+        given: a checkpoint of the miniature's CLIP, the weights of open_clip's ViT-B-32, or a name
+            that open_clip knows, `architecture/weights`; the weights may be a file.
+
+    Raises:
+        UserError: it is not there, or has no text tower.
+    """
+    path = Path(given)
+    if not path.exists():
+        clip = Clip(str(given), device=device)
+        return clip, clip.text
+    content = read_checkpoint(path) if path.is_file() else {}
+    state = state_dict_of(content, path) if content else {}
+    if not any(key.startswith("clip.visual.") for key in state):
+        clip = Clip(PAPER.clip, path, device=device)
+        return clip, clip.text
+    if TEXT not in state:
+        raise UserError(
+            f"{path}: the image tower of the miniature's CLIP alone, which reads no words: give "
+            "the checkpoint that its training wrote, or a CLIP of open_clip's"
+        )
+    config = (find_config(content, path) or to_plain(load_config([CLIP_CONFIG])))["model"]
+    images = CLIPImages(path, config)
+
+    def shown(pictures: Sequence[Image.Image]) -> Tensor:
+        return features_of(images, to_tensor(pictures, SIDE))
+
+    return shown, _texts(state, config)
 
 
 def _texts(state: dict[str, Tensor], config: dict[str, Any]) -> Any:

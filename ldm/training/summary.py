@@ -100,6 +100,7 @@ def start(
     weights: str,
     training: str,
     resumed: Resumed | None = None,
+    class_word: str = "",
 ) -> str:
     """Say what is about to happen: parameters, images, prompts, precision, steps, where the output
     goes.
@@ -110,6 +111,7 @@ def start(
         if images := found[f"{name}_images"]:
             texts = found[f"{name}_prompts"]
             rows[name] = f"{images} images" + (f"; {prompts(texts)}" if texts else "")
+    rows["class word"] = class_word
     batch = f"batch {data.batch_size}"
     for number, unit in (
         (trainer.world_size, "processes"),

@@ -36,6 +36,7 @@ from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.build_trainer import build_trainer, check_optimizer, quiet_lightning
 from ldm.training.checks import check_identifier, check_monitors, check_preservation
+from ldm.training.class_word import class_word_line
 from ldm.training.disk import check_disk
 from ldm.training.initial_weights import Start, build_model
 from ldm.training.prepare import check_images, prepare
@@ -109,7 +110,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         first_alone(lambda: None)
 
         # The steps. What ends them early says which step is saved and how to go on.
-        trainer.callbacks.append(_Announcement(run, report, resumed))
+        trainer.callbacks.append(_Announcement(run, report, resumed, config))
         if run.resume_from:  # not as an argument of fit, which hides it from the callbacks
             trainer.ckpt_path = str(run.resume_from)
             _check_goes_on(model, run.resume_from)
@@ -283,8 +284,8 @@ def _only(trainer: Any, kind: type) -> Any:
 class _Announcement(pl.Callback):
     """Logs the start summary, once the images are there and the devices are known."""
 
-    def __init__(self, run: Run, weights: str, resumed: Resumed | None):
-        self.run, self.weights, self.resumed = run, weights, resumed
+    def __init__(self, run: Run, weights: str, resumed: Resumed | None, config: RunConfig):
+        self.run, self.weights, self.resumed, self.config = run, weights, resumed, config
         self.parameters = ""
 
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
@@ -297,9 +298,11 @@ class _Announcement(pl.Callback):
             # `setup`.
             parameters = self.parameters if is_sharded(trainer) else summary.parameters(pl_module)
             data = trainer.datamodule
+            class_word = "" if self.resumed else class_word_line(self.config, data)
             log.info(
                 summary.start(
-                    trainer, pl_module, data, self.run, self.weights, parameters, self.resumed
+                    *(trainer, pl_module, data, self.run, self.weights, parameters, self.resumed),
+                    class_word=class_word,
                 )
             )
 

@@ -1,0 +1,48 @@
+"""The start summary's line about the class word: whether it fits the photos, by a CLIP."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from ldm.config import RunConfig
+from ldm.data.personalized import PersonalizedBase
+from ldm.data.reading import load_image
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KEY = "run.class_clip"
+MINIATURE = "miniature"  # stands for the CLIP that comes along with the miniature
+MOST = 8  # photos that are looked at: a start should not become slower with a large folder
+
+
+def class_word_line(config: RunConfig, data: Any) -> str:
+    """Say which class words fit the subject's photos, and whether the given one does.
+
+    It is empty unless `run.class_clip` names a CLIP, see `ldm.tiny.encoders.read_clip`. A CLIP that
+    is not there is one line, never an error: the training does not need it.
+    """
+    name = config.get(KEY)
+    photos = data.datasets.get("train")
+    if not name or not isinstance(photos, PersonalizedBase):
+        return ""
+    # Read only now: most starts do without.
+    from ldm.evaluation.class_nouns import suggest
+    from ldm.tiny.encoders import read_clip
+    from ldm.tiny.miniature import CLIP_IMAGES
+
+    clip = CLIP_IMAGES if name == MINIATURE else name
+    try:
+        # A network draws its first weights from the global generator, which is the training's.
+        with torch.random.fork_rng(devices=[]):
+            images, texts = read_clip(clip)
+        pictures = [load_image(path) for path in photos.paths[:MOST]]
+        found = suggest(pictures, images, texts, photos.class_word)
+    except UserError as error:
+        return f"'{photos.class_word}', not compared with the photos: {error}"
+    if found.is_doubtful:
+        log.warning("the class word %s", found.line())
+    return found.line()

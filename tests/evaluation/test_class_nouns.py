@@ -1,0 +1,116 @@
+"""The class word that photos ask for, by a CLIP: the command, and a training's start."""
+
+import logging
+import re
+
+import pytest
+import torch
+
+from ldm.checkpoints.reading import read_checkpoint
+from ldm.config import load_config, to_plain
+from ldm.errors import UserError
+from ldm.evaluation.class_nouns import NOUNS, all_nouns, suggest
+from ldm.tiny.clip import CLIP
+from ldm.tiny.encoders import read_clip
+from ldm.tiny.miniature import CLIP_CONFIG, CLIP_IMAGES
+from scripts import suggest_class
+from tests.support.runs import Workspace, same
+
+
+def shown(photos):
+    """Photos are numbers here: the place of the noun that they show."""
+    return torch.nn.functional.one_hot(torch.tensor(photos), 200).float()
+
+
+def said(texts):
+    nouns = [text.removeprefix("a photo of a ") for text in texts]
+    known = all_nouns()
+    places = [known.index(noun) if noun in known else 199 for noun in nouns]
+    return torch.nn.functional.one_hot(torch.tensor(places), 200).float()
+
+
+def of(noun, given=None):
+    return suggest([all_nouns().index(noun)] * 3, shown, said, given)
+
+
+def test_the_noun_of_the_photos_comes_first():
+    found = of("teapot")
+    assert found.best == "teapot" and found.shares["teapot"] > 0.99
+    assert found.line().endswith("--class_word 'teapot'")
+    assert sum(found.shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("noun", "given", "is_doubtful"),
+    [
+        ("dog", "dog", False),
+        ("dog", "cat", True),
+        ("dog", "animal", False),
+        ("animal", "dog", False),
+        ("dog", "corgi dog", False),
+        ("dog", "xylophone", True),
+    ],
+)
+def test_a_given_word_is_doubted_when_another_is_far_likelier(noun, given, is_doubtful):
+    found = of(noun, given)
+    assert found.is_doubtful is is_doubtful
+    assert ("looks wrong" in found.line()) is is_doubtful
+
+
+def test_no_noun_stands_twice():
+    assert len(all_nouns()) == len(NOUNS) + sum(map(len, NOUNS.values()))
+
+
+# With a CLIP
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A checkpoint of a small CLIP, as its training writes it."""
+    config = to_plain(load_config([CLIP_CONFIG]))
+    params = config["model"]["params"]
+    params["vision_cfg"]["width"], params["text_cfg"]["width"] = 8, 16
+    params["text_cfg"]["layers"], params["embed_dim"] = 1, 16
+    path = tmp_path_factory.mktemp("clip") / "clip.ckpt"
+    torch.manual_seed(0)
+    state = CLIP(**params).state_dict()
+    torch.save({"state_dict": state, "config": config}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("class_word"))
+
+
+def test_the_command_prints_the_nouns(clip, workspace, capsys):
+    flags = [str(workspace.photos), "--clip", str(clip), "--nouns", "dog", "owl", "--device", "cpu"]
+    assert suggest_class.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and {line.split()[-1] for line in lines[1:]} == {"dog", "owl"}
+
+
+def test_a_file_without_a_text_tower_and_an_unknown_name_are_refused():
+    with pytest.raises(UserError, match="image tower of the miniature's CLIP alone"):
+        read_clip(CLIP_IMAGES)
+    with pytest.raises(UserError, match="open_clip knows no such architecture"):
+        read_clip("no-such-file.bin")
+
+
+def test_a_training_says_whether_the_class_word_fits_and_does_not_change(clip, workspace, caplog):
+    caplog.set_level(logging.INFO)
+    plain = workspace.train("plain", "--max_steps", "1")
+    assert "class word" not in caplog.text
+    asked = workspace.train("asked", "--max_steps", "1", f"run.class_clip={clip}")
+    (line,) = [line for line in caplog.text.splitlines() if line.startswith("  class word")]
+    assert "'dog'" in line and "the photos look like" in line
+    weights = [
+        read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (plain, asked)
+    ]
+    assert same(*weights)
+
+
+def test_a_training_goes_on_without_the_clip(workspace, caplog):
+    caplog.set_level(logging.INFO)
+    workspace.train("without", "--max_steps", "1", "run.class_clip=miniature")
+    assert re.search("class word +'dog', not compared with the photos: ", caplog.text)
