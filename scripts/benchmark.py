@@ -133,6 +133,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=20, help="of DDIM, with guidance (default: %(default)s)")
     add("--batch", type=int, default=4, help="pictures drawn at once (default: %(default)s)")
     add("--dtype", choices=list(DTYPES), default="fp32", help="default: %(default)s")
+    add("--compile", action="store_true", help="ours with the UNet's pass made by torch.compile")
     _add_comparison(parser, ["diffusers"])
 
 
@@ -235,7 +236,8 @@ def benchmark_sample(args: argparse.Namespace) -> tuple[Measured, str]:
         require_diffusers()
     threads = torch.get_num_threads()
     settings = sample.Settings(
-        args.steps, args.batch, args.size, args.dtype, device, threads, args.clock
+        *(args.steps, args.batch, args.size, args.dtype, device, threads, args.clock),
+        args.compile,
     )
     with tempfile.TemporaryDirectory(dir=".", prefix=".benchmark") as folder:
         path = args.ckpt or random_weights(

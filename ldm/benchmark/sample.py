@@ -19,6 +19,7 @@ from ldm.callbacks.timing import peak_memory_bytes, resident_bytes
 from ldm.checkpoints.export import DTYPES, target_of
 from ldm.checkpoints.pipeline_folder import save_tokenizer
 from ldm.config import load_config, to_plain
+from ldm.sampling.precision import halve
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
 from ldm.util import instantiate_from_config
 
@@ -37,6 +38,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     clock: str = "wall"
+    compile: bool = False  # ours alone
 
 
 class Program(Protocol):
@@ -49,14 +51,18 @@ class Program(Protocol):
 
 
 class Ours:
-    """`load_model` and `text_to_image`; below float32 the matrices are in that precision, under its
-    autocast.
-    """
+    """`load_model` and `text_to_image`; below float32 all of the networks are in that precision."""
 
     def __init__(self, config: Path, weights: Path, settings: Settings):
         self.settings, self.dtype = settings, DTYPES[settings.dtype]
         lower = None if self.dtype is torch.float32 else self.dtype
         self.model = load_model(weights, config, settings.device, dtype=lower)
+        self.precision = "full"
+        if lower is not None:
+            halve(self.model, lower)
+            self.precision = "half"
+        if settings.compile:
+            self.model.model.diffusion_model.compile_for_sampling()
         self.unet = self.model.model.diffusion_model
         self.side = settings.size or self.model.image_size * self.model.downsampling
 
@@ -65,10 +71,8 @@ class Ours:
             self.settings.batch,
             Recipe(steps, GUIDANCE, height=self.side, width=self.side),
         )
-        with torch.autocast(
-            self.settings.device, self.dtype, enabled=self.dtype is not torch.float32
-        ):
-            text_to_image(self.model, [PROMPT] * batch, range(batch), recipe)
+        prompts = [PROMPT] * batch
+        text_to_image(self.model, prompts, range(batch), recipe, precision=self.precision)
 
 
 class Diffusers:

@@ -58,10 +58,11 @@ def _without_overflow(
     if isinstance(autoencoder, IdentityFirstStage):
         return compute(x)
     kind = next(autoencoder.parameters()).dtype
-    halved = kind == torch.float16 or torch.is_autocast_enabled(x.device.type)
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    halved = kind == torch.float16 or is_cast
     # Try as it is. One that has overflowed once would do so again, so it is remembered.
     if autoencoder not in _IN_FULL:
-        found = compute(x)
+        found = compute(x if is_cast else x.to(kind))
         # What came in as no number is not the autoencoder's fault, nor is it mended by precision.
         if not halved or torch.isfinite(found).all() or not torch.isfinite(x).all():
             return found

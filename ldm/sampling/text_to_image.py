@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.rng import SampleRandom, derive_seed
 from ldm.sampling.first_stage import decode
 from ldm.sampling.pictures import to_pil
+from ldm.sampling.precision import computing_in
 from ldm.sampling.prompting import read_prompts
 
 if TYPE_CHECKING:
@@ -180,19 +181,6 @@ def image_seed(seed: int, index: int) -> int:
     return derive_seed("image", seed + index, 0)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Return the context in which a model computes in a precision.
-
-    `full` is float32. `autocast` is float16 on a GPU; a CPU, where it would be slower, stays with
-    float32.
-    """
-    if precision not in ("full", "autocast"):
-        raise UserError(f"--precision {precision}: accepted: full, autocast")
-    if precision == "autocast" and device.type != "cpu":
-        return torch.autocast(device.type, torch.float16)
-    return nullcontext()
-
-
 def size_step(model: LatentDiffusion) -> int:
     """Return the number of pixels of which a picture's sides are multiples."""
     unet = model.model.diffusion_model
@@ -204,8 +192,11 @@ def size_step(model: LatentDiffusion) -> int:
 @contextmanager
 def sampling_mode(model: LatentDiffusion, precision: str) -> Iterator[None]:
     """Compute in a precision, with EMA weights, and read each text once for all steps."""
-    in_precision = autocast(model.device, precision)
-    with in_precision, model.ema_scope("sampling"), texts_read_once(model.model):
+    # A compiled network is one graph, which no step may change.
+    unet = model.model.diffusion_model
+    is_compiled = isinstance(unet, UNetModel) and unet.is_compiled_for_sampling
+    reading = nullcontext() if is_compiled else texts_read_once(model.model)
+    with computing_in(model, precision), model.ema_scope("sampling"), reading:
         yield
 
 

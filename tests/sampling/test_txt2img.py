@@ -10,6 +10,7 @@ from ldm.sampling.metadata import read_recipe
 from ldm.sampling.pictures import next_number, save_numbered, save_png
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
 from scripts import stable_txt2img, txt2img
+from tests.support.photos import as_numbers
 from tests.support.runs import SIZE, Workspace, golden_config
 
 
@@ -75,10 +76,6 @@ def test_nothing_is_overwritten(sample, tmp_path):
         "grid-0000.png",
         "grid-0001.png",
     ]
-
-
-def as_numbers(pictures):
-    return np.stack([np.asarray(picture).astype(int) for picture in pictures])
 
 
 def test_a_picture_does_not_depend_on_the_batch_size(sample):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -25,6 +27,11 @@ def picture(width: int = 24, height: int = 16, turn: int = 0) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     rgb = [x * 255 // (width - 1), y * 255 // (height - 1), (x + 2 * y) % 256]
     return Image.fromarray(np.stack(rgb, -1).astype(np.uint8)).rotate(turn)
+
+
+def as_numbers(pictures: Sequence[Image.Image]) -> NDArray[np.float64]:
+    """Return pictures as numbers in [0, 255], of which differences may be negative."""
+    return np.array([np.asarray(picture, np.float64) for picture in pictures])
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ParameterError
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import instantiate_from_config
 
 # A tensor, a list of tensors, or {"c_concat": [...], "c_crossattn": [...]}.
@@ -108,4 +109,10 @@ class DiffusionWrapper(nn.Module):
         context = None
         if c_crossattn:
             context = c_crossattn[0] if len(c_crossattn) == 1 else torch.cat(c_crossattn, dim=1)
-        return self.diffusion_model(inputs, t, context=context)
+        # A network that was put into half precision computes in it; autocast sees to that itself.
+        dtype = x.dtype
+        if not torch.is_autocast_enabled(x.device.type):
+            unet = self.diffusion_model
+            inputs = inputs.to(unet.dtype if isinstance(unet, UNetModel) else dtype)
+            context = context if context is None else context.to(inputs.dtype)
+        return self.diffusion_model(inputs, t, context=context).to(dtype)

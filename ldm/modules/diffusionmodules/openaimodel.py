@@ -166,6 +166,7 @@ class UNetModel(nn.Module):
         )
         self.channels_last = channels_last
         self._compiled = self._compile(compile) if compile else None
+        self._sampled: Any = None  # what `compile_for_sampling` makes
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.context_dim = context_dim
@@ -201,15 +202,26 @@ class UNetModel(nn.Module):
             raise ValueError(
                 f"the UNet reads a text embedding of width {self.context_dim}, and got none"
             )
-        # Not for sampling, which has other batch sizes at every turn.
-        if self._compiled is not None and torch.is_grad_enabled():
-            return self._compiled(x, timesteps, context)
-        return self._forward(x, timesteps, context)
+        # Sampling has other batch sizes at every turn, so what is made for training is not for it.
+        compiled = self._compiled if torch.is_grad_enabled() else self._sampled
+        return (compiled or self._forward)(x, timesteps, context)
 
     @property
     def dtype(self) -> torch.dtype:
         """Return the weights' precision; code that runs the blocks itself casts its input to it."""
         return next(self.time_embed.parameters()).dtype
+
+    def compile_for_sampling(self, options: bool | Mapping[str, Any] = True) -> None:
+        """Let `torch.compile` make the forward pass of sampling, with its arguments if a mapping.
+
+        The first call of each size takes minutes; those after it take less time.
+        """
+        self._sampled = self._compile(options)
+
+    @property
+    def is_compiled_for_sampling(self) -> bool:
+        """Return whether `compile_for_sampling` was called."""
+        return self._sampled is not None
 
     def _compile(self, options: bool | Mapping[str, Any]) -> Any:
         try:
