@@ -237,6 +237,22 @@ class RunConfig:
         """Return the rare word that names the subject in its captions."""
         return self.get("data.params.train.params.identifier", IDENTIFIER)
 
+    @property
+    def new_words(self) -> list[str]:
+        """Return the words that the model learns, or has learned, beside its vocabulary."""
+        section = "model.params.personalization_config"
+        # LDM's DreamBooth scripts keep the section, and train the model instead.
+        if self.get("model.params.unfreeze_model"):
+            return []
+        found = self.get(f"{section}.params.placeholder_strings", [])
+        return list(found) if isinstance(found, (list, tuple)) else []
+
+    @property
+    def learns_words_alone(self) -> bool:
+        """Return whether new words are all that a training changes (Textual Inversion)."""
+        pivotal = self.get("model.params.personalization_config.params.pivotal", False)
+        return bool(self.new_words) and not pivotal
+
 
 # Checking
 

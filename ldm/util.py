@@ -39,7 +39,7 @@ SIBLINGS = ("base_learning_rate",)
 # Instantiation leaves them out; `ldm.config.check_config` says once a run which ones there are.
 LEGACY: dict[str, dict[str, str]] = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": {
-        "personalization_config": "the identifier is a token that exists; see --init_word",
+        "personalization_config": "unfreeze_model trains the model, not new words; see --init_word",
         "num_timesteps_cond": "",
         "embedding_reg_weight": "",
         "unfreeze_model": "the UNet is trained, unless model.params.freeze names its weights",
@@ -52,10 +52,7 @@ LEGACY: dict[str, dict[str, str]] = {
         "keep_finetune_dims": "input channels that a file lacks start from 0",
     },
     "ldm.modules.embedding_manager.EmbeddingManager": {
-        "placeholder_strings": "",
-        "initializer_words": "",
         "per_image_tokens": "",
-        "num_vectors_per_token": "",
         "progressive_words": "",
     },
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": {
@@ -76,6 +73,10 @@ LEGACY: dict[str, dict[str, str]] = {
         "log_on_batch_idx": "steps are counted, not batches"
     },
 }
+
+
+# Of those, what has an effect unless another key is true. LDM's DreamBooth scripts have both.
+OVERRULED = {"personalization_config": "unfreeze_model"}
 
 
 def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
@@ -157,7 +158,8 @@ def legacy_keys(cls: Callable[..., Any], params: Mapping[str, Any]) -> dict[str,
     if not found:
         return found
     taken = inspect.signature(cls).parameters  # a class of the user's may have a use for one
-    return {key: instead for key, instead in found.items() if key not in taken}
+    idle = {key for key, other in OVERRULED.items() if params.get(other)}
+    return {key: instead for key, instead in found.items() if key not in taken or key in idle}
 
 
 def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:

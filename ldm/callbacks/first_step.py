@@ -17,7 +17,12 @@ from ldm.optim.boundary import at_step_boundary
 
 log = logging.getLogger(__name__)
 
-PARTS = {"model": "UNet", "cond_stage_model": "text encoder", "first_stage_model": "autoencoder"}
+PARTS = {
+    "model": "UNet",
+    "cond_stage_model": "text encoder",
+    "first_stage_model": "autoencoder",
+    "embedding_manager": "new words",
+}
 ADAPTER = "lora_"  # in the names of peft's parameters
 WIDTH = 1024  # words in a row of what is summed
 WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)

@@ -28,6 +28,7 @@ from ldm.checkpoints.families import FIRST, Family, config_for, recognise, widen
 from ldm.checkpoints.headers import kind_of
 from ldm.checkpoints.layouts import absent_networks, with_our_names
 from ldm.checkpoints.loading import (
+    NEW_WORDS,
     EmptyInit,
     LoadReport,
     config_keys,
@@ -226,7 +227,7 @@ class Checkpoint:
             weights: `trained` or `ema`, to choose.
         """
         state = weights_to_sample_from(self.state, self.path, weights)
-        return replace(self, state=state, config=shared_config(self.config))
+        return replace(self, state=state, config=self._shared_config())
 
     def for_training(self, weights: str | None = None, keeps_ema: bool = False) -> Checkpoint:
         """Return the weights that a training starts from: the trained ones, unless `weights` is
@@ -245,7 +246,11 @@ class Checkpoint:
         """Return the weights as they are, the averages beside the trained ones, and a config
         without training.
         """
-        return replace(self, config=shared_config(self.config))
+        return replace(self, config=self._shared_config())
+
+    def _shared_config(self) -> Config:
+        has_words = any(key.startswith(NEW_WORDS) for key in self.state)
+        return shared_config(self.config, has_words)
 
     def only(self, prefix: str) -> Checkpoint:
         """Return the tensors whose names start with `prefix`; raises a `UserError` if there are

@@ -1,4 +1,4 @@
-"""Textual-inversion files: the words and the vectors in what other programs write.
+"""Textual-inversion files: the words and the vectors in what other programs write, and read.
 
 | written by | what the file holds |
 |---|---|
@@ -16,17 +16,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ldm.checkpoints import other_files
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.checkpoints.unpickle import Stub
 from ldm.errors import UserError
+from ldm.files import save_checkpoint, write_atomically
 from ldm.modules.embedding_manager import ANY_WORD, Embedding, in_vocabulary
+from ldm.modules.encoders import tokenizer
 
 IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
 PICTURES = (".png", ".webp", ".jxl", ".avif")
 NO_WORD = "emb_params"
+NAME = "learned_embeds.safetensors"  # what diffusers looks for in a folder
+LAYOUTS = ("webui", "ldm")  # of .pt files
 # The text encoders by whose names files for several of them keep their vectors.
 SEVERAL_ENCODERS = ("clip_l", "clip_g", "t5xxl")
 WHOLE_MODEL = re.compile(r"(model\.diffusion_model|first_stage_model|cond_stage_model)\.")
@@ -82,6 +88,62 @@ def embedding_of(key: str, vectors: Tensor, path: Path, alone: bool) -> Embeddin
     if alone and name.lower() != key.lower() and not in_vocabulary(name):
         words.append(name)
     return Embedding(tuple(words), rows, str(path), own_word=key)
+
+
+# Writing
+
+
+def write_words(words: Mapping[str, Tensor], path: Path, layout: str = LAYOUTS[0]) -> list[Path]:
+    """Write words and their vectors, (n, d) each, and return the files.
+
+    A `.safetensors` file is diffusers' and has one word, so that of several words each gets a
+    number behind its file's name. A `.pt` file has the layout of the web UIs, which is of one word,
+    too, or LDM's, which takes several.
+
+    Raises:
+        UserError: another suffix, a layout that is not known, or a disk that is too small.
+    """
+    if path.suffix not in (".safetensors", ".pt"):
+        raise UserError(f"{path}: expected a name that ends in .safetensors or .pt")
+    if layout not in LAYOUTS:
+        raise UserError(f"{layout}: no layout of .pt files; accepted: {', '.join(LAYOUTS)}")
+    rows = {word: vectors.detach().cpu().contiguous() for word, vectors in words.items()}
+    if path.suffix == ".pt" and layout == "ldm":
+        save_checkpoint(_as_ldm(rows), path)
+        return [path]
+    files = []
+    for number, (word, vectors) in enumerate(rows.items(), 1):
+        name = f"{path.stem}-{number}{path.suffix}" if len(rows) > 1 else path.name
+        file = path.with_name(name)
+        _write_one(word, vectors, file)
+        files.append(file)
+    return files
+
+
+def _write_one(word: str, vectors: Tensor, file: Path) -> None:
+    if file.suffix == ".pt":
+        # A web UI calls it by the file's name; the word is always a star.
+        name = word if word != ANY_WORD else file.stem
+        save_checkpoint(
+            {
+                "string_to_token": {ANY_WORD: 265},
+                "string_to_param": {ANY_WORD: vectors},
+                "name": name,
+            },
+            file,
+        )
+        return
+    write_atomically(file, lambda path: save_file({word: vectors}, path), vectors.nbytes)
+
+
+def _as_ldm(rows: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what LDM's `EmbeddingManager.load` reads."""
+    tokens = {word: torch.tensor(tokenizer.encode(word)[0]) for word in rows}
+    parameters = {word: nn.Parameter(vectors) for word, vectors in rows.items()}
+    return {"string_to_token": tokens, "string_to_param": nn.ParameterDict(parameters)}
+
+
+# Reading
 
 
 def vectors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -47,14 +47,22 @@ def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
     }
 
 
-def shared_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the model's config without what only its training needs; empty if there is none."""
+def shared_config(
+    config: Mapping[str, Any] | None, keeps_words: bool = False
+) -> dict[str, Any]:
+    """Return the model's config without what only its training needs; empty if there is none.
+
+    Args:
+        keeps_words: the weights have rows of new words, which prompts may hold.
+    """
     model = RunConfig(config or {}).section("model")
     if not model:
         return {}
     params = {
         key: value for key, value in model.get("params", {}).items() if key not in TRAINING_ONLY
     }
+    if not keeps_words:
+        params.pop("personalization_config", None)
     if "use_ema" in params:
         params["use_ema"] = False
     # Where a network's own weights came from is nobody else's affair.

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # What a model can do without: made anew with the model, or only for sampling.
 OPTIONAL_SUFFIXES = ("position_ids",)
 OPTIONAL_PREFIXES = (AVERAGES,)
+NEW_WORDS = "embedding_manager."  # whose vectors are made of the weights, once these are there
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
@@ -253,9 +254,9 @@ def instantiate_filled(
         model = instantiate_from_config(config, "model")
     state = fitted(model, state, path)
     missing = compare(model, state, path).missing
+    made_later = (*OPTIONAL_PREFIXES, NEW_WORDS)
     if any(
-        not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(OPTIONAL_PREFIXES)
-        for key in missing
+        not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(made_later) for key in missing
     ):
         model = instantiate_from_config(config, "model")
     report = adopt_state(model, state, path, dtype)

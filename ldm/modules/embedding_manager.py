@@ -1,11 +1,11 @@
-"""Embeddings of words, to start an identifier from or to prompt with: another word's, or a textual
-inversion's.
+"""Embeddings of words: new ones that are learned (Textual Inversion; Gal et al., 2208.01618), and
+others' to start an identifier from or to prompt with.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError
 from ldm.modules.encoders import tokenizer
+from ldm.modules.encoders.new_rows import FIRST_NEW, ExtendedEmbedding
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +60,156 @@ def in_vocabulary(word: str) -> bool:
     return len(tokenizer.encode(word)) == 1
 
 
-class EmbeddingManager:
-    """Write rows of the text encoder's token embedding, or add some.
+class EmbeddingManager(nn.Module):
+    """Give words that no vocabulary has rows of their own, which a training learns.
 
-    The reference configs name this class; there it trained embeddings of placeholders. DreamBooth
-    trains the whole text encoder instead, so what is left is to choose where a placeholder starts.
+    A text encoder then finds the words in captions and prompts. Its table stays as it is. The names
+    of the parameters and of the rows in a checkpoint are LDM's.
 
     Args:
-        embedder: a text encoder with a `token_embedding` and `added_words`.
+        embedder: a text encoder with a `token_embedding` and `added_words`; None for none yet.
+        placeholder_strings: the new words, such as "*".
+        initializer_words: the word that each starts as; of several tokens, their mean counts.
+        num_vectors_per_token: rows of each new word, all of which start alike.
+        pivotal: leave the rows as they are, and train the model around them (pivotal tuning).
+
+    Raises:
+        UserError: a word that cannot be one, or a number out of range.
     """
 
-    def __init__(self, embedder: Any = None):
-        self.embedder = embedder
+    # A checkpoint from before the training has none of the rows.
+    optional_keys = ("string_to_param_dict.",)
+
+    def __init__(
+        self,
+        embedder: Any = None,
+        placeholder_strings: Sequence[str] | None = None,
+        initializer_words: Sequence[str] | None = None,
+        num_vectors_per_token: int = 1,
+        pivotal: bool = False,
+    ):
+        super().__init__()
+        words = _checked_words(placeholder_strings)
+        starts = list(initializer_words or [])
+        if starts and len(starts) != len(words):
+            problem = f"{len(starts)} for {len(words)} placeholder_strings: one each"
+            raise ParameterError("initializer_words", problem)
+        if num_vectors_per_token < 1:
+            problem = f"expected 1 or more, got {num_vectors_per_token}"
+            raise ParameterError("num_vectors_per_token", problem)
+        self.initializer_words, self.pivotal = dict(zip(words, starts)), pivotal
+        self.string_to_param_dict = nn.ParameterDict()
+        # In a tuple, the encoder is no part of this module: it has keys of its own.
+        self._embedder = (embedder,)
+        if words and embedder is not None:
+            self._extend(words, num_vectors_per_token)
+
+    def _extend(self, words: Sequence[str], count: int) -> None:
+        """Give each word so many rows, and let the encoder find them."""
+        longest = self.embedder.max_length - 2  # a prompt has a start and an end
+        if count > longest:
+            problem = f"{count} vectors, a prompt has room for {longest}"
+            raise ParameterError("num_vectors_per_token", problem)
+        width, first = self._rows.shape[1], FIRST_NEW
+        added = {}
+        for word in words:
+            self.string_to_param_dict[word] = nn.Parameter(torch.zeros(count, width))
+            added[word.lower()] = list(range(first, first + count))
+            first += count
+        self.embedder.added_words = {**self.embedder.added_words, **added}
+        table = self.embedder.token_embedding
+        self.embedder.replace_token_embedding(ExtendedEmbedding(table, self._new_rows))
+
+    def _new_rows(self) -> Float[Tensor, "n d"]:
+        return torch.cat(list(self.string_to_param_dict.values()))
+
+    @property
+    def embedder(self) -> Any:
+        """Return the text encoder."""
+        return self._embedder[0]
+
+    @property
+    def words(self) -> dict[str, Tensor]:
+        """Return the vectors of each new word, (n, d)."""
+        return dict(self.string_to_param_dict.items())
+
+    def words_in(self, text: str) -> list[str]:
+        """Return which of the new words a text holds."""
+        ids = set(tokenizer.encode_with(text, self.embedder.added_words))
+        added = self.embedder.added_words
+        return [word for word in self.words if ids & set(added[word.lower()])]
 
     @property
     def _rows(self) -> nn.Parameter:
         return self.embedder.token_embedding.weight
+
+    # What new words start as
+
+    @torch.no_grad()
+    def start_as_words(self, known: Collection[str] = ()) -> str:
+        """Give new words the embedding of their initializer words, and say so.
+
+        Args:
+            known: words that have their vectors already.
+
+        Raises:
+            UserError: a word that has neither.
+        """
+        said = []
+        for word, rows in self.words.items():
+            if word in known:
+                said.append(f"'{word}' goes on as it is in the file")
+                continue
+            ids = tokenizer.encode(self.initializer_words.get(word, ""))
+            if not ids:
+                raise ParameterError(
+                    "personalization_config.params.initializer_words",
+                    f"'{word}' has no word to start as: give --init_word WORD, such as the class",
+                )
+            rows.copy_(self._rows[ids].mean(dim=0).expand_as(rows))
+            said.append(f"'{word}' starts as '{self.initializer_words[word]}'")
+        return "; ".join(said)
+
+    @torch.no_grad()
+    def start_as_embeddings(self, embeddings: Sequence[Embedding]) -> list[str]:
+        """Give new words the vectors of a file, and return the words that have them now.
+
+        An embedding goes to the word that it is of; a single one goes to a single word.
+
+        Raises:
+            UserError: vectors that do not fit, or that belong to no new word.
+        """
+        chosen: dict[str, Tensor] = {}
+        for embedding in embeddings:
+            self._check(embedding)
+            fitting = [word for word in self.words if word in embedding.words]
+            if not fitting and len(embeddings) == len(self.words) == 1:
+                fitting = list(self.words)
+            if not fitting:
+                raise UserError(
+                    f"{embedding.source}: '{embedding.words[0]}' is none of this model's new words "
+                    f"({', '.join(self.words)}): name it in placeholder_strings"
+                )
+            for word in fitting:
+                has, wanted = len(embedding.vectors), len(self.words[word])
+                if has != wanted:
+                    raise UserError(
+                        f"{embedding.source}: {has} vectors, '{word}' has {wanted}: set "
+                        f"personalization_config.params.num_vectors_per_token to {has}"
+                    )
+                chosen[word] = embedding.vectors
+        for word, vectors in chosen.items():
+            self.words[word].copy_(vectors)
+        return list(chosen)
+
+    def __str__(self) -> str:
+        parts = []
+        for word, rows in self.words.items():
+            vectors = "1 vector" if len(rows) == 1 else f"{len(rows)} vectors"
+            parts.append(f"'{word}' ({vectors} of {rows.shape[1]})")
+        return ", ".join(parts)
+
+    # Rows of words that there are, and rows for prompts alone
 
     @torch.no_grad()
     def initialize(self, init_word: str, placeholder: str) -> None:
@@ -177,6 +312,25 @@ class EmbeddingManager:
             **self.embedder.added_words,
             **{word.lower(): ids for word in words},
         }
+
+
+def _checked_words(words: Sequence[str] | None) -> list[str]:
+    """Return placeholders as a list; raise a `UserError` for one that cannot be a word."""
+    found: list[str] = []
+    if isinstance(words, str):
+        raise ParameterError("placeholder_strings", f"expected a list of words, got {words!r}")
+    for word in words or ():
+        # A parameter's name has no dot, and white space parts words.
+        if not isinstance(word, str) or not word or "." in word or word.split() != [word]:
+            problem = f"{word!r} is no word: letters, digits and signs, without spaces and dots"
+            raise ParameterError("placeholder_strings", problem)
+        if hasattr(nn.ParameterDict, word):
+            problem = f"{word!r} is a name that a parameter cannot have: choose another, as <{word}>"
+            raise ParameterError("placeholder_strings", problem)
+        if word.lower() in (other.lower() for other in found):
+            raise ParameterError("placeholder_strings", f"'{word}' is there twice, in any case")
+        found.append(word)
+    return found
 
 
 def report(embedding: Embedding) -> None:

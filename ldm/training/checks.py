@@ -120,8 +120,41 @@ def check_preservation(model: Any, data: Any) -> None:
         model.preservation.check_data(has_class_images, data.summary()["unnamed_prompts"])
 
 
-def check_identifier(identifier: str, prompts: Sequence[str]) -> None:
-    """Warn if the word that names the subject in the prompts is several tokens."""
+def check_new_words(model: Any, data: Any) -> None:
+    """Raise a `UserError` if the captions hold none of the words that a training is to learn.
+
+    Warn of captions without one, from which nothing is learned.
+    """
+    manager = getattr(model, "embedding_manager", None)
+    if manager is None or not isinstance(data, DataModuleFromConfig):
+        return
+    prompts = data.summary()["subject_prompts"]
+    without = [text for text in prompts if not manager.words_in(text)]
+    words = ", ".join(f"'{word}'" for word in manager.words)
+    if prompts and len(without) == len(prompts):
+        raise UserError(
+            f"data.params.train.params: no caption holds {words}, as '{without[0]}': set "
+            f"identifier to it, and templates with {{identifier}} in them"
+        )
+    if without and model.words_alone:
+        log.warning(
+            "%d captions hold none of the new words %s, as '%s': nothing is learned from them",
+            *(len(without), words, without[0]),
+        )
+    if model.words_alone and ("reg" in data.datasets or data.num_class_images):
+        raise UserError(
+            "data.params.reg: class images teach new words nothing: leave out --reg_data_root"
+        )
+
+
+def check_identifier(identifier: str, prompts: Sequence[str], new: Sequence[str] = ()) -> None:
+    """Warn if the word that names the subject in the prompts is several tokens.
+
+    Args:
+        new: words that have tokens of their own.
+    """
+    if identifier in new:
+        return
     tokens = tokenizer.encode(identifier)
     if len(tokens) > 1 and any(identifier in prompt for prompt in prompts):
         log.warning(

@@ -293,8 +293,9 @@ def with_flags(config: RunConfig, args: argparse.Namespace) -> RunConfig:
         {f"lightning.trainer.{key}": value for key, value in args.trainer.items()}
     )
     config = config.having(_device(config, args))
-    # The images.
+    # The images, and what captions call them.
     config = config.having(_images(config, args))
+    config = config.having(_new_words(config, args))
     if _needs_no_class_images(config):
         config = config.without("data.params.reg", "data.params.num_class_images")
     config.check_settings()
@@ -334,15 +335,36 @@ def _images(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def _new_words(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what new words start as, and the first of them as the identifier of captions."""
+    values: dict[str, Any] = {}
+    words = config.new_words
+    if not words:
+        return values
+    key = "model.params.personalization_config.params.initializer_words"
+    if args.init_word:
+        values[key] = [args.init_word, *config.get(key, [])[1:]]
+    for name in ("train", "validation"):
+        section = f"data.params.{name}"
+        takes_one = str(config.get(f"{section}.target")).endswith(".PersonalizedBase")
+        if takes_one and config.get(f"{section}.params.identifier") is None:
+            values[f"{section}.params.identifier"] = words[0]
+    return values
+
+
 def _needs_no_class_images(config: RunConfig) -> bool:
     """Return whether no class images are wanted, nor a folder named for them but the subject's."""
+    root = config.get("data.params.reg.params.data_root")
+    if config.learns_words_alone:
+        if root:
+            log.warning("%s: not used: captions of the class hold none of the new words", root)
+        return bool(config.get("data.params.reg"))
     method = config.get("model.params.preservation")
     if isinstance(method, Mapping):
         method = method.get("method")
     weighs = config.get("model.params.reg_weight", 1.0) and method not in WITHOUT_CLASS_IMAGES
     if weighs or not config.get("data.params.reg"):
         return False
-    root = config.get("data.params.reg.params.data_root")
     if root and str(root) == str(config.get("data.params.train.params.data_root")):
         why = f"preservation is {method}" if method in WITHOUT_CLASS_IMAGES else "reg_weight is 0"
         log.warning(

@@ -10,8 +10,9 @@ from typing import Any
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.parts import load_parts
 from ldm.config import RunConfig
-from ldm.errors import UserError
+from ldm.errors import UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.new_words import words_in
 from ldm.training import summary
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -41,6 +42,7 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
     # A run that goes on gets its weights from Lightning, together with the optimizer's state.
     if resumes:
         return instantiate_from_config(config.model, "model"), ""
+    known: list[str] = []
     if start.weights is None:
         # Training from scratch, but for networks whose config names a file of their own.
         model, report = instantiate_from_config(config.model, "model"), "newly initialised"
@@ -60,9 +62,13 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
         keeps_ema = bool(config.get("model.params.use_ema", True))
         weights = _with_channels(checkpoint.for_training(start.take, keeps_ema), config)
         model, loaded = weights.build(config=config.content)
+        known = _known_words(model, weights)
         report = f"{checkpoint}; {loaded}"
-    # Last, because these replace rows of the embedding table that was just read.
-    if start.embeddings or start.init_word:
+    # Last, because these are made of rows of the embedding table that was just read, or replace
+    # some.
+    if getattr(model, "embedding_manager", None) is not None:
+        report += f"; {_start_new_words(model, start, known)}"
+    elif start.embeddings or start.init_word:
         report += _write_embeddings(model, start, config.identifier)
     return model, report
 
@@ -82,6 +88,36 @@ def _with_channels(weights: Checkpoint, config: RunConfig) -> Checkpoint:
         )
     log.info("%s: reads %d channels; %d more start from 0", weights.path, has, wanted - has)
     return weights.for_inpainting(wanted)
+
+
+def _known_words(model: Any, weights: Checkpoint) -> list[str]:
+    """Return the new words whose vectors are in a file; warn of those that the model has not."""
+    known = words_in(weights.state)
+    has = getattr(model, "embedding_manager", None)
+    lost = [word for word in known if has is None or word not in has.words]
+    if lost:
+        log.warning(
+            "%s: its new words %s are lost: name them in "
+            "model.params.personalization_config.params.placeholder_strings to keep them",
+            *(weights.path, ", ".join(lost)),
+        )
+    return known
+
+
+def _start_new_words(model: Any, start: Start, known: list[str]) -> str:
+    """Give a model's new words the vectors of a file, or of the words that they start as."""
+    from ldm.checkpoints.embeddings import read_embeddings
+
+    manager, parts = model.embedding_manager, []
+    if start.embeddings:
+        words = manager.start_as_embeddings(read_embeddings(start.embeddings))
+        parts.append(f"{', '.join(words)} as in {start.embeddings}")
+        # What the file has not may still start as a word.
+        if len(words) == len(manager.words):
+            return parts[0]
+        known = [*known, *words]
+    with under("model.params"):
+        return "; ".join([*parts, manager.start_as_words(known)])
 
 
 def _write_embeddings(model: Any, start: Start, identifier: str) -> str:

@@ -146,7 +146,7 @@ def forward_stages(
         for parameter in model.cond_stage_model.parameters()
         if parameter.requires_grad
     )
-    if model.cond_stage_trainable:
+    if model.text_has_gradients:
         blocks = (
             sum(isinstance(module, nn.LayerNorm) for module in model.cond_stage_model.modules())
             // 2
@@ -159,7 +159,7 @@ def forward_stages(
         }
         x = torch.empty(samples, unet.in_channels, latent_side, latent_side)
         t = torch.zeros(samples, dtype=torch.long)
-        context = torch.empty(samples, tokens, width, requires_grad=model.cond_stage_trainable)
+        context = torch.empty(samples, tokens, width, requires_grad=model.text_has_gradients)
         with (
             torch.enable_grad(),
             torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),

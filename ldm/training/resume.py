@@ -31,6 +31,7 @@ FIXED: dict[str, str] = {
     "cond_stage_trainable": TENSORS,
     "freeze": TENSORS,
     "lora": "the adapters are part of the checkpoint",
+    "personalization_config": "the new words are part of the checkpoint",
 }
 
 # Keys that say where a run was started and from what: they change without anybody's wish.

@@ -85,6 +85,7 @@ def check_shardable(model: Any) -> None:
     excluded = {
         "use_ema=true": model.model_ema is not None,
         "lora": model.lora is not None,
+        "personalization_config": model.embedding_manager is not None,
         "text_encoder_stop": model.text_training.stop is not None,
         "preservation, which copies the weights": model.preservation.chosen.needs_teacher,
         f"optimizer={model.optimizer}": model.optimizer not in OPTIMIZERS,

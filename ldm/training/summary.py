@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,24 @@ def parameters(model: nn.Module) -> str:
         )
 
     frozen = listed(False)
-    return listed(True) + (f"; frozen: {frozen}" if frozen else "")
+    # A few vectors are no part of a million.
+    words = getattr(model, "embedding_manager", None)
+    if words is not None and getattr(model, "words_alone", False):
+        return f"new word {words}; frozen: {frozen}"
+    pivots = "" if words is None else f"; the new word {words} stays as it is"
+    return listed(True) + (f"; frozen: {frozen}" if frozen else "") + pivots
 
 
-def prompts(texts: list[str], shown: int = 2) -> str:
-    """Quote prompts with their token ids, of which those of a rare identifier are worth a look."""
-    lines = [
-        f'"{text}" = tokens {" ".join(map(str, tokenizer.encode(text)))}' for text in texts[:shown]
-    ]
+def prompts(texts: list[str], added: Mapping[str, list[int]], shown: int = 2) -> str:
+    """Quote prompts with their token ids, of which those of a rare identifier are worth a look.
+
+    Args:
+        added: new words, and the ids that each stands for.
+    """
+    lines = []
+    for text in texts[:shown]:
+        ids = tokenizer.encode_with(text, added)
+        lines.append(f'"{text}" = tokens {" ".join(map(str, ids))}')
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
@@ -107,10 +118,11 @@ def start(
     """
     rows = {"training": training, "weights": weights}
     found = data.summary()
+    added = getattr(getattr(model, "cond_stage_model", None), "added_words", {})
     for name in ("subject", "class"):
         if images := found[f"{name}_images"]:
             texts = found[f"{name}_prompts"]
-            rows[name] = f"{images} images" + (f"; {prompts(texts)}" if texts else "")
+            rows[name] = f"{images} images" + (f"; {prompts(texts, added)}" if texts else "")
     rows["class word"] = class_word
     batch = f"batch {data.batch_size}"
     for number, unit in (
@@ -151,6 +163,7 @@ def end(
     timing: TimingCallback,
     prompt: str | None,
     exported: Path | None = None,
+    embeddings: Sequence[Path] = (),
 ) -> str:
     """Say what has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done = f"{trainer.global_step} steps"
@@ -164,6 +177,8 @@ def end(
     lora = keeper.last_path.with_name(LORA)
     if lora.exists():
         rows["LoRA"] = f"{lora}: the adapters alone, for other programs"
+    if embeddings:
+        rows["new words"] = f"{', '.join(map(str, embeddings))}: for prompts and other programs"
     if exported:
         rows["exported"] = f"{exported}: the weights alone, {exported.stat().st_size / 1e9:.3g} GB"
     if keeper.best:

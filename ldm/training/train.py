@@ -19,6 +19,7 @@ from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.setup import ChecksRun
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.embeddings import NAME, write_words
 from ldm.checkpoints.export import DTYPES, sha256
 from ldm.checkpoints.finite import check_usable
 from ldm.checkpoints.loading import compare
@@ -35,7 +36,12 @@ from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.build_trainer import build_trainer, check_optimizer, quiet_lightning
-from ldm.training.checks import check_identifier, check_monitors, check_preservation
+from ldm.training.checks import (
+    check_identifier,
+    check_monitors,
+    check_new_words,
+    check_preservation,
+)
 from ldm.training.class_word import class_word_line
 from ldm.training.disk import check_disk
 from ldm.training.initial_weights import Start, build_model
@@ -96,7 +102,8 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     # Whatever can be refused is refused before the hours that class images may take.
     check_monitors(trainer, model, data, config)
     check_preservation(model, data)
-    check_identifier(config.identifier, data.summary()["subject_prompts"])
+    check_new_words(model, data)
+    check_identifier(config.identifier, data.summary()["subject_prompts"], config.new_words)
     check_training(model, data, trainer)
     first = resumed.step if resumed else 0
 
@@ -224,12 +231,14 @@ def _finish(trainer: Any, model: Any, data: Any, config: RunConfig, run: Run) ->
     images = {key: found[key] for key in ("subject_images", "class_images")}
     try:
         _write_adapters(model, keeper, config, run, steps, images)
+        embeddings = _write_new_words(model, keeper)
         exported = None if state is None else _export(state, config, run, steps, images)
     except UserError as error:
         # The training itself is done: its weights are not lost with the export.
         raise UserError(f"{error}; {summary.trained_already(keeper, config)}") from error
     prompts = found["subject_prompts"]
-    log.info(summary.end(trainer, keeper, timing, prompts[0] if prompts else None, exported))
+    prompt = prompts[0] if prompts else None
+    log.info(summary.end(trainer, keeper, timing, prompt, exported, embeddings))
 
 
 def _write_adapters(
@@ -247,6 +256,15 @@ def _write_adapters(
     path, adapted = keeper.last_path.with_name(summary.LORA), model.state_dict()
     tuned = Checkpoint.of_run(path, adapted, config.content, steps, images)
     tuned.as_lora(adapters_alone(adapted, model.lora.alpha)).save(path, title=run.folder.name)
+
+
+def _write_new_words(model: Any, keeper: CheckpointKeeper | None) -> list[Path]:
+    """Write the new words of a model beside its last checkpoint, a file each; return the files."""
+    manager = getattr(model, "embedding_manager", None)
+    if manager is None or keeper is None or not keeper.last_path.exists():
+        return []
+    # As for adapters: a few kB that other programs load beside the model that they have.
+    return write_words(manager.words, keeper.last_path.with_name(NAME))
 
 
 def _with_base_model(config: RunConfig, start: Start) -> RunConfig:

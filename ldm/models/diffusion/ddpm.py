@@ -16,6 +16,7 @@ from ldm.errors import check_counts, check_positive, check_share
 from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper
 from ldm.models.diffusion.inpainting import RandomMasks, training_channels, with_channels
 from ldm.models.diffusion.logged_steps import LoggedSteps
+from ldm.models.diffusion.new_words import check_words_alone, learns_words_alone, new_words
 from ldm.models.diffusion.objective import Objective
 from ldm.models.diffusion.preservation import PreservationOptions
 from ldm.models.diffusion.schedule import Latent, NoiseSchedule, Steps
@@ -38,6 +39,7 @@ from ldm.modules.adapters import TEXT_LAYERS, UNET_LAYERS, check_adaptable, lora
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import embed_distinct
 from ldm.modules.losses.batch import Batch, RawBatch
 from ldm.optim.boundary import at_step_boundary
@@ -66,6 +68,8 @@ class LatentDiffusion(LoggedSteps):
             `lora`, of the weights whose adapters are not.
         lora: `rank` and `alpha` of adapters on the UNet's attention and, with
             `cond_stage_trainable`, the text encoder's, which are trained instead of the weights.
+        personalization_config: an `EmbeddingManager` with new words, which alone are trained unless
+            its `pivotal` is true: Textual Inversion.
         conditioning_key: crossattn, concat or hybrid, which inpaints.
         mask_everything: see `RandomMasks`; of a training that inpaints.
         thresholding: what sampling does to each predicted image of a model in pixels: static,
@@ -118,6 +122,7 @@ class LatentDiffusion(LoggedSteps):
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
+        personalization_config: Mapping[str, Any] | None = None,
         image_size: int = 64,
         mask_everything: float = 0.25,
         thresholding: str | None = None,
@@ -146,6 +151,13 @@ class LatentDiffusion(LoggedSteps):
         check_positive("scale_factor", scale_factor)
         self.zero_terminal_snr = zero_terminal_snr
         self.text_training = TextEncoderTraining(text_encoder_lr, text_encoder_stop)
+        self.words_alone = learns_words_alone(personalization_config)
+        if self.words_alone:
+            averages = {"use_ema": use_ema, "freeze": freeze, "lora": lora}
+            taught = {"preservation": self.preservation.chosen.needs_teacher}
+            check_words_alone(averages | taught)
+            # LDM's configs say true, so that gradients reach the words.
+            cond_stage_trainable = False
         self.text_training.check(cond_stage_trainable)
         self.cond_stage_trainable = cond_stage_trainable
         self._text_encoder_stopped = False
@@ -169,6 +181,11 @@ class LatentDiffusion(LoggedSteps):
         # The autoencoder is never trained: the latents would change their meaning under the UNet.
         self.first_stage_model.requires_grad_(False)
         self.cond_stage_model.requires_grad_(cond_stage_trainable)
+        # New words are learned through networks that stay as they are (Gal et al., eq. 2).
+        self.embedding_manager: EmbeddingManager | None = None
+        if personalization_config is not None:
+            self.embedding_manager = new_words(personalization_config, self.cond_stage_model)
+            self.model.requires_grad_(not self.words_alone)
         # Refuse patterns of `freeze` that fit nothing. With adapters, `configure_model` freezes
         # later.
         if self.lora:
@@ -188,12 +205,18 @@ class LatentDiffusion(LoggedSteps):
         """Return whether the text encoder trains and has not reached `text_encoder_stop`."""
         return self.cond_stage_trainable and not self._text_encoder_stopped
 
+    @property
+    def text_has_gradients(self) -> bool:
+        """Return whether gradients reach the text encoder, for itself or for new words."""
+        return self.text_trains or self.words_alone
+
     def train(self, mode: bool = True) -> LatentDiffusion:
         """Set the mode of what is trained; frozen networks stay in evaluation mode."""
         super().train(mode)
         # Lightning sets the mode of all; dropout in a frozen network would only disturb the others.
         self.first_stage_model.eval()
         self.cond_stage_model.train(mode and self.text_trains)
+        self.model.train(mode and not self.words_alone)
         return self
 
     # The training step
@@ -345,6 +368,8 @@ class LatentDiffusion(LoggedSteps):
             cast(Optimizer, self.optimizers()).zero_grad()
 
     def _parts(self) -> Sequence[Part]:
+        if self.embedding_manager is not None and self.words_alone:
+            return [self.embedding_manager]
         text_encoder = self.cond_stage_model if self.cond_stage_trainable else None
         return parts_to_train(self.model, text_encoder, self.text_training.lr)
 

@@ -61,6 +61,11 @@ class CompVisInterface(pl.LightningModule):
         """Return whether gradients of the text encoder are wanted."""
         return False
 
+    @property
+    def text_has_gradients(self) -> bool:
+        """Return whether gradients reach the text encoder, for itself or for new words."""
+        return self.text_trains
+
     def register_schedule(self, schedule: NoiseSchedule) -> None:
         """Keep the schedule's quantities as buffers, under a checkpoint's names."""
         for name in NoiseSchedule.names():
@@ -107,10 +112,10 @@ class CompVisInterface(pl.LightningModule):
         return self.first_stage_model.decode(z / self.scale_factor)
 
     def get_learned_conditioning(self, c: str | Sequence[str]) -> Float[Tensor, "b n d"]:
-        """Return embeddings of captions, with gradients if the text encoder is trained."""
+        """Return embeddings of captions, with gradients if the text encoder or its words train."""
         # LDM's scripts may pass one caption as a bare string.
         captions = [c] if isinstance(c, str) else list(c)
-        with nullcontext() if self.text_trains else torch.no_grad():
+        with nullcontext() if self.text_has_gradients else torch.no_grad():
             return self.cond_stage_model(captions)
 
     def apply_model(

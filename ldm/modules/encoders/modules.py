@@ -96,6 +96,10 @@ class TextEncoder(nn.Module):
         """Return the table of token embeddings."""
         raise NotImplementedError
 
+    def replace_token_embedding(self, layer: nn.Embedding) -> None:
+        """Look tokens up in another layer from now on."""
+        raise NotImplementedError
+
     @property
     def device(self) -> torch.device:
         """Return where the weights are.
@@ -210,6 +214,10 @@ class FrozenCLIPEmbedder(TextEncoder):
         """Return the table of token embeddings."""
         return self.transformer.text_model.embeddings.token_embedding
 
+    def replace_token_embedding(self, layer: nn.Embedding) -> None:
+        """Look tokens up in another layer from now on."""
+        self.transformer.text_model.embeddings.token_embedding = layer
+
 
 LAYERS = {"last": 0, "penultimate": 1}  # blocks at the end that are left out
 
@@ -274,6 +282,10 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
     def token_embedding(self) -> nn.Embedding:
         """Return the table of token embeddings."""
         return self.model.token_embedding
+
+    def replace_token_embedding(self, layer: nn.Embedding) -> None:
+        """Look tokens up in another layer from now on."""
+        self.model.token_embedding = layer
 
 
 def recompute_activations(text_model: Any) -> None:
