@@ -10,6 +10,8 @@
     python $convert --ckpt sd-v1-4.ckpt --vae vae-ft-mse.ckpt --output better-eyes.safetensors
     python $convert --ckpt my-dog.safetensors --mix sd-v1-4.ckpt 0.3 --output softer.safetensors
 
+    python $convert --ckpt RUN/checkpoints/last.ckpt --words --output my-dog.pt  # for web UIs
+
 --ckpt may be a .ckpt, .safetensors, .pt or .bin, the index of a sharded one, or a pipeline folder.
 Files of ours say which config they fit, and those of Stable Diffusion are recognised; for others
 give --config. Of a LoRA run's checkpoint the plain model is written, its adapters merged; with
@@ -29,6 +31,7 @@ from pathlib import Path
 
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.ema import WEIGHTS
+from ldm.checkpoints.embeddings import LAYOUTS, read_words, write_words
 from ldm.checkpoints.export import DTYPES, SUFFIXES
 from ldm.checkpoints.lora import adapters_alone, extract_lora, merge_lora, not_in_lora
 from ldm.checkpoints.lora_formats import read_lora
@@ -101,12 +104,23 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("BASE", "SHARE"),
         help="mix this share, from 0 to 1, of the base model's weights into the trained ones",
     )
+    parser.add_argument(
+        "--words",
+        nargs="?",
+        const=LAYOUTS[0],
+        choices=LAYOUTS,
+        help="of a checkpoint with new words, or an embedding file, these alone: .safetensors for "
+        "diffusers, or .pt in this layout (default: %(const)s)",
+    )
     parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
     return parser
 
 
 def convert(args: argparse.Namespace) -> None:
     """Read, choose, change, write."""
+    if args.words:
+        convert_words(args)
+        return
     check_flags(args)
     checkpoint = Checkpoint.open(args.ckpt, args.config)
     if args.adapters:
@@ -137,6 +151,16 @@ def convert(args: argparse.Namespace) -> None:
     # What the config determines is in the file, for programs that do not build it.
     checkpoint = checkpoint.complete()
     write(checkpoint, args)
+
+
+def convert_words(args: argparse.Namespace) -> None:
+    """Write new words, or an embedding file's, in the layout of another program."""
+    for flag in (*OF_MODELS, "weights", "adapters", "lora_base", "dtype"):
+        if getattr(args, flag):
+            raise UserError(f"--words: does not go with --{flag}")
+    words = read_words(args.ckpt)
+    for file in write_words(words, args.output, args.words):
+        print(f"{file}: {', '.join(words)}")
 
 
 def check_flags(args: argparse.Namespace) -> None:  # noqa: C901, PLR0912 - one check a flag

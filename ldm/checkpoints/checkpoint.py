@@ -26,9 +26,8 @@ from ldm.checkpoints.export import (
 )
 from ldm.checkpoints.families import FIRST, Family, config_for, recognise, widened
 from ldm.checkpoints.headers import kind_of
-from ldm.checkpoints.layouts import absent_networks, with_our_names
+from ldm.checkpoints.layouts import NEW_WORDS, absent_networks, with_our_names
 from ldm.checkpoints.loading import (
-    NEW_WORDS,
     EmptyInit,
     LoadReport,
     config_keys,

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.checkpoints import other_files
+from ldm.checkpoints.layouts import NEW_WORDS
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.checkpoints.unpickle import Stub
 from ldm.errors import UserError
@@ -31,6 +32,8 @@ from ldm.modules.encoders import tokenizer
 IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
 PICTURES = (".png", ".webp", ".jxl", ".avif")
 NO_WORD = "emb_params"
+# How the names of new words' vectors begin in the checkpoint of a run that learns them.
+ROWS = f"{NEW_WORDS}string_to_param_dict."
 NAME = "learned_embeds.safetensors"  # what diffusers looks for in a folder
 LAYOUTS = ("webui", "ldm")  # of .pt files
 # The text encoders by whose names files for several of them keep their vectors.
@@ -69,6 +72,25 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
     return [
         embedding_of(key, value, path, alone=len(vectors) == 1) for key, value in vectors.items()
     ]
+
+
+def read_words(path: Path) -> dict[str, Tensor]:
+    """Return the new words of a run's checkpoint, or of an embedding file, and their vectors.
+
+    Raises:
+        UserError: there are none in it.
+    """
+    if path.is_file():
+        content = read_checkpoint(path)
+        inside = content.get("state_dict", content)
+        keys = [key for key in inside if str(key).startswith(ROWS)]
+        if keys:
+            return {key.removeprefix(ROWS): inside[key] for key in keys}
+    found = {}
+    for embedding in read_embeddings(path):
+        any_word = ANY_WORD if ANY_WORD in embedding.words else embedding.words[0]
+        found[embedding.own_word or any_word] = embedding.vectors
+    return found
 
 
 def embedding_of(key: str, vectors: Tensor, path: Path, alone: bool) -> Embedding:

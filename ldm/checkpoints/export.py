@@ -47,9 +47,7 @@ def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
     }
 
 
-def shared_config(
-    config: Mapping[str, Any] | None, keeps_words: bool = False
-) -> dict[str, Any]:
+def shared_config(config: Mapping[str, Any] | None, keeps_words: bool = False) -> dict[str, Any]:
     """Return the model's config without what only its training needs; empty if there is none.
 
     Args:

@@ -31,6 +31,7 @@ _LEADING = re.compile(rf"^(?:(?:{_WORDS})\.)+")
 _INSIDE = re.compile(rf"(?<=\.)(?:{_WORDS})\.")
 
 AVERAGES = "model_ema."  # how the names of a UNet's averaged weights begin
+NEW_WORDS = "embedding_manager."  # of words beside the vocabulary
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 NETWORKS = {"UNet": UNET, "autoencoder": VAE, "text encoder": TEXT}
 OUTPUT = UNET + "out.2.weight"  # the UNet's last convolution

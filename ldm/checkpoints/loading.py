@@ -15,7 +15,7 @@ from ldm.checkpoints.diffusers_format import with_names_of_text_encoder
 from ldm.checkpoints.ema import has_averages
 from ldm.checkpoints.families import recognise
 from ldm.checkpoints.finite import check_usable
-from ldm.checkpoints.layouts import AVERAGES, NETWORKS, UNET, absent_networks
+from ldm.checkpoints.layouts import AVERAGES, NETWORKS, NEW_WORDS, UNET, absent_networks
 from ldm.checkpoints.other_files import of_weights
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.errors import UserError
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 # What a model can do without: made anew with the model, or only for sampling.
 OPTIONAL_SUFFIXES = ("position_ids",)
 OPTIONAL_PREFIXES = (AVERAGES,)
-NEW_WORDS = "embedding_manager."  # whose vectors are made of the weights, once these are there
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
@@ -254,6 +253,7 @@ def instantiate_filled(
         model = instantiate_from_config(config, "model")
     state = fitted(model, state, path)
     missing = compare(model, state, path).missing
+    # Vectors of new words are made of the weights, once these are there.
     made_later = (*OPTIONAL_PREFIXES, NEW_WORDS)
     if any(
         not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(made_later) for key in missing

@@ -325,7 +325,7 @@ def _checked_words(words: Sequence[str] | None) -> list[str]:
             problem = f"{word!r} is no word: letters, digits and signs, without spaces and dots"
             raise ParameterError("placeholder_strings", problem)
         if hasattr(nn.ParameterDict, word):
-            problem = f"{word!r} is a name that a parameter cannot have: choose another, as <{word}>"
+            problem = f"{word!r} is a name that a parameter cannot have: choose <{word}>"
             raise ParameterError("placeholder_strings", problem)
         if word.lower() in (other.lower() for other in found):
             raise ParameterError("placeholder_strings", f"'{word}' is there twice, in any case")

@@ -26,7 +26,8 @@ from ldm.studies.training import trained
 
 log = logging.getLogger(__name__)
 
-# What a method changes of the base config, as words of the training command.
+# What a method changes of the base config, as words of the training command. {identifier} and
+# {class_word} are the subject's.
 METHODS: dict[str, list[str]] = {
     "dreambooth": [],
     "no-prior": ["model.params.reg_weight=0"],
@@ -34,6 +35,17 @@ METHODS: dict[str, list[str]] = {
         "model.params.lora={rank: 8, alpha: 8.0}",
         "model.params.use_ema=false",
         "model.base_learning_rate=1.0e-4",
+    ],
+    # The identifier is a new word, so that all methods have the same prompts.
+    "textual_inversion": [
+        "model.params.personalization_config={target: ldm.modules.embedding_manager."
+        "EmbeddingManager, params: {placeholder_strings: ['{identifier}']}}",
+        "model.params.unfreeze_model=false",
+        "model.params.use_ema=false",
+        "model.params.preservation=none",
+        "model.base_learning_rate=5.0e-3",
+        "--init_word",
+        "{class_word}",
     ],
 }
 TABLE, SCORES_FILE, PAGE = "table.md", "scores.csv", "index.html"
@@ -92,11 +104,17 @@ def tasks(bench: Bench, outdir: Path, alone: bool) -> Iterator[Task]:
                 shared = subject.class_word.replace(" ", "_")
                 folder = outdir / "class_images" / (shared if alone else f"{shared}-{task['name']}")
                 words = [*("--data_root", str(subject.photos)), "--class_word", subject.class_word]
-                words += ["--reg_data_root", str(folder), "--seed", str(seed), *arguments]
+                words += ["--reg_data_root", str(folder), "--seed", str(seed)]
+                words += [_filled(text, bench.identifier, subject) for text in arguments]
                 if bench.identifier != IDENTIFIER:
                     words.append(f"data.params.train.params.identifier={bench.identifier}")
                 if _scores(task, bench) is None:
                     yield {**task, "arguments": words}
+
+
+def _filled(text: str, identifier: str, subject: Subject) -> str:
+    filled = text.replace("{identifier}", identifier)
+    return filled.replace("{class_word}", subject.class_word)
 
 
 def _task(bench: Bench, outdir: Path, method: str, seed: int, subject: Subject) -> Task:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.embeddings import ROWS, read_embeddings
 from ldm.checkpoints.parts import load_parts
 from ldm.config import RunConfig
 from ldm.errors import UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.new_words import words_in
 from ldm.training import summary
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -92,7 +92,7 @@ def _with_channels(weights: Checkpoint, config: RunConfig) -> Checkpoint:
 
 def _known_words(model: Any, weights: Checkpoint) -> list[str]:
     """Return the new words whose vectors are in a file; warn of those that the model has not."""
-    known = words_in(weights.state)
+    known = [key.removeprefix(ROWS) for key in weights.state if key.startswith(ROWS)]
     has = getattr(model, "embedding_manager", None)
     lost = [word for word in known if has is None or word not in has.words]
     if lost:
@@ -106,8 +106,6 @@ def _known_words(model: Any, weights: Checkpoint) -> list[str]:
 
 def _start_new_words(model: Any, start: Start, known: list[str]) -> str:
     """Give a model's new words the vectors of a file, or of the words that they start as."""
-    from ldm.checkpoints.embeddings import read_embeddings
-
     manager, parts = model.embedding_manager, []
     if start.embeddings:
         words = manager.start_as_embeddings(read_embeddings(start.embeddings))
@@ -121,7 +119,6 @@ def _start_new_words(model: Any, start: Start, known: list[str]) -> str:
 
 
 def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
-    from ldm.checkpoints.embeddings import read_embeddings
     from ldm.modules.embedding_manager import EmbeddingManager
 
     manager, report = EmbeddingManager(model.cond_stage_model), ""

@@ -34,6 +34,7 @@ class Case:
     precision: str = "64-true"
     accumulated: int = 1
     masks: bool = False
+    words: int = 0  # vectors of the new word "sks", which alone train
     sizes: tuple[int, int] = (2, 2)  # examples of the subject and of the prior
     params: dict[str, Any] = field(default_factory=dict)
 
@@ -88,6 +89,10 @@ class Adapter:
         text = small["cond_stage_config"]
         text["params"] = {**text["params"], "max_length": 12}
         given = small | more | case.params | {"preservation": case.method}
+        if case.words:
+            named = {"placeholder_strings": ["sks"], "num_vectors_per_token": case.words}
+            manager = "ldm.modules.embedding_manager.EmbeddingManager"
+            given["personalization_config"] = {"target": manager, "params": named}
         self.model = build_model(given).to(dtype)
         # The networks before the training, then as they are after some of it.
         self.model.configure_model()
@@ -102,8 +107,11 @@ class Adapter:
 
     def _networks(self) -> nn.ModuleDict:
         """Return a copy of what predicts, as it is now."""
-        names = ("model", "cond_stage_model")
-        return nn.ModuleDict({n: copy.deepcopy(getattr(self.model, n)) for n in names}).double()
+        parts = {n: getattr(self.model, n) for n in ("model", "cond_stage_model")}
+        if self.case.words:
+            parts["embedding_manager"] = self.model.embedding_manager
+        # At once: the text encoder reads the words' rows from their own module.
+        return copy.deepcopy(nn.ModuleDict(parts)).double()
 
     def draws(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Return each example's scaled latent, time step and noise."""

@@ -127,6 +127,8 @@ CASES = {
     "offset-noise": Case(params={"offset_noise": 0.1}),
     "x0": Case(params={"parameterization": "x0"}),
     "lora": Case(lora=True),
+    "words": Case(method="none", words=2),
+    "v2-words": Case("v2-v", method="none", words=1, accumulated=2, masks=True),
     "v2": Case("v2"),
     "v2-v-lora-min-snr": Case("v2-v", lora=True, params={"min_snr_gamma": 5.0}),
     "none": Case(method="none"),

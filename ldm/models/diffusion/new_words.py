@@ -11,8 +11,6 @@ from ldm.modules.encoders.modules import TextEncoder
 from ldm.util import instantiate_from_config
 
 NAME = "personalization_config"  # the parameter of `LatentDiffusion`
-# How the names of their rows begin in a checkpoint.
-ROWS = "embedding_manager.string_to_param_dict."
 
 
 def learns_words_alone(config: Mapping[str, Any] | None) -> bool:
@@ -50,8 +48,3 @@ def new_words(config: Mapping[str, Any], encoder: TextEncoder) -> EmbeddingManag
     if manager.pivotal:
         manager.requires_grad_(False)
     return manager
-
-
-def words_in(names: Any) -> list[str]:
-    """Return the new words that a checkpoint has rows of, by the names of its tensors."""
-    return [name.removeprefix(ROWS) for name in names if name.startswith(ROWS)]
