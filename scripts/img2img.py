@@ -22,7 +22,7 @@ from PIL import Image
 from ldm.commands import exit_status
 from ldm.data.resizing import fit
 from ldm.errors import UserError
-from ldm.evaluation.prompt_suites import suite_prompts
+from ldm.evaluation.prompt_suites import asked_prompts
 from ldm.sampling.drawing import draw_pictures
 from ldm.sampling.flags import (
     add_model_flags,
@@ -33,7 +33,6 @@ from ldm.sampling.flags import (
     check_folder,
     model_of,
     parse,
-    prompts_of,
     recipe_of,
 )
 from ldm.sampling.image_to_image import image_to_image
@@ -66,7 +65,7 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError("--init-img: which photo? give --init-img PHOTO")
     check_flags(args)
     check_folder(Path(args.outdir))
-    prompts = suite_prompts(args.suite, args.subject) if args.suite else prompts_of(args)
+    prompts = asked_prompts(args)
     photo = read_photo(Path(args.init_img))
 
     # The size to draw in follows from the photo, unless it is given.

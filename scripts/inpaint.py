@@ -23,7 +23,7 @@ from PIL import Image
 
 from ldm.commands import exit_status
 from ldm.errors import UserError
-from ldm.evaluation.prompt_suites import suite_prompts
+from ldm.evaluation.prompt_suites import asked_prompts
 from ldm.sampling.drawing import draw_pictures
 from ldm.sampling.flags import (
     add_model_flags,
@@ -34,7 +34,6 @@ from ldm.sampling.flags import (
     check_folder,
     model_of,
     parse,
-    prompts_of,
     recipe_of,
 )
 from ldm.sampling.inpainting import inpaint
@@ -63,7 +62,7 @@ def sample(args: argparse.Namespace) -> None:
     check(args)
     check_flags(args)
     check_folder(Path(args.outdir))
-    prompts = suite_prompts(args.suite, args.subject) if args.suite else prompts_of(args)
+    prompts = asked_prompts(args)
     photo = read_photo(Path(args.init_img))
     mask = mask_for(args, photo.size)
 

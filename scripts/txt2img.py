@@ -26,7 +26,7 @@ from PIL import Image
 from ldm.commands import exit_status
 from ldm.distributed import is_first
 from ldm.errors import UserError
-from ldm.evaluation.prompt_suites import suite_prompts
+from ldm.evaluation.prompt_suites import asked_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.sampling.drawing import draw_pictures
 from ldm.sampling.flags import (
@@ -39,7 +39,6 @@ from ldm.sampling.flags import (
     how_made,
     model_of,
     parse,
-    prompts_of,
     recipe_of,
 )
 from ldm.sampling.pictures import save_numbered
@@ -81,7 +80,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.x or args.y:
         sample_grid(args)
         return
-    prompts = suite_prompts(args.suite, args.subject) if args.suite else prompts_of(args)
+    prompts = asked_prompts(args)
     model = model_of(args)
     pictures = series_of(args, prompts, recipe_of(args, model))
     draw_pictures(args, pictures, drawing(model, args), print)

@@ -6,13 +6,18 @@ application.
 
 from __future__ import annotations
 
+import argparse
+import logging
 from pathlib import Path
 from string import Formatter
 
 import yaml
 
 from ldm.config import PROJECT
+from ldm.data.captions import read_text
 from ldm.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
 
 FOLDER = PROJECT / "configs" / "prompts"
 FIELDS = ("subject", "class")
@@ -93,3 +98,38 @@ def suite_prompts(name: str | Path, subject: str | None) -> list[str]:
         problem = f"'{subject}'" if subject else "is not given"
         raise UserError(f"subject {problem}: a suite needs identifier and class word, as 'sks dog'")
     return filled(read_suite(find_suite(name)), class_word.strip(), identifier)
+
+
+def asked_prompts(args: argparse.Namespace) -> list[str]:
+    """Return the prompts that the flags of a sampling command ask for: one, a file's or a suite's.
+
+    Raises:
+        UserError: a file or a suite that is not there, or without prompts.
+    """
+    if args.suite:
+        return suite_prompts(args.suite, args.subject)
+    if args.from_file:
+        return _prompts_of_file(Path(args.from_file), args)
+    return [args.prompt]
+
+
+def _prompts_of_file(path: Path, args: argparse.Namespace) -> list[str]:
+    """Return the lines of a file that are prompts, and say what is made of them."""
+    if not path.is_file():
+        raise UserError(f"--from-file {path}: no such file")
+    lines = [line.strip() for line in read_text(path, "file of prompts").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"--from-file {path}: no prompts in it")
+
+    # Say what becomes of the file: of a single --prompt, --n_samples pictures are drawn.
+    comments = sum(line.startswith("#") for line in lines)
+    left_out = f" ({comments} comments left out)" if comments else ""
+    count = len(prompts) * args.n_iter
+    rest = count % args.n_samples
+    last = f", the last of {rest}" if rest else ""
+    log.info(
+        "%s: %d prompts%s in batches of %d%s", path, len(prompts), left_out, args.n_samples, last
+    )
+    log.info("each prompt is drawn %d times, as --n_iter says", args.n_iter)
+    return prompts

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.ema import WEIGHTS
 from ldm.commands import check_writable
-from ldm.data.captions import read_text
 from ldm.distributed import agreed, share
 from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Guidance
@@ -375,28 +374,3 @@ def how_made(args: argparse.Namespace) -> dict[str, Any]:
     if args.vae_tiling:
         how["vae_tiling"] = True
     return {**weights_names(Path(args.ckpt)), **how}
-
-
-def prompts_of(args: argparse.Namespace) -> list[str]:
-    """Return the prompt, or the lines of a file of them."""
-    if not args.from_file:
-        return [args.prompt]
-    path = Path(args.from_file)
-    if not path.is_file():
-        raise UserError(f"--from-file {path}: no such file")
-    lines = [line.strip() for line in read_text(path, "file of prompts").splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise UserError(f"--from-file {path}: no prompts in it")
-
-    # Say what becomes of the file: of a single --prompt, --n_samples pictures are drawn.
-    comments = sum(line.startswith("#") for line in lines)
-    left_out = f" ({comments} comments left out)" if comments else ""
-    count = len(prompts) * args.n_iter
-    rest = count % args.n_samples
-    last = f", the last of {rest}" if rest else ""
-    log.info(
-        "%s: %d prompts%s in batches of %d%s", path, len(prompts), left_out, args.n_samples, last
-    )
-    log.info("each prompt is drawn %d times, as --n_iter says", args.n_iter)
-    return prompts
