@@ -18,7 +18,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install
-	$(BIN)/python scripts/demo.py $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(CLASS),--class_word "$(CLASS)")
+	$(BIN)/python scripts/demo.py $(if $(SUBJECT),--subject "$(SUBJECT)") $(if $(CLASS),--class_word "$(CLASS)") $(if $(MODEL),--model "$(MODEL)")
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -24,6 +24,10 @@ RENAMED = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
     "main.ImageLogger": "ldm.callbacks.image_logger.ImageLogger",
     "main.SetupCallback": "ldm.callbacks.setup.SetupCallback",
+    "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": (
+        "ldm.models.diffusion.super_resolution.LatentUpscaleDiffusion"
+    ),
+    "ldm.modules.encoders.modules.FrozenT5Embedder": "ldm.modules.encoders.t5.FrozenT5Embedder",
     "ldm.lr_scheduler": "ldm.optim.schedules",
     "ldm.data.world": "ldm.tiny.world",
     "ldm.models.clip": "ldm.tiny.clip",
@@ -51,6 +55,9 @@ LEGACY: dict[str, dict[str, str]] = {
         "finetune_keys": "input channels that a file lacks start from 0",
         "keep_finetune_dims": "input channels that a file lacks start from 0",
     },
+    "ldm.models.diffusion.super_resolution.LatentUpscaleDiffusion": {
+        "noise_level_key": "the level is drawn, or follows from noise_augmentation",
+    },
     "ldm.modules.embedding_manager.EmbeddingManager": {
         "per_image_tokens": "",
         "progressive_words": "",
@@ -66,6 +73,7 @@ LEGACY: dict[str, dict[str, str]] = {
         "device": "",
         "freeze": "",
     },
+    "ldm.modules.encoders.t5.FrozenT5Embedder": {"device": "", "freeze": ""},
     "ldm.models.autoencoder.AutoencoderKL": {"colorize_nlabels": ""},
     "ldm.data.datamodule.DataModuleFromConfig": {"wrap": "", "use_worker_init_fn": ""},
     "ldm.data.personalized.PersonalizedBase": {"per_image_tokens": "", "mixing_prob": ""},
@@ -157,7 +165,7 @@ def legacy_keys(cls: Callable[..., Any], params: Mapping[str, Any]) -> dict[str,
         found |= {key: instead for key, instead in known.items() if key in params}
     if not found:
         return found
-    taken = inspect.signature(cls).parameters  # a class of the user's may have a use for one
+    taken = accepted_parameters(cls)  # a class of the user's may have a use for one
     idle = {key for key, other in OVERRULED.items() if params.get(other)}
     return {key: instead for key, instead in found.items() if key not in taken or key in idle}
 
@@ -172,8 +180,28 @@ def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:
         type(error).__name__ == "MisconfigurationException"
     ):  # Lightning's, also where ours derive from its classes
         return True
-    is_ours = str(cls.__module__).partition(".")[0] in ("ldm", "main")
-    return not is_ours and isinstance(error, (ValueError, TypeError, ImportError))
+    return not _is_ours(cls) and isinstance(error, (ValueError, TypeError, ImportError))
+
+
+def accepted_parameters(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return what a class or function takes, by name.
+
+    What a class passes on to its base as `**params` is what the base takes.
+
+    Raises:
+        ValueError: it is a builtin without a signature.
+    """
+    found = dict(inspect.signature(cls).parameters)
+    rest = [name for name, p in found.items() if p.kind is p.VAR_KEYWORD]
+    bases = [base for base in getattr(cls, "__mro__", ())[1:] if "__init__" in vars(base)]
+    if not rest or not bases or not _is_ours(cls) or not _is_ours(bases[0]):
+        return found
+    del found[rest[0]]
+    return {**accepted_parameters(bases[0]), **found}
+
+
+def _is_ours(cls: Callable[..., Any]) -> bool:
+    return str(cls.__module__).partition(".")[0] in ("ldm", "main")
 
 
 def check_mapping(value: Any, where: str) -> None:
@@ -185,10 +213,9 @@ def check_mapping(value: Any, where: str) -> None:
 def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
     """Raise a `UserError` if `cls(**params)` would not bind."""
     try:
-        signature = inspect.signature(cls)
+        parameters = accepted_parameters(cls).values()
     except ValueError:  # a builtin without a signature: let the call itself complain
         return
-    parameters = signature.parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         accepted = None
     else:

@@ -2,6 +2,7 @@
 
 python scripts/demo.py --subject robot
 python scripts/demo.py --subject my/photos --class_word mug
+python scripts/demo.py --model cascade       # base and super-resolution in pixels
 """
 
 from __future__ import annotations
@@ -20,7 +21,20 @@ from ldm.commands import exit_status
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
 from ldm.sampling.contact_sheet import Entry, contact_sheet
-from ldm.tiny.miniature import WEIGHTS, Painter, class_word_of, dreambooth, photos_of, subject_names
+from ldm.tiny.miniature import (
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    SR_CONFIG,
+    SR_WEIGHTS,
+    WEIGHTS,
+    CascadePainter,
+    Painter,
+    check_cascade,
+    class_word_of,
+    dreambooth,
+    photos_of,
+    subject_names,
+)
 
 SHOWN = 5  # pictures in a row of the sheet
 SCENES = (
@@ -45,6 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--class_word", help="the subject's class noun (default: its folder's name)"
     )
+    parser.add_argument(
+        "--model",
+        choices=["latent", "cascade"],
+        default="latent",
+        help="diffusion in latents, or a base and super-resolution in pixels",
+    )
     parser.add_argument("--steps", type=int, help="training steps (default: the config's)")
     parser.add_argument(
         "--without_prior", action="store_true", help="leave the prior-preservation loss out"
@@ -54,10 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def sheet_rows(
-    photos: Sequence[Image.Image], class_word: str, checkpoint: Path
+    photos: Sequence[Image.Image], class_word: str, tuned: Painter, base: Painter
 ) -> list[tuple[str, Sequence[Entry]]]:
     """Draw the rows of the sheet: the photos, the subject and its class, before and after."""
-    tuned, base = Painter(checkpoint), Painter(WEIGHTS)
     subject, of_class = f"photo of a sks {class_word}", f"photo of a {class_word}"
     colours = [colour for colour in COLOURS for _ in range(SHOWN // 2)]
 
@@ -74,6 +93,29 @@ def sheet_rows(
     ]
 
 
+Tuned = tuple[Painter, Painter, list[str]]
+
+
+def tune(photos: Path, class_word: str, outdir: Path, more: Sequence[str]) -> Tuned:
+    """Train the latent miniature; return what draws after and before, and the command to draw."""
+    class_images = outdir / "class_images" / class_word
+    checkpoint = dreambooth(photos, class_word, class_images, outdir / "logs", more, print)
+    command = ["scripts/stable_txt2img.py", "--ckpt", str(checkpoint)]
+    return Painter(checkpoint), Painter(WEIGHTS), command
+
+
+def tune_cascade(photos: Path, class_word: str, outdir: Path, more: Sequence[str]) -> Tuned:
+    """Train the cascade's base with its prior, then its super-resolution on the photos alone."""
+    class_images, logs = outdir / "class_images_cascade" / class_word, outdir / "logs"
+    base = dreambooth(
+        photos, class_word, class_images, logs, more, print, BASE_WEIGHTS, BASE_CONFIG
+    )
+    without_weight = [word for word in more if "reg_weight" not in word]
+    large = dreambooth(photos, class_word, None, logs, without_weight, print, SR_WEIGHTS, SR_CONFIG)
+    command = ["scripts/cascade_txt2img.py", "--base_ckpt", str(base), "--sr_ckpt", str(large)]
+    return CascadePainter(base, large), CascadePainter(BASE_WEIGHTS, SR_WEIGHTS), command
+
+
 def demo(args: argparse.Namespace) -> None:
     """Train on the photos, draw samples, and write a contact sheet of them all."""
     begin = time.monotonic()
@@ -81,34 +123,29 @@ def demo(args: argparse.Namespace) -> None:
     def say(what: str) -> None:
         print(f"\n[{(time.monotonic() - begin) / 60:.1f} min] {what}", flush=True)
 
+    cascade = args.model == "cascade"
+    if cascade:
+        check_cascade()
     photos, outdir = photos_of(args.subject), Path(args.outdir)
     class_word = args.class_word or class_word_of(photos)
     pictures = [load_image(path) for path in find_images(photos)]
     say(f"{len(pictures)} photos of a {class_word}; class images and training\n")
     more = ["--max_steps", str(args.steps)] if args.steps else []
     more += ["model.params.reg_weight=0"] if args.without_prior else []
-    checkpoint = dreambooth(
-        photos, class_word, outdir / "class_images" / class_word, outdir / "logs", more, print
-    )
+    train = tune_cascade if cascade else tune
+    tuned, base, command = train(photos, class_word, outdir, more)
 
     say("sampling")
-    rows = sheet_rows(pictures, class_word, checkpoint)
+    rows = sheet_rows(pictures, class_word, tuned, base)
     without = " without prior preservation" if args.without_prior else ""
-    sheet = outdir / f"{photos.resolve().name}{without.replace(' ', '-')}.png"
+    of_cascade = "-cascade" if cascade else ""
+    sheet = outdir / f"{photos.resolve().name}{of_cascade}{without.replace(' ', '-')}.png"
     contact_sheet(rows, title=f"DreamBooth{without}: a sks {class_word}").save(sheet)
 
     say(f"contact sheet: {sheet}\nanother prompt:")
     prompt = f"photo of a sks {class_word} floating on top of water"
-    command = [
-        "scripts/stable_txt2img.py",
-        "--ckpt",
-        str(checkpoint),
-        "--ddim_steps",
-        "25",
-        "--scale",
-        "4",
-    ]
-    print(f"  .venv/bin/python {shlex.join([*command, '--prompt', prompt])}")
+    command += ["--ddim_steps", "25", "--scale", "4", "--prompt", prompt]
+    print(f"  .venv/bin/python {shlex.join(command)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ noise of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,9 @@ from ldm.data.image_folder import ImageFolderDataset
 from ldm.data.streams import Stream
 from ldm.distributed import computes
 from ldm.errors import ParameterError, UserError
+from ldm.models.diffusion.conditioning import Beside, with_beside
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.inpainting import with_channels
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.losses.batch import Batch
 from ldm.rng import SampleRandom, derive_seed
 
 WHERE = "lightning.callbacks.fixed_loss"
@@ -38,7 +37,7 @@ class Fixed:
     captions: list[str]
     t: Tensor  # (examples * time steps,), the first example's first
     noise: Tensor  # (examples * time steps, z, h, w)
-    channels: Tensor | None  # (examples, 1 + z, h, w), beside the latents where the model inpaints
+    beside: Beside | None  # what the UNet reads of each example beside latents and text
 
 
 class FixedLoss(pl.Callback):
@@ -152,15 +151,14 @@ class FixedLoss(pl.Callback):
         count = min(self.examples, stream.n_images)
         batches = [stream.batch([number * stream.n_images // count]) for number in range(count)]
         latents = torch.cat([_latents(model, batch) for batch in batches])
-        channels = [_channels(model, batch) for batch in batches]
+        read = [_beside(model, batch) for batch in batches]
         pairs = [(example, step) for example in range(count) for step in range(self.time_steps)]
         seeds = [derive_seed("fixed loss", self.seed, name, *pair) for pair in pairs]
         total = len(model.betas)
         t = torch.tensor([(2 * step + 1) * total // (2 * self.time_steps) for _, step in pairs])
         noise = SampleRandom(seeds).randn((len(pairs), *latents.shape[1:]))
         captions = [batch[model.cond_stage_key][0] for batch in batches]
-        present = [found for found in channels if found is not None]
-        return Fixed(latents, captions, t, noise, torch.cat(present) if present else None)
+        return Fixed(latents, captions, t, noise, _joined([found for found in read if found]))
 
     def _loss(self, model: Any, fixed: Fixed) -> float:
         total = torch.zeros((), device=model.device)
@@ -169,8 +167,7 @@ class FixedLoss(pl.Callback):
             t, noise = fixed.t[part], fixed.noise[part]
             chosen = [number // self.time_steps for number in range(start, start + len(t))]
             text = model.get_learned_conditioning([fixed.captions[number] for number in chosen])
-            channels = fixed.channels
-            cond = with_channels(text, None if channels is None else channels[chosen].to(text))
+            cond = with_beside(text, _chosen(fixed.beside, chosen, text))
             x_start, t, noise = (
                 value.to(model.device) for value in (fixed.latents[chosen], t, noise)
             )
@@ -192,9 +189,23 @@ def _latents(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return model.get_first_stage_encoding(posterior.mode()).float().cpu()
 
 
-def _channels(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """Return what an inpainting model reads of a batch beside the noisy latent, on the CPU."""
+def _beside(model: Any, batch: Mapping[str, Any]) -> Beside | None:
+    """Return what the UNet reads of a batch beside the noisy latent and the text, on the CPU."""
     images = {key: batch[key].to(model.device) for key in (model.first_stage_key,) if key in batch}
-    examples = Batch.of({**batch, **images}, model.first_stage_key, model.cond_stage_key)
-    channels = model.extra_channels(examples)
-    return None if channels is None else channels.float().cpu()
+    read = model.beside(model.batch_of({**batch, **images}))
+    return None if read is None else {name: value.cpu() for name, value in read.items()}
+
+
+def _joined(read: Sequence[Beside]) -> Beside | None:
+    """Return what the UNet reads of several examples as one; None where it reads text alone."""
+    if not read:
+        return None
+    return {name: torch.cat([one[name] for one in read]) for name in read[0]}
+
+
+def _chosen(beside: Beside | None, rows: list[int], text: Tensor) -> Beside | None:
+    """Return some examples' rows, where the text is, and numbers that are no levels as it is."""
+    if beside is None:
+        return None
+    found = {name: value[rows].to(text.device) for name, value in beside.items()}
+    return {n: v.to(text.dtype) if v.is_floating_point() else v for n, v in found.items()}

@@ -36,6 +36,7 @@ UNET_ENDS = {
     "input_blocks.0.0": "conv_in",
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
+    "label_emb": "class_embedding",
 }
 VAE_ATTENTION = {
     "norm": "group_norm",
@@ -293,7 +294,9 @@ def unet_config(params: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     attends = [2**level in params["attention_resolutions"] for level in range(len(widths))]
     head = params.get("num_head_channels", -1)
     heads = params["num_heads"] if head == -1 else [width // head for width in widths]
+    scales = params.get("use_scale_shift_norm", False)
     return {
+        **({"resnet_time_scale_shift": "scale_shift"} if scales else {}),
         "_class_name": "UNet2DConditionModel",
         "sample_size": image_size,
         "in_channels": params["in_channels"],

@@ -17,7 +17,9 @@ CONFIGS = PROJECT / "configs" / "stable-diffusion"
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 FIRST_AVERAGE = "model_ema.diffusion_modelinput_blocks00weight"
-CROSS = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+# The first attention to the text: the upscaler has none at the first of its resolutions.
+CROSS = "model.diffusion_model.input_blocks.{}.1.transformer_blocks.0.attn2.to_k.weight"
+CROSSES = (CROSS.format(1), CROSS.format(4))
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,19 @@ FAMILIES = (
     Family("Stable Diffusion 1 for inpainting", 9, 768, ("v1-inpainting-inference.yaml",)),
     Family("Stable Diffusion 2", 4, 1024, ("v2-inference.yaml", "v2-inference-v.yaml")),
     Family("Stable Diffusion 2 for inpainting", 9, 1024, ("v2-inpainting-inference.yaml",)),
+    Family(
+        "Stable Diffusion 2's x4 upscaler", 7, 1024, ("x4-upscaling-inference.yaml",), width=256
+    ),
 )
 
 
 def recognise(state: Mapping[str, Tensor]) -> Family | None:
     """The family of a checkpoint's tensors, None if it is none of these."""
-    if FIRST not in state or CROSS not in state:
+    crosses = [state[key] for key in CROSSES if key in state]
+    if FIRST not in state or not crosses:
         return None
     width, in_channels = state[FIRST].shape[:2]
-    context_dim = state[CROSS].shape[1]
+    context_dim = crosses[0].shape[1]
     found = (
         f
         for f in FAMILIES

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ldm.checkpoints.diffusers_format import CLIP_TEXT, OPEN_CLIP_TEXT, UNET
 from ldm.checkpoints.families import recognise
+from ldm.checkpoints.layouts import works_in_pixels
 from ldm.config import RunConfig, load_config, to_plain
 
 SPEC = "1.0.1"
@@ -56,6 +57,9 @@ def kind_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Any]:
         found["inpaints"] = params.get("conditioning_key") in ("concat", "hybrid")
         found["predicts"] = params.get("parameterization", "eps")
         found["side"] = side_of(params)
+        # ModelSpec has no name for models in pixels, nor for those that enlarge pictures.
+        if params.get("conditioning_key") == "hybrid-adm" or works_in_pixels(state):
+            del found["version"]
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -91,15 +91,23 @@ def with_our_names(state: Mapping[str, Tensor], path: str | Path) -> State:
 def absent_networks(state: Mapping[str, Tensor]) -> list[str]:
     """Return the names of a model's networks that are not there.
 
-    A UNet that predicts three channels works in pixels, which need no autoencoder.
+    A model in pixels needs no autoencoder.
     """
     absent = [
         name
         for name, prefix in NETWORKS.items()
         if not any(key.startswith(prefix) for key in state)
     ]
-    in_pixels = OUTPUT in state and len(state[OUTPUT]) == IMAGE_CHANNELS
-    return [name for name in absent if name != "autoencoder" or not in_pixels]
+    if works_in_pixels(state):
+        absent.remove("autoencoder")
+    return absent
+
+
+def works_in_pixels(state: Mapping[str, Tensor]) -> bool:
+    """Return whether a UNet predicts images, which have three channels, and not latents."""
+    has_autoencoder = any(key.startswith(VAE) for key in state)
+    predicts_image = OUTPUT in state and len(state[OUTPUT]) == IMAGE_CHANNELS
+    return predicts_image and not has_autoencoder
 
 
 def ema_name(key: str) -> str:

@@ -193,6 +193,10 @@ def _kind(name: str, way_out: str, found: str, but_not: str = "", is_part: bool 
 
 UNET = r"^model\.diffusion_model\."
 OTHER_KIND = f"not read: {SUPPORTED}"
+OTHER_CASCADE = (
+    "not read: of cascades, those that are trained here are, and Stable Diffusion's x4 upscaler "
+    "(docs/cascade.md)"
+)
 
 LORA = _kind(
     "a LoRA, not a whole model",
@@ -238,11 +242,18 @@ KINDS = (
     _kind(
         "a Stable Diffusion XL model",
         OTHER_KIND,
-        r"^conditioner\.embedders\.1\.|^model\.diffusion_model\.label_emb\.|^add_embedding\.linear_1\.",
+        r"^conditioner\.embedders\.1\.|^model\.diffusion_model\.label_emb\.\d|^add_embedding\.linear_1\.",
     ),
     _kind("a Stable Diffusion 3 model", OTHER_KIND, r"(^|\.)joint_blocks\."),
     _kind("a Flux model", OTHER_KIND, r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\."),
     _kind("a Stable Cascade model", OTHER_KIND, r"(^|\.)clip_txt(_pooled)?_mapper\."),
+    _kind("a DeepFloyd IF model", OTHER_CASCADE, r"(^|\.)(encoder_pooling|aug_proj)\.\d+\."),
+    _kind(
+        "a model of imagen-pytorch or dalle2-pytorch",
+        OTHER_CASCADE,
+        r"(^|\.)unets\.\d+\.|(^|\.)to_(lowres_)?time_hiddens\.",
+    ),
+    _kind("a GLIDE model", OTHER_CASCADE, r"^transformer_proj\."),
     _kind("a Stable Video Diffusion model", OTHER_KIND, r"\.time_(stack|mixer)\."),
     _kind("a diffusion transformer", OTHER_KIND, r"(^|\.)(adaln_single|t_embedder|x_embedder)\."),
     _kind(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.other_files import SUPPORTED, WEIGHT_SUFFIXES
+from ldm.checkpoints.other_files import OTHER_CASCADE, SUPPORTED, WEIGHT_SUFFIXES
 
 NO_PIPELINE = "a folder, and no diffusers pipeline (model_index.json, unet/, vae/, text_encoder/)"
 PIPELINE_PARTS = ("unet", "vae", "text_encoder")
@@ -20,6 +20,8 @@ def of_folder(folder: Path) -> str | None:
     name = str(index.get("_class_name", ""))
     if (folder / "transformer").is_dir() or (folder / "text_encoder_2").is_dir() or "XL" in name:
         return f"a pipeline of another kind ({name or 'no Stable Diffusion 1 or 2'}): {SUPPORTED}"
+    if name.startswith("IF"):
+        return f"a pipeline of a DeepFloyd IF model ({name}): {OTHER_CASCADE}"
     if (folder / "unet").is_dir():
         return None
     if (folder / "prior").is_dir() or (index and "unet" not in index):

@@ -284,6 +284,11 @@ def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> 
     """
     folder = Path(folder)
     check_new_folder(folder)
+    if params.get("conditioning_key") == "hybrid-adm" or model.downsampling == 1:
+        raise UserError(
+            f"{folder}: no diffusers folder is written of a model in pixels or of one that "
+            "enlarges pictures: name a .safetensors or .ckpt file"
+        )
     embedder = model.cond_stage_model
     parts = to_diffusers(model.state_dict(), getattr(embedder, "blocks_left_out", 0))
     unet = params["unet_config"]["params"]

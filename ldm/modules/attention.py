@@ -110,7 +110,10 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each with a norm and a skip."""
+    """Self-attention, cross-attention to the text, feed-forward; each with a norm and a skip.
+
+    With `text_alone` the first attention reads the text, too, as Stable Diffusion's upscaler does.
+    """
 
     def __init__(
         self,
@@ -120,9 +123,12 @@ class BasicTransformerBlock(nn.Module):
         context_dim: int | None,
         dropout: float = 0.0,
         use_checkpoint: bool = False,
+        text_alone: bool = False,
     ):
         super().__init__()
-        self.attn1 = CrossAttention(dim, None, heads, dim_head, dropout)
+        self.text_alone = text_alone
+        own = context_dim if text_alone else None
+        self.attn1 = CrossAttention(dim, own, heads, dim_head, dropout)
         self.ff = FeedForward(dim, dropout)
         self.attn2 = CrossAttention(dim, context_dim, heads, dim_head, dropout)
         self.norm1 = nn.LayerNorm(dim)
@@ -138,7 +144,7 @@ class BasicTransformerBlock(nn.Module):
         return self._forward(x, context)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = self.attn1(self.norm1(x)) + x
+        x = self.attn1(self.norm1(x), context if self.text_alone else None) + x
         x = self.attn2(self.norm2(x), context) + x
         return self.ff(self.norm3(x)) + x
 
@@ -159,6 +165,7 @@ class SpatialTransformer(nn.Module):
         dropout: float = 0.0,
         use_linear: bool = False,
         use_checkpoint: bool = False,
+        text_alone: bool = False,
     ):
         super().__init__()
         inner_dim = heads * dim_head
@@ -170,7 +177,9 @@ class SpatialTransformer(nn.Module):
             else nn.Conv2d(in_channels, inner_dim, 1)
         )
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner_dim, heads, dim_head, context_dim, dropout, use_checkpoint)
+            BasicTransformerBlock(
+                inner_dim, heads, dim_head, context_dim, dropout, use_checkpoint, text_alone
+            )
             for _ in range(depth)
         )
         proj_out = (

@@ -59,10 +59,15 @@ _MISSING: Any = object()  # the value of a flag that is not given
 # The flags
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose a model, and how it computes."""
+def add_model_flags(parser: argparse.ArgumentParser, ckpt: bool = True) -> None:
+    """Add the flags that choose a model, and how it computes.
+
+    Args:
+        ckpt: whether there is a `--ckpt`; a command may name its model in another way.
+    """
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", default=DEFAULT_CKPT, help=".ckpt, .safetensors or a diffusers folder")
+    if ckpt:
+        add("--ckpt", default=DEFAULT_CKPT, help=".ckpt, .safetensors or a diffusers folder")
     add("--config", help="the model's YAML (default: the checkpoint's own, or its family's)")
     add(
         "--weights",

@@ -18,9 +18,10 @@ from ldm.sampling.first_stage import decode, encode
 from ldm.sampling.photos import to_tensor
 from ldm.sampling.pictures import to_pil
 from ldm.sampling.prompting import read_prompts
-from ldm.sampling.text_to_image import Recipe, check_size, guide_of, sampling_mode
+from ldm.sampling.text_to_image import Recipe, check_draws, check_size, guide_of, sampling_mode
 
 if TYPE_CHECKING:
+    from ldm.models.diffusion.conditioning import Beside
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -81,18 +82,19 @@ def redraw(
     seeds: Sequence[int],
     recipe: Recipe,
     negative_prompt: str = "",
-    channels: Tensor | None = None,
+    beside: Beside | None = None,
     verbose: bool = False,
     known: Tensor | None = None,
 ) -> Tensor:
     """Return latents that begin as x0 with noise, and are drawn to the end.
 
     Args:
-        channels: what an inpainting model reads beside the noisy latent.
+        beside: what the UNet reads beside the noisy latent and the text.
         known: where it is 1, the result follows x0.
     """
     from ldm.models.diffusion.sampler_names import make_sampler
 
+    check_draws(model)
     # Refuse what this model cannot do before anything is computed.
     sampler = make_sampler(model, recipe.sampler, recipe.schedule, recipe.thresholding)
     strength = 1.0 if recipe.strength is None else recipe.strength
@@ -101,7 +103,7 @@ def redraw(
 
     # Read the texts. Guidance also needs what it leads away from, and may need another model.
     guide = guide_of(model, recipe)
-    texts = read_prompts(model, prompts, negative_prompt, recipe, guide).beside(channels)
+    texts = read_prompts(model, prompts, negative_prompt, recipe, guide).beside(beside)
 
     # Noise hides the details. As much of it is added as the first step that is taken expects; with
     # all of the steps there is nothing but noise.

@@ -90,7 +90,8 @@ def _latents(
     # A model that was trained for it reads what stays, and fits to that what it draws.
     if inpaints(model):
         channels = masked_channels(model, image, hidden).expand(count, -1, -1, -1)
-        return redraw(model, x0, prompts, seeds, recipe, negative_prompt, channels, verbose)
+        read = {"c_concat": channels}
+        return redraw(model, x0, prompts, seeds, recipe, negative_prompt, read, verbose)
 
     # Any other model is shown it in each step. A place of the latent is drawn if any of its pixels
     # is to be.

@@ -31,9 +31,10 @@ FLAG_OF = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"
 OTHERS = (
     *("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt"),
     *("init_img", "mask", "box", "padding", "vae_tiling"),
+    *("sr_ckpt", "sr_steps", "sr_scale", "sr_sampler", "augmentation"),
 )
 # Flags of files that a picture is made from, beside the model's.
-FILES = ("embedding_path", "guide_ckpt", "init_img", "mask")
+FILES = ("embedding_path", "guide_ckpt", "init_img", "mask", "sr_ckpt")
 # Any of these asks for more than the one picture.
 OF_A_SERIES = {"n_samples", "n_iter", "only", "from_file", "suite"}
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.models.diffusion.conditioning import with_beside
 from ldm.models.diffusion.guidance import Guidance, Interval, Projection, Rescale
+from ldm.modules.encoders.t5 import FrozenT5Embedder
 from ldm.modules.encoders.weighting import A1111, WEIGHTINGS, WeightedText
 
 if TYPE_CHECKING:
-    from ldm.models.diffusion.conditioning import Cond
+    from ldm.models.diffusion.conditioning import Beside, Cond
     from ldm.models.diffusion.ddpm import LatentDiffusion
     from ldm.sampling.text_to_image import Recipe
 
@@ -42,16 +44,14 @@ class Texts:
     uncond: Cond | None
     guidance: Guidance
 
-    def beside(self, channels: Tensor | None) -> Texts:
-        """Return the same with what an inpainting model reads beside the noisy latent, if any."""
-        if channels is None:
+    def beside(self, read: Beside | None) -> Texts:
+        """Return the same with what the UNet reads beside the noisy latent and the text, if any."""
+        if read is None:
             return self
-
-        def beside(text: Any) -> Cond:
-            return {"c_concat": [channels], "c_crossattn": [text]}
-
-        uncond = None if self.uncond is None else beside(self.uncond)
-        return replace(self, cond=beside(self.cond), uncond=uncond)
+        uncond: Any = self.uncond
+        uncond = None if uncond is None else with_beside(uncond, read)
+        cond: Any = self.cond
+        return replace(self, cond=with_beside(cond, read), uncond=uncond)
 
 
 def guidance_of(how: Guided, guide: LatentDiffusion | None = None) -> Guidance:
@@ -101,4 +101,6 @@ def _embed(model: LatentDiffusion, prompts: Sequence[str], weighting: str | None
     if weighting != A1111:
         accepted = ", ".join(WEIGHTINGS)
         raise UserError(f"weighting: unknown '{weighting}'; accepted: {accepted}")
+    if isinstance(model.cond_stage_model, FrozenT5Embedder):
+        raise UserError(f"weighting {A1111}: is for CLIP's text encoders, and this model has a T5")
     return WeightedText(model.cond_stage_model)(prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -27,6 +27,7 @@ from ldm.sampling.precision import computing_in
 from ldm.sampling.prompting import read_prompts
 
 if TYPE_CHECKING:
+    from ldm.models.diffusion.conditioning import Beside
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -209,7 +210,20 @@ def check_size(model: LatentDiffusion, height: int, width: int) -> None:
         )
 
 
-@torch.no_grad()
+def check_draws(model: LatentDiffusion) -> None:
+    """Raise a `UserError` for a model that cannot draw from a text alone."""
+    from ldm.models.diffusion.super_resolution import upscales
+
+    # Such a model has no text encoder to ask.
+    if model.model.conditioning_key == "concat":
+        raise UserError("this model reads no text: it needs an image beside the noise")
+    if upscales(model):
+        raise UserError(
+            "this model enlarges a small picture and draws none of its own: give it after a base "
+            "model (scripts/cascade_txt2img.py)"
+        )
+
+
 def text_to_image(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -229,13 +243,43 @@ def text_to_image(
         UserError: a size, sampler or number of steps that the model cannot do, or such values.
     """
     from ldm.models.diffusion.inpainting import all_hidden
+
+    check_draws(model)
+    return draw_images(
+        model,
+        prompts,
+        seeds,
+        recipe,
+        # A model that inpaints also reads that the whole image is hidden.
+        lambda: all_hidden(model, len(prompts), recipe.height, recipe.width),
+        negative_prompt,
+        precision,
+        verbose,
+        may_fail,
+    )
+
+
+@torch.no_grad()
+def draw_images(
+    model: LatentDiffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    recipe: Recipe,
+    beside: Callable[[], Beside | None],
+    negative_prompt: str = "",
+    precision: str = "full",
+    verbose: bool = False,
+    may_fail: bool = False,
+) -> list[Image.Image]:
+    """Return a picture for each prompt, from noise, as `text_to_image` does.
+
+    Args:
+        beside: gives what the UNet reads beside the noisy latent and the text.
+    """
     from ldm.models.diffusion.sampler_names import make_sampler
 
     # Refuse what this model cannot do before anything is computed.
     sampler = make_sampler(model, recipe.sampler, recipe.schedule, recipe.thresholding)
-    # Such a model has no text encoder to ask.
-    if model.model.conditioning_key == "concat":
-        raise UserError("this model reads no text: it needs an image beside the noise")
     check_size(model, recipe.height, recipe.width)
     height, width = recipe.height // model.downsampling, recipe.width // model.downsampling
 
@@ -243,9 +287,7 @@ def text_to_image(
         # Read the texts. Guidance also needs what it leads away from, and may need another model.
         guide = guide_of(model, recipe)
         texts = read_prompts(model, prompts, negative_prompt, recipe, guide)
-        # A model that inpaints also reads that the whole image is hidden.
-        hidden = all_hidden(model, len(prompts), recipe.height, recipe.width)
-        texts = texts.beside(hidden)
+        texts = texts.beside(beside())
 
         # Go from noise to latents. Each picture draws from its own seed, so the batch that it is
         # in does not matter.

@@ -6,12 +6,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from ldm.config import PROJECT
 from ldm.errors import UserError
+from ldm.sampling.super_resolution import check_upscales, enlarge
 from ldm.sampling.text_to_image import Recipe, image_seed, load_model, text_to_image
 
 ROOT = PROJECT
@@ -21,6 +23,12 @@ SUBJECTS = ROOT / "models/tiny/subjects"
 CONFIG = ROOT / "configs/tiny/dreambooth.yaml"
 CLIP_CONFIG = ROOT / "configs/tiny/clip.yaml"
 RECIPE = Recipe(steps=25, scale=4.0, height=64, width=64)
+# The cascade: a base of 32 pixels, and super-resolution to 64.
+BASE_WEIGHTS = ROOT / "models/tiny/cascade-base.safetensors"
+SR_WEIGHTS = ROOT / "models/tiny/cascade-sr.safetensors"
+BASE_CONFIG = ROOT / "configs/tiny/cascade_base_dreambooth.yaml"
+SR_CONFIG = ROOT / "configs/tiny/cascade_sr_dreambooth.yaml"
+SMALL = replace(RECIPE, height=32, width=32)
 
 
 def subject_names() -> list[str]:
@@ -51,19 +59,21 @@ def class_word_of(photos: Path) -> str:
 def dreambooth(
     photos: Path,
     class_word: str,
-    class_images: Path,
+    class_images: Path | None,
     logdir: Path,
     more: Sequence[str] = (),
     say: Callable[[str], object] | None = None,
     weights: Path = WEIGHTS,
+    config: Path = CONFIG,
 ) -> Path:
     """Fine-tune the miniature on photos with the training command; the last checkpoint.
 
     Args:
-        class_images: where the class images are, or go.
+        class_images: where the class images are, or go; None for a training without them.
         more: further words of the command line.
         say: gets the command line; None also silences the training.
         weights: the miniature to start from.
+        config: of the training.
 
     Raises:
         UserError: the training failed.
@@ -74,7 +84,7 @@ def dreambooth(
             sys.executable,
             str(ROOT / "main.py"),
             "--base",
-            str(CONFIG),
+            str(config),
             "-t",
             "--actual_resume",
             str(weights),
@@ -82,8 +92,7 @@ def dreambooth(
         *[
             "--data_root",
             str(photos),
-            "--reg_data_root",
-            str(class_images),
+            *(["--reg_data_root", str(class_images)] if class_images else []),
             "--class_word",
             class_word,
         ],
@@ -118,5 +127,45 @@ class Painter:
         for start in range(0, len(prompts), self.batch_size):
             part = list(prompts[start : start + self.batch_size])
             seeds = [image_seed(self.seed, start + number) for number in range(len(part))]
-            images += text_to_image(self.model, part, seeds, RECIPE)
+            images += self.draw(part, seeds)
         return images
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Draw one batch."""
+        return text_to_image(self.model, prompts, seeds, RECIPE)
+
+
+class CascadePainter(Painter):
+    """The same of a cascade: a base's small pictures, enlarged by a second checkpoint.
+
+    Args:
+        augmentation: variance of the noise on the small pictures; by default as in training.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        enlarging: Path,
+        augmentation: float | None = None,
+        seed: int = RECIPE.seed,
+        batch_size: int = 32,
+    ):
+        super().__init__(checkpoint, seed, batch_size)
+        self.enlarging = check_upscales(load_model(enlarging))
+        self.augmentation = augmentation
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """Draw small pictures, then enlarge them, without guidance."""
+        small = text_to_image(self.model, prompts, seeds, SMALL)
+        large = replace(RECIPE, scale=1.0)
+        return enlarge(self.enlarging, small, prompts, seeds, large, self.augmentation)
+
+
+def check_cascade() -> None:
+    """Raise a `UserError` if the miniature cascade's weights are not there."""
+    for weights in (BASE_WEIGHTS, SR_WEIGHTS):
+        if not weights.is_file():
+            raise UserError(
+                f"{weights}: not there: the miniature cascade has no weights yet; "
+                "docs/cascade.md says how they are trained"
+            )

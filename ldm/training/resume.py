@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 from ldm.checkpoints.reading import read_checkpoint
@@ -13,7 +12,7 @@ from ldm.errors import UserError
 from ldm.optim.registry import shares_state
 from ldm.training.run import Run
 from ldm.training.saved import first_config, saved_config
-from ldm.util import get_obj_from_str
+from ldm.util import accepted_parameters, get_obj_from_str
 
 INSTEAD = "leave it as it was, or start a new run from the weights with --actual_resume"
 
@@ -90,7 +89,7 @@ def _check_fixed(before: RunConfig, now: RunConfig) -> None:
     model = get_obj_from_str(new, "model.target")
     if old is not None and get_obj_from_str(old, "model.target") is not model:
         raise UserError(f"model.target: {old} in the run, now {new}: {INSTEAD}")
-    for key, parameter in signature(model).parameters.items():
+    for key, parameter in accepted_parameters(model).items():
         path = f"model.params.{key}"
         was, given = before.get(path, parameter.default), now.get(path, parameter.default)
         reason = _refusal(key, was, given)

@@ -24,6 +24,7 @@ from ldm.callbacks.csv_log import CsvLog
 from ldm.callbacks.setup import SetupCallback
 from ldm.errors import UserError
 from ldm.training.run import STAMP_VARIABLE, Run, held
+from tests.support.cascade import ENLARGING
 from tests.support.exact import EMA, SCHEDULE, assert_same_end, smallest
 from tests.support.runs import Workspace, checkpoint, csv_rows, same
 from tests.support.starts import DEADLINE, KILL_AT, KILLER, SPY, begin, forked, run_to_end
@@ -56,6 +57,8 @@ RUNS = {
     "bf16-cached-taught": [*BF16, *CACHED, *TAUGHT],
     "inpainting": INPAINTING,
     "words": WORDS,
+    # In pixels, with noise on small pictures.
+    "enlarging": ENLARGING,
 }
 if WHOLE:
     RUNS |= {"fp32": [], "bf16": BF16, "cached": CACHED, "bf16-accumulated": [*BF16, *ACCUMULATED]}
@@ -264,7 +267,10 @@ def ranks(workspace, name, base, *more):
     return [torch.load(workspace.path / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("accumulated, kind", [(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS)])
+@pytest.mark.parametrize(
+    "accumulated, kind",
+    [(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING)],
+)
 def test_two_processes_compute_what_one_does_with_twice_the_batch(
     workspace, base, accumulated, kind
 ):

@@ -20,7 +20,19 @@ CONDITIONING_KEYS: dict[str, tuple[str, ...]] = {
     "crossattn": ("c_crossattn",),
     "concat": ("c_concat",),
     "hybrid": ("c_concat", "c_crossattn"),
+    "hybrid-adm": ("c_concat", "c_crossattn", "c_adm"),
 }
+
+# What a UNet reads beside the noisy latent and the text, by the names above: further input channels
+# (c_concat), and a class or a noise level (c_adm).
+Beside = Mapping[str, Tensor]
+
+
+def with_beside(text: Tensor, beside: Beside | None) -> Cond:
+    """Return the conditioning of a text and of what the UNet reads beside it, if anything."""
+    if beside is None:
+        return text
+    return {**{name: [value] for name, value in beside.items()}, "c_crossattn": [text]}
 
 
 def as_mapping(cond: Cond | None, conditioning_key: str) -> dict[str, list[Tensor]]:
@@ -31,12 +43,13 @@ def as_mapping(cond: Cond | None, conditioning_key: str) -> dict[str, list[Tenso
     read = CONDITIONING_KEYS[conditioning_key]
     if not isinstance(cond, Mapping):
         # A hybrid model's bare tensors are its text.
-        cond = {read[-1]: cond}
+        cond = {"c_crossattn" if "c_crossattn" in read else read[0]: cond}
     # From here on there is one form, whichever a script or a web UI passed.
     parts = {name: tensors(cond.get(name)) for name in read}
     # Without these channels the UNet's first convolution would fail, with an error about shapes.
-    if "c_concat" in read and not parts["c_concat"]:
-        raise ValueError(f"conditioning: a model of key {conditioning_key} needs c_concat")
+    for name in ("c_concat", "c_adm"):
+        if name in read and not parts[name]:
+            raise ValueError(f"conditioning: a model of key {conditioning_key} needs {name}")
     return {name: part for name, part in parts.items() if part}
 
 
@@ -84,7 +97,9 @@ def batch_size(cond: Cond | None) -> int | None:
 
 
 class DiffusionWrapper(nn.Module):
-    """Routes `c_concat` to the UNet's input channels and `c_crossattn` to its cross-attention."""
+    """Routes `c_concat` to the UNet's input channels, `c_crossattn` to its cross-attention, and
+    `c_adm` to its embedding of classes.
+    """
 
     def __init__(self, unet_config: Mapping[str, Any], conditioning_key: str):
         super().__init__()
@@ -101,8 +116,10 @@ class DiffusionWrapper(nn.Module):
         t: Tensor,
         c_concat: list[Tensor] | None = None,
         c_crossattn: list[Tensor] | None = None,
+        c_adm: list[Tensor] | None = None,
     ) -> Tensor:
-        # Inpainting models read the mask and the masked latent beside the noisy one.
+        # Inpainting models read the mask and the masked latent beside the noisy one, those that
+        # upscale the small image.
         inputs = torch.cat([x, *c_concat], dim=1) if c_concat else x
         # Several texts are one longer text. A single one stays the same tensor from step to step,
         # so that its keys and values can be kept (`texts_read_once`).
@@ -115,4 +132,5 @@ class DiffusionWrapper(nn.Module):
             unet = self.diffusion_model
             inputs = inputs.to(unet.dtype if isinstance(unet, UNetModel) else dtype)
             context = context if context is None else context.to(inputs.dtype)
-        return self.diffusion_model(inputs, t, context=context).to(dtype)
+        more = {} if c_adm is None else {"y": c_adm[0]}
+        return self.diffusion_model(inputs, t, context=context, **more).to(dtype)

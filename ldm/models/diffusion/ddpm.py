@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.errors import check_counts, check_positive, check_share
-from ldm.models.diffusion.conditioning import Cond, DiffusionWrapper
-from ldm.models.diffusion.inpainting import RandomMasks, training_channels, with_channels
+from ldm.models.diffusion.conditioning import Beside, Cond, DiffusionWrapper, with_beside
+from ldm.models.diffusion.inpainting import RandomMasks, training_channels
+from ldm.models.diffusion.interface import Images
 from ldm.models.diffusion.logged_steps import LoggedSteps
 from ldm.models.diffusion.new_words import check_words_alone, learns_words_alone, new_words
 from ldm.models.diffusion.objective import Objective
@@ -31,11 +32,12 @@ from ldm.models.diffusion.trained import (
     clips_scaled,
     freeze_parameters,
     group_names,
+    layers_to_adapt,
     names_to_freeze,
     parts_to_train,
     stop_training,
 )
-from ldm.modules.adapters import TEXT_LAYERS, UNET_LAYERS, check_adaptable, lora_options
+from ldm.modules.adapters import check_adaptable, lora_options
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -190,7 +192,7 @@ class LatentDiffusion(LoggedSteps):
         # later.
         if self.lora:
             check_adaptable(self.cond_stage_model if cond_stage_trainable else None, use_ema)
-        adapted = self._adapted_layers() if self.lora else None
+        adapted = layers_to_adapt(cond_stage_trainable) if self.lora else None
         self._frozen = names_to_freeze(self, self.freeze_patterns, adapted)
         if not self.lora:
             freeze_parameters(self, self._frozen)
@@ -250,7 +252,7 @@ class LatentDiffusion(LoggedSteps):
         # The subject's examples and, with prior preservation, those of its class, which keep the
         # model from forgetting what else the class word means (Ruiz et al., eq. 2).
         trains = prefix == "train"
-        examples = Batch.of(batch, self.first_stage_key, self.cond_stage_key)
+        examples = self.batch_of(batch)
         if trains:
             examples = self.preservation.chosen.with_prior(examples)
 
@@ -271,8 +273,8 @@ class LatentDiffusion(LoggedSteps):
         # 1). Validation keeps all captions, so that its losses compare.
         captions = self.objective.captions(examples) if trains else examples.captions
         text = embed_distinct(self.get_learned_conditioning, captions)
-        # An inpainting model also reads a mask, and the image without what that hides.
-        cond = with_channels(text, self.extra_channels(examples))
+        # One that inpaints or upscales also reads another image.
+        cond = with_beside(text, self.beside(examples))
 
         # The error of each example, then the subject's mean and the prior's, weighted. A teacher
         # says what the prior's predictions are to be.
@@ -299,9 +301,14 @@ class LatentDiffusion(LoggedSteps):
             raise ValueError(f"batch: expected '{self.first_stage_key}' or 'moments' in each part")
         return self.encode_first_stage(images)
 
-    def extra_channels(self, batch: Batch) -> Latent | None:
+    def beside(self, batch: Batch) -> Beside | None:
         """Return what the UNet reads of a batch beside the noisy latent; None for text alone."""
         return training_channels(self, self.random_masks, batch)
+
+    def show_beside(self, beside: Beside) -> dict[str, Images]:
+        """Return the masked images that an inpainting model reads."""
+        # Behind the mask's channel come those of the masked image's latent.
+        return {"masked": self.decode_first_stage(beside["c_concat"][:, 1:])}
 
     # Lightning
 
@@ -315,18 +322,11 @@ class LatentDiffusion(LoggedSteps):
         if isinstance(unet, UNetModel):
             unet.use_memory_format()
         if self.lora is not None and not self._adapted:
-            adapt(self, self._adapted_layers(), self.lora, self._frozen)
+            adapt(self, layers_to_adapt(self.cond_stage_trainable), self.lora, self._frozen)
             self._adapted = True
         # The teacher is the model as it is now, before the first step.
         if self.preservation.chosen.needs_teacher and self.teacher is None:
             self.teacher = self.preservation.teacher_of(self)
-
-    def _adapted_layers(self) -> dict[str, Sequence[str]]:
-        """Return the networks that `lora` adapts, and how the names of their layers end."""
-        layers: dict[str, Sequence[str]] = {"model.diffusion_model": UNET_LAYERS}
-        if self.cond_stage_trainable:
-            layers["cond_stage_model"] = TEXT_LAYERS
-        return layers
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise a `UserError` if a run goes on with other parameters than its checkpoint trains."""

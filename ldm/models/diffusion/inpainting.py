@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ldm.errors import ParameterError, UserError
-from ldm.models.diffusion.conditioning import Cond
+from ldm.models.diffusion.conditioning import Beside
 from ldm.models.diffusion.interface import CompVisInterface, Images
 from ldm.modules.losses.batch import Batch
 from ldm.rng import SampleRandom, derive_seed, generator
@@ -61,9 +61,7 @@ def masked_channels(
     return torch.cat([small, latents], dim=1)
 
 
-def all_hidden(
-    model: CompVisInterface, count: int, height: int, width: int
-) -> Float[Tensor, "b _ h w"] | None:
+def all_hidden(model: CompVisInterface, count: int, height: int, width: int) -> Beside | None:
     """Return `masked_channels` of pictures (pixels) of which all is painted: text to image.
 
     None if the model reads text alone.
@@ -73,14 +71,7 @@ def all_hidden(
     # One row is encoded, and stands for all pictures: they hide the same.
     grey = torch.zeros(1, 3, height, width, device=model.device)
     channels = masked_channels(model, grey, torch.ones_like(grey[:, :1]))
-    return channels.expand(count, -1, -1, -1)
-
-
-def with_channels(text: Tensor, channels: Tensor | None) -> Cond:
-    """Return the conditioning of a text and, if there are any, of further input channels."""
-    if channels is None:
-        return text
-    return {"c_concat": [channels], "c_crossattn": [text]}
+    return {"c_concat": channels.expand(count, -1, -1, -1)}
 
 
 @dataclass(frozen=True)
@@ -129,9 +120,7 @@ class RandomMasks:
         return (pixels.view(1, height, width) > 0).float()
 
 
-def training_channels(
-    model: CompVisInterface, masks: RandomMasks, batch: Batch
-) -> Float[Tensor, "b _ h w"] | None:
+def training_channels(model: CompVisInterface, masks: RandomMasks, batch: Batch) -> Beside | None:
     """Return `masked_channels` of a batch under random masks; None if the model reads text alone.
 
     Raises:
@@ -150,7 +139,7 @@ def training_channels(
     drawn = [masks.draw(part.seeds, len(part), height, width) for part in batch.parts]
     hidden = torch.cat(drawn).to(images)
     noise = [_posterior_noise(model, part.seeds, len(part), images) for part in batch.parts]
-    return masked_channels(model, images, hidden, torch.cat(noise))
+    return {"c_concat": masked_channels(model, images, hidden, torch.cat(noise))}
 
 
 def _posterior_noise(

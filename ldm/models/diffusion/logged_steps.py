@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from ldm.models.diffusion.conditioning import Beside
 from ldm.models.diffusion.interface import CompVisInterface, Images
 from ldm.models.diffusion.preservation import PreservationOptions
 from ldm.models.diffusion.preview import preview, samples
@@ -26,8 +27,12 @@ class LoggedSteps(CompVisInterface):
         """Return the loss of a batch, and what to log of it under `prefix`."""
 
     @abstractmethod
-    def extra_channels(self, batch: Batch) -> Tensor | None:
+    def beside(self, batch: Batch) -> Beside | None:
         """Return what the UNet reads of a batch beside the noisy latent; None for text alone."""
+
+    @abstractmethod
+    def show_beside(self, beside: Beside) -> dict[str, Images]:
+        """Return pictures of what the UNet reads beside the noisy latent."""
 
     @abstractmethod
     def _posterior(self, batch: Batch) -> DiagonalGaussianDistribution:
@@ -71,6 +76,10 @@ class LoggedSteps(CompVisInterface):
         validation = [f"val/{name}{kind}" for kind in ("", "_ema") for name in names]
         return {"train": [f"train/{name}" for name in trained], "val": validation}
 
+    def batch_of(self, batch: RawBatch) -> Batch:
+        """Return a data loader's batch, read by the names that the config has for its entries."""
+        return Batch.of(batch, self.first_stage_key, self.cond_stage_key)
+
     def _size(self, batch: RawBatch) -> int:
         return len(named_parts(batch)["subject"][self.cond_stage_key])
 
@@ -88,11 +97,13 @@ class LoggedSteps(CompVisInterface):
         seed: int = 0,
     ) -> dict[str, Images]:
         """Return pictures of up to `N` images of each part: inputs, reconstructions, samples."""
-        shown = Batch.of(batch, self.first_stage_key, self.cond_stage_key).first(N)
+        shown = self.batch_of(batch).first(N)
         posterior = self._posterior(shown)
-        channels = self.extra_channels(shown)
+        beside = self.beside(shown)
         # First what the autoencoder does to the images, then what the model draws for the captions.
-        pictures = preview(self, shown, posterior, channels)
+        pictures = preview(self, shown, posterior)
+        if beside is not None:
+            pictures |= self.show_beside(beside)
         if sample:
             how = (
                 posterior.mean.shape[1:],
@@ -101,5 +112,5 @@ class LoggedSteps(CompVisInterface):
                 unconditional_guidance_scale,
                 seed,
             )
-            pictures["samples"] = samples(self, shown.captions, channels, *how)
+            pictures["samples"] = samples(self, shown.captions, beside, *how)
         return pictures

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from ldm.models.diffusion.conditioning import Beside, with_beside
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.inpainting import with_channels
 from ldm.models.diffusion.interface import CompVisInterface, Images
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.batch import Batch
@@ -17,20 +16,11 @@ def preview(
     model: CompVisInterface,
     batch: Batch,
     posterior: DiagonalGaussianDistribution,
-    channels: Tensor | None = None,
 ) -> dict[str, Images]:
-    """Return a batch's images, where it has them, and their reconstructions.
-
-    Args:
-        channels: what an inpainting model reads beside the noisy latents: its masked images are
-            shown as well.
-    """
+    """Return a batch's images, where it has them, and their reconstructions."""
     # The mode, so that a reconstruction shows what the autoencoder loses and no noise.
     z = model.get_first_stage_encoding(posterior.mode())
     pictures = {} if batch.images is None else {"inputs": batch.images}
-    # Behind the mask's channel come those of the masked image's latent.
-    if channels is not None:
-        pictures["masked"] = model.decode_first_stage(channels[:, 1:])
     # What no training of the UNet can make better: the autoencoder's own loss of detail.
     return {**pictures, "reconstruction": model.decode_first_stage(z)}
 
@@ -38,7 +28,7 @@ def preview(
 def samples(
     model: CompVisInterface,
     captions: list[str],
-    channels: Tensor | None,
+    beside: Beside | None,
     latent_shape: torch.Size,
     steps: int,
     eta: float,
@@ -48,7 +38,7 @@ def samples(
     """Return a picture for each caption, drawn with the EMA weights where the model keeps any.
 
     Args:
-        channels: what an inpainting model reads beside the noisy latents.
+        beside: what the UNet reads beside the noisy latents and the text.
     """
     count = len(captions)
     # A seed for each picture: those of one run compare, whatever is sampled beside them.
@@ -60,11 +50,11 @@ def samples(
             steps,
             count,
             latent_shape,
-            with_channels(model.get_learned_conditioning(captions), channels),
+            with_beside(model.get_learned_conditioning(captions), beside),
             eta=eta,
             verbose=False,
             unconditional_guidance_scale=scale,
-            unconditional_conditioning=with_channels(nothing, channels),
+            unconditional_conditioning=with_beside(nothing, beside),
             random=random,
         )
     return model.decode_first_stage(latents)

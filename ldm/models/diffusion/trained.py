@@ -13,7 +13,13 @@ from torch import nn
 
 from ldm.config import RunConfig
 from ldm.errors import ParameterError, UserError, nearest
-from ldm.modules.adapters import LoraOptions, adaptable_weights, add_adapters
+from ldm.modules.adapters import (
+    TEXT_LAYERS,
+    UNET_LAYERS,
+    LoraOptions,
+    adaptable_weights,
+    add_adapters,
+)
 from ldm.optim.registry import Part
 
 ADAPTER = ".lora_"  # what follows a layer's name in those of its adapters' parameters
@@ -150,6 +156,14 @@ def freeze_parameters(module: nn.Module, names: Collection[str]) -> None:
         weight = f"{layer}.weight" if found else name
         if weight in names:
             parameter.requires_grad_(False)
+
+
+def layers_to_adapt(text_encoder_trains: bool) -> dict[str, Sequence[str]]:
+    """Return the networks that `lora` adapts, and how the names of their layers end."""
+    layers: dict[str, Sequence[str]] = {"model.diffusion_model": UNET_LAYERS}
+    if text_encoder_trains:
+        layers["cond_stage_model"] = TEXT_LAYERS
+    return layers
 
 
 def adapt(

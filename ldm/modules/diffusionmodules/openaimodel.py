@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ParameterError, check_counts, check_share
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.diffusionmodules.levels import Level, check_widths, plan, with_text_alone
 from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
 
 
@@ -40,7 +41,11 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with a skip; the time embedding is added between them."""
+    """Two convolutions with a skip; the time embedding is added between them.
+
+    With `use_scale_shift_norm` it scales and shifts what the second norm gives (2102.09672, section
+    2). A norm of one channel a group, at a width of 32, would take away what is added before it.
+    """
 
     def __init__(
         self,
@@ -49,13 +54,16 @@ class ResBlock(nn.Module):
         out_channels: int,
         dropout: float = 0.0,
         use_checkpoint: bool = False,
+        use_scale_shift_norm: bool = False,
     ):
         super().__init__()
         self.use_checkpoint = use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+        emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.in_layers = nn.Sequential(
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
@@ -74,8 +82,15 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h, emb = self.in_layers(x), self.emb_layers(emb)[:, :, None, None]
+        if not self.use_scale_shift_norm:
+            return self.skip_connection(x) + self.out_layers(h + emb)
+        scale, shift = emb.chunk(2, dim=1)
+        norm, *rest = self.out_layers
+        h = norm(h) * (1 + scale) + shift
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -104,9 +119,14 @@ class UNetModel(nn.Module):
         num_res_blocks: residual blocks a level, one number or one for each level.
         num_heads: heads of every attention; or give `num_head_channels`, the width of a head.
         context_dim: width of the text embedding.
+        use_scale_shift_norm: the time embedding scales and shifts norms, see `ResBlock`.
         use_linear_in_transformer: linear projections (Stable Diffusion 2), not 1x1 convolutions.
         use_checkpoint: recompute activations in the backward pass instead of keeping them; with
             `attention`, only those of the transformer blocks, which keep most for their work.
+        num_classes: how many classes, or noise levels of a small image, the UNet is told of.
+        disable_self_attentions: for each level, whether its transformers read the text in place of
+            their own pixels, which large pictures have too many of.
+        disable_middle_self_attn: the same of the middle block.
         channels_last: weights and activations with their channels innermost, which is faster on
             some GPUs.
         compile: train the forward and backward pass that `torch.compile` makes, with its arguments
@@ -131,9 +151,13 @@ class UNetModel(nn.Module):
         dropout: float = 0.0,
         use_spatial_transformer: bool = True,
         use_linear_in_transformer: bool = False,
+        use_scale_shift_norm: bool = False,
         use_checkpoint: bool | str = False,
         channels_last: bool = False,
         compile: bool | Mapping[str, Any] = False,
+        num_classes: int | None = None,
+        disable_self_attentions: Sequence[bool] | None = None,
+        disable_middle_self_attn: bool = False,
     ):
         super().__init__()
         if not use_spatial_transformer:
@@ -151,8 +175,10 @@ class UNetModel(nn.Module):
         if context_dim is not None:
             check_counts(context_dim=context_dim)
         check_share("dropout", dropout)
-        levels = _plan(model_channels, channel_mult, num_res_blocks, attention_resolutions)
-        _check_widths([level.width for level in levels], num_heads, num_head_channels)
+        levels = plan(model_channels, channel_mult, num_res_blocks, attention_resolutions)
+        if disable_self_attentions is not None:
+            levels = with_text_alone(levels, disable_self_attentions)
+        check_widths([level.width for level in levels], num_heads, num_head_channels)
         make = BlockFactory(
             emb_channels=4 * model_channels,
             num_heads=num_heads,
@@ -161,6 +187,7 @@ class UNetModel(nn.Module):
             context_dim=context_dim,
             dropout=dropout,
             use_linear=use_linear_in_transformer,
+            scales_norms=use_scale_shift_norm,
             checkpoint_residuals=use_checkpoint is True,
             checkpoint_attention=bool(use_checkpoint),
         )
@@ -175,12 +202,18 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             nn.Linear(make.emb_channels, make.emb_channels),
         )
+        self.num_classes = num_classes
+        if num_classes is not None:
+            check_counts(num_classes=num_classes)
+            self.label_emb = nn.Embedding(num_classes, make.emb_channels)
         conv_in = TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))
         down, skips = _way_down(make, levels, model_channels)
         self.input_blocks = nn.ModuleList([conv_in, *down])
         width = levels[-1].width
         self.middle_block = TimestepEmbedSequential(
-            make.res_block(width, width), make.transformer(width), make.res_block(width, width)
+            make.res_block(width, width),
+            make.transformer(width, disable_middle_self_attn),
+            make.res_block(width, width),
         )
         self.output_blocks = nn.ModuleList(_way_up(make, levels, skips))
         width = levels[0].width
@@ -195,16 +228,19 @@ class UNetModel(nn.Module):
         x: Float[Tensor, "b c h w"],
         timesteps: Int[Tensor, " b"] | Float[Tensor, " b"],
         context: Float[Tensor, "b n e"] | None = None,
+        y: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b o h w"]:
-        """Return the output for noisy latents at time steps, reading the embedding `context`."""
+        """Return the output for noisy latents at time steps, of class `y`, reading `context`."""
         if context is None and self.context_dim is not None:
             # Attention would take the pixels for the text.
             raise ValueError(
                 f"the UNet reads a text embedding of width {self.context_dim}, and got none"
             )
+        if (y is None) != (self.num_classes is None):
+            raise ValueError(f"the UNet is told of {self.num_classes} classes, and y is {y}")
         # Sampling has other batch sizes at every turn, so what is made for training is not for it.
         compiled = self._compiled if torch.is_grad_enabled() else self._sampled
-        return (compiled or self._forward)(x, timesteps, context)
+        return (compiled or self._forward)(x, timesteps, context, y)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -245,10 +281,14 @@ class UNetModel(nn.Module):
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def _forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor | None, y: Tensor | None
+    ) -> Tensor:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        if y is not None:
+            emb = emb + self.label_emb(y).to(emb.dtype)
         # Down, keeping what each block gives; then up, where each block also reads what was kept.
         skips, h = [], x
         for module in self.input_blocks:
@@ -258,15 +298,6 @@ class UNetModel(nn.Module):
         for module in self.output_blocks:
             h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
-
-
-@dataclass(frozen=True)
-class Level:
-    """One resolution of the UNet: its channels, its residual blocks, and whether they attend."""
-
-    width: int
-    blocks: int
-    attends: bool
 
 
 @dataclass(frozen=True)
@@ -280,15 +311,21 @@ class BlockFactory:
     context_dim: int | None
     dropout: float
     use_linear: bool
+    scales_norms: bool
     checkpoint_residuals: bool
     checkpoint_attention: bool
 
     def res_block(self, channels: int, out_channels: int) -> ResBlock:
         return ResBlock(
-            channels, self.emb_channels, out_channels, self.dropout, self.checkpoint_residuals
+            channels,
+            self.emb_channels,
+            out_channels,
+            self.dropout,
+            self.checkpoint_residuals,
+            self.scales_norms,
         )
 
-    def transformer(self, channels: int) -> SpatialTransformer:
+    def transformer(self, channels: int, text_alone: bool = False) -> SpatialTransformer:
         heads = (
             self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
         )
@@ -301,30 +338,8 @@ class BlockFactory:
             self.dropout,
             self.use_linear,
             self.checkpoint_attention,
+            text_alone,
         )
-
-
-def _plan(
-    model_channels: int,
-    channel_mult: Sequence[int],
-    num_res_blocks: int | Sequence[int],
-    attention_resolutions: Sequence[int],
-) -> list[Level]:
-    blocks = (
-        [num_res_blocks] * len(channel_mult)
-        if isinstance(num_res_blocks, int)
-        else list(num_res_blocks)
-    )
-    if len(blocks) != len(channel_mult):
-        raise ParameterError(
-            "num_res_blocks", f"has {len(blocks)} entries for {len(channel_mult)} in channel_mult"
-        )
-    if min(blocks) < 1:
-        raise ParameterError("num_res_blocks", f"expected 1 or more, got {min(blocks)}")
-    return [
-        Level(mult * model_channels, number, 2**index in attention_resolutions)
-        for index, (mult, number) in enumerate(zip(channel_mult, blocks))
-    ]
 
 
 def _way_down(
@@ -337,7 +352,7 @@ def _way_down(
         for _ in range(level.blocks):
             layers: list[nn.Module] = [make.res_block(skips[-1], level.width)]
             if level.attends:
-                layers.append(make.transformer(level.width))
+                layers.append(make.transformer(level.width, level.text_alone))
             modules.append(TimestepEmbedSequential(*layers))
             skips.append(level.width)
         if index != len(levels) - 1:
@@ -355,23 +370,8 @@ def _way_up(make: BlockFactory, levels: list[Level], skips: list[int]) -> list[n
             layers: list[nn.Module] = [make.res_block(channels + skips.pop(), level.width)]
             channels = level.width
             if level.attends:
-                layers.append(make.transformer(channels))
+                layers.append(make.transformer(channels, level.text_alone))
             if index and block == level.blocks:
                 layers.append(Upsample(channels))
             modules.append(TimestepEmbedSequential(*layers))
     return modules
-
-
-def _check_widths(widths: Sequence[int], num_heads: int, num_head_channels: int) -> None:
-    if num_heads < 1 and num_head_channels < 1:
-        raise ParameterError("num_heads", "give it or num_head_channels")
-    for width in widths:
-        if width % 32:
-            raise ParameterError(
-                "model_channels",
-                f"a width of {width} channels is not a multiple of the 32 norm groups",
-            )
-        if width % (num_heads if num_head_channels == -1 else num_head_channels):
-            raise ParameterError(
-                "num_heads", f"{width} channels cannot be split into attention heads evenly"
-            )

@@ -34,6 +34,8 @@ class Examples:
             latents; None where all counts.
         seeds: of each example's random numbers; None to draw from torch's global generator.
         class_captions: the captions without the identifier; None where nothing says them.
+        small: low-resolution images in [-1, 1], for a model that upscales; None where they are made
+            of the images.
     """
 
     captions: Sequence[str]
@@ -42,10 +44,13 @@ class Examples:
     masks: Float[Tensor, "b _ _"] | None = None
     seeds: Sequence[int] | Tensor | None = None
     class_captions: Sequence[str] | None = None
+    small: Float[Tensor, "b _ _ 3"] | None = None
 
     @classmethod
-    def of(cls, entries: Mapping[str, Any], image_key: str, caption_key: str) -> Examples:
-        """Read a dataset's entries, of which a config names the image and the caption."""
+    def of(
+        cls, entries: Mapping[str, Any], image_key: str, caption_key: str, small_key: str = ""
+    ) -> Examples:
+        """Read a dataset's entries, of which a config names images and caption."""
         return cls(
             captions=list(entries[caption_key]),
             images=entries.get(image_key),
@@ -53,6 +58,7 @@ class Examples:
             masks=entries.get("mask"),
             seeds=entries.get("noise_seed"),
             class_captions=entries.get("class_caption"),
+            small=entries.get(small_key),
         )
 
     def __len__(self) -> int:
@@ -76,13 +82,20 @@ class Batch:
     prior: Examples | None = None
 
     @classmethod
-    def of(cls, batch: RawBatch, image_key: str = "image", caption_key: str = "caption") -> Batch:
+    def of(
+        cls,
+        batch: RawBatch,
+        image_key: str = "image",
+        caption_key: str = "caption",
+        small_key: str = "",
+    ) -> Batch:
         """Read what a data loader yields."""
         count = 1 if isinstance(batch, Mapping) else len(batch)
         if not 1 <= count <= len(NAMES):
             raise ValueError(f"batch: expected one part, or a (subject, prior) pair, got {count}")
         parts = named_parts(batch)
-        return cls(**{name: Examples.of(parts[name], image_key, caption_key) for name in parts})
+        keys = image_key, caption_key, small_key
+        return cls(**{name: Examples.of(part, *keys) for name, part in parts.items()})
 
     @property
     def parts(self) -> list[Examples]:
@@ -108,8 +121,12 @@ class Batch:
     @property
     def images(self) -> Float[Tensor, "b 3 height width"] | None:
         """Return the images of all parts, channels first; None if a part has none."""
-        images = _joined([part.images for part in self.parts])
-        return None if images is None else rearrange(images, "b h w c -> b c h w").contiguous()
+        return _channels_first([part.images for part in self.parts])
+
+    @property
+    def small(self) -> Float[Tensor, "b 3 _ _"] | None:
+        """Return the small images of all parts, channels first; None if a part has none."""
+        return _channels_first([part.small for part in self.parts])
 
     @property
     def moments(self) -> Float[Tensor, "b z2 h w"] | None:
@@ -128,3 +145,8 @@ class Batch:
 def _joined(values: Sequence[Tensor | None]) -> Tensor | None:
     present = [value for value in values if value is not None]
     return torch.cat(present) if len(present) == len(values) else None
+
+
+def _channels_first(images: Sequence[Tensor | None]) -> Tensor | None:
+    joined = _joined(images)
+    return None if joined is None else rearrange(joined, "b h w c -> b c h w").contiguous()

@@ -1,0 +1,103 @@
+"""DreamBooth on a cascade, from photos to enlarged pictures, as a user runs it."""
+
+import pytest
+from PIL import Image, ImageChops
+
+import main
+from ldm.data.finding import list_images
+from ldm.sampling.metadata import read_recipe
+from scripts import cascade_txt2img
+from tests.support.cascade import ENLARGING, IN_PIXELS
+from tests.support.runs import Workspace
+
+SIDE = 16
+SIZES = [f"data.params.{name}.params.size={SIDE}" for name in ("train", "reg")]
+FEW = ["--max_steps", "2", "model.params.timesteps=20", "model.params.image_size=8"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="module")
+def base(workspace):
+    """A base model of 8 pixels, with a class image that its own ancestral sampler has drawn."""
+    more = ["data.params.num_class_images=5", "data.params.class_images={sampler: ddpm, steps: 20}"]
+    sizes = [f"data.params.{name}.params.size=8" for name in ("train", "reg")]
+    run = workspace.train("base", *IN_PIXELS, *FEW, *sizes, *more)
+    return run / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def large(workspace):
+    """A super-resolution model from 8 to 16 pixels, tuned with little noise."""
+    more = [
+        "model.params.noise_augmentation=1e-5",
+        "model.params.low_scale_config.params.max_noise_level=1",
+    ]
+    run = workspace.train("sr", *ENLARGING, *FEW, *SIZES, *more)
+    return run / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """Call the command on few steps; the pictures that it has drawn."""
+
+    def call(*flags, status=0, outdir="out"):
+        quick = [] if "--like" in flags else ["--steps", "3", "--sr_steps", "2", "--n_iter", "1"]
+        found = cascade_txt2img.main([*map(str, flags), *quick, "--outdir", str(tmp_path / outdir)])
+        assert found == status
+        return sorted((tmp_path / outdir / "samples").glob("*.png"))
+
+    return call
+
+
+def same(first, second):
+    with Image.open(first) as a, Image.open(second) as b:
+        return a.size == b.size and ImageChops.difference(a, b).getbbox() is None
+
+
+def test_the_base_draws_its_own_class_images(workspace, base):
+    drawn = [path for path in list_images(workspace.class_images) if read_recipe(path)]
+    assert len(drawn) == 1 and read_recipe(drawn[0])["sampler"] == "ddpm"
+    with Image.open(drawn[0]) as image:
+        assert image.size == (8, 8)
+
+
+def test_both_models_draw_and_a_picture_is_drawn_again(base, large, draw, tmp_path):
+    models = ["--base_ckpt", base, "--sr_ckpt", large]
+    made = draw(*models, "--n_samples", 2, "--save_base", "--prompt", "photo of a sks dog")
+    small = sorted((tmp_path / "out/base").glob("*.png"))
+    sizes = [Image.open(path).size for path in (*made, *small)]
+    assert sizes == [(16, 16), (16, 16), (8, 8), (8, 8)] and not same(*made)
+    assert not same(made[0], draw(*models, "--n_samples", 1, "--augmentation", 2e-5, outdir="x")[0])
+
+    # The same picture by its file alone; the second model alone on the small picture.
+    (again,) = draw("--like", made[1], outdir="again")
+    assert same(made[1], again)
+    enlarge = ["--sr_ckpt", large, "--init-img", small[0], "--n_samples", 1, "--skip_grid"]
+    (alone,) = draw(*enlarge, "--prompt", "photo of a sks dog", outdir="alone")
+    assert same(alone, made[0])
+    (again,) = draw("--like", alone, outdir="alone again")
+    assert same(alone, again)
+
+
+def test_what_is_no_cascade_is_refused_in_one_line(base, large, draw, caplog):
+    for flags, message in (
+        (["--base_ckpt", base], "--sr_ckpt: which super-resolution model?"),
+        (["--sr_ckpt", large], "give --base_ckpt FILE"),
+        (["--base_ckpt", base, "--sr_ckpt", "no.ckpt"], "--sr_ckpt no.ckpt: no such file"),
+        (["--base_ckpt", base, "--sr_ckpt", base], "no super-resolution model"),
+        (["--base_ckpt", large, "--sr_ckpt", large], "enlarges a small picture"),
+        (["--base_ckpt", base, "--sr_ckpt", large, "--augmentation", 0], "--augmentation 0.0: "),
+    ):
+        assert not draw(*flags, status=1)
+        assert message in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("kind", [IN_PIXELS, ENLARGING])
+def test_a_latent_cache_is_refused(workspace, kind, caplog):
+    command = workspace.arguments("cached", *kind, *FEW, *SIZES, "data.params.latent_cache=true")
+    assert main.main(command) == 1
+    assert "data.params.latent_cache: a " in caplog.messages[-1]
