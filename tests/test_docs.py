@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from ldm.config import check_config
+from ldm.training import cli
+from ldm.training.defaults import TRAINER_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -44,6 +49,31 @@ def test_paths_that_are_named_exist(page):
         path for path in named if not made_by_a_run.match(path) and not (ROOT / path).exists()
     ]
     assert not missing, f"{page.name} names {missing}"
+
+
+def ablations():
+    """Return the overrides of the guide's table of ablations, and the command that they go into."""
+    section = (
+        (ROOT / "docs/guide.md").read_text(encoding="utf-8").split("## The paper's ablations")[1]
+    )
+    command = re.search(r"python main.py (.*?) OVERRIDE", section, re.DOTALL)[1].replace(
+        "\\\n", " "
+    )
+    overrides = re.findall(r"(?m)^\| [^|]+ \| `(.*)` \|$", section)
+    return command, overrides
+
+
+def test_the_guides_ablations_are_commands_that_are_accepted(tmp_path):
+    command, overrides = ablations()
+    assert len(overrides) == 14
+    assert {f"num_images={n}" in " ".join(overrides) for n in (1, 5, 8, 100, 1000)} == {True}
+    for override in overrides:
+        args = cli.parse_args(shlex.split(f"{command} {override} --logdir {tmp_path}"))
+        config, _ = cli.prepare(args)
+        check_config(config.content, TRAINER_KEYS)
+        for word in shlex.split(override):
+            key, is_key, value = word.partition("=")
+            assert not is_key or str(config.get(key)).lower() == value
 
 
 def test_python_examples_run(tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ class PersonalizedBase(ImageFolderDataset):
     examples also have a "class_caption", which lacks the identifier. `resize=None`
     squashes the image to `size` x `size`, or crops its centre with `center_crop`. With `masks`, of
     images beside the photos (01.mask.png for 01.jpg), an example has a "mask", too: (h, w) float32
-    in [0, 1], how much of the loss counts where.
+    in [0, 1], how much of the loss counts where. With `num_images` only the first so many count, in
+    the order of their names.
 
     Raises:
         UserError: no images, an unusable template or caption file, or a parameter out of its range.
@@ -47,6 +48,7 @@ class PersonalizedBase(ImageFolderDataset):
         captions: bool = True,
         cache_images: int = 256,
         masks: bool = False,
+        num_images: int | None = None,
     ):
         if not data_root:
             flag = "--reg_data_root" if reg else "--data_root"
@@ -68,11 +70,20 @@ class PersonalizedBase(ImageFolderDataset):
         self.class_word, self.templates = str(placeholder_token), templates
         self.identifier, self.reg = identifier, reg
         self.class_words = class_words(placeholder_token, coarse_class_text)
+        self._take_first(num_images)
         self.captions = {
             path: [beside[path]] if path in beside else self.templated for path in self.paths
         }
         if not reg:
             _warn_of_subfolders(self.root, self.paths)
+
+    def _take_first(self, count: int | None) -> None:
+        if count is None:
+            return
+        if not 1 <= count <= len(self.paths):
+            there = f"expected 1 to {len(self.paths)}, which {self.root} holds"
+            raise ParameterError("num_images", f"{there}, got {count!r}")
+        self.paths = self.paths[:count]
 
     @property
     def prompts(self) -> list[str]:

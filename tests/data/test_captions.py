@@ -8,7 +8,7 @@ import torch
 from ldm.data.captions import read_captions
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.prompts import captions_from_templates, class_word_of
-from ldm.errors import UserError
+from ldm.errors import ParameterError, UserError
 from tests.support.photos import folder
 
 
@@ -134,3 +134,16 @@ def test_an_empty_caption_is_for_class_images_alone(tmp_path):
     assert read_captions(images, may_be_empty=True) == {images[0]: ""}
     with pytest.raises(UserError, match=r"00\.txt: this caption is empty"):
         read_captions(images)
+
+
+def test_only_the_first_photos_count_where_that_is_asked(tmp_path, caplog):
+    root = folder(tmp_path / "photos", 4)
+    (root / "03.txt").write_text("a caption of a photo that does not count")
+    dataset = PersonalizedBase(root, size=8, num_images=2, repeats=3)
+    assert [path.name for path in dataset.paths] == ["00.png", "01.png"]
+    assert len(dataset) == 6 and dataset.n_images == 2
+    assert dataset.prompts == ["photo of a sks dog"]
+    assert not caplog.text, "the photo of the caption is there"
+    for count in (0, 5):
+        with pytest.raises(ParameterError, match=rf"num_images: expected 1 to 4.*got {count}"):
+            PersonalizedBase(root, size=8, num_images=count)
