@@ -1,7 +1,7 @@
 """Find a rare word for a subject, and see what the model already knows of it.
 
     find=scripts/find_identifier.py
-    python $find --ckpt models/tiny/sd-tiny.safetensors --class_word dog     # a minute, on a CPU
+    python $find --ckpt models/tiny/sd-tiny.safetensors --class_word dog     # on a CPU
     python $find --ckpt sd-v1-4.ckpt --class_word dog --candidates 40        # on a GPU
     python $find --no_samples --class_word dog                               # the vocabulary alone
     python $find --no_samples --vocabulary spiece.model --tokens 1 2 3       # T5's
