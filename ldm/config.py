@@ -238,6 +238,18 @@ class RunConfig:
         return self.get("data.params.train.params.identifier", IDENTIFIER)
 
     @property
+    def concepts(self) -> list[Mapping[str, Any]]:
+        """Return what the config says of each of several subjects; empty for a single one."""
+        found = self.get("data.params.concepts", [])
+        is_list = isinstance(found, (list, tuple))
+        return [entry for entry in found if isinstance(entry, Mapping)] if is_list else []
+
+    @property
+    def identifiers(self) -> list[str]:
+        """Return the identifier of each subject."""
+        return [entry.get("identifier", IDENTIFIER) for entry in self.concepts] or [self.identifier]
+
+    @property
     def new_words(self) -> list[str]:
         """Return the words that the model learns, or has learned, beside its vocabulary."""
         section = "model.params.personalization_config"

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.image_folder import ImageFolderDataset
 from ldm.data.streams import Stream
+from ldm.data.turns import Together
 from ldm.distributed import computes
 from ldm.errors import ParameterError, UserError
 from ldm.models.diffusion.conditioning import Beside, with_beside
@@ -145,7 +146,7 @@ class FixedLoss(pl.Callback):
         return {name: self._loss(model, fixed) for name, fixed in self._fixed.items()}
 
     def _make(self, model: Any, dataset: Any, name: str) -> Fixed:
-        if isinstance(dataset, ImageFolderDataset):
+        if isinstance(dataset, (ImageFolderDataset, Together)):
             dataset = dataset.without_augmentation()
         stream = Stream(dataset, self.seed, f"fixed {name}", shuffle=False)
         count = min(self.examples, stream.n_images)

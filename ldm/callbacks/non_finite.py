@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.trainer.states import TrainerStatus
 from torch import Tensor
 
-from ldm.data.streams import Examples, PositionBatches, Stream
+from ldm.data.streams import Examples, PositionBatches, Positions
 from ldm.errors import UserError
 from ldm.modules.losses.batch import named_parts
 from ldm.rng import derive_seed
@@ -140,7 +140,7 @@ def _batch_text(trainer: pl.Trainer, batch: Any, number: int) -> str:
 
 
 def _examples_text(
-    trainer: pl.Trainer, part: Mapping[str, Any], stream: Stream | None, number: int
+    trainer: pl.Trainer, part: Mapping[str, Any], stream: Positions | None, number: int
 ) -> Iterable[str]:
     seeds = part.get("noise_seed")
     captions = part.get("caption") or [""] * (0 if seeds is None else len(seeds))
@@ -152,13 +152,13 @@ def _examples_text(
         yield f"and {len(captions) - SHOWN} more"
 
 
-def _source(position: int | None, seed: int | None, stream: Stream | None) -> str:
+def _source(position: int | None, seed: int | None, positions: Positions | None) -> str:
     """Return an example's file, or else its position in the run or its noise seed."""
-    if (
-        position is None
-        or stream is None
-        or seed != derive_seed(stream.seed, "noise", stream.role, position)
-    ):
+    if position is None or positions is None:
+        return f"noise seed {seed}"
+    # Of several subjects, each has a stream of its own.
+    stream, position = positions.at(position)
+    if seed != derive_seed(stream.seed, "noise", stream.role, position):
         return f"noise seed {seed}"
     paths = getattr(stream.dataset, "paths", None)
     if not isinstance(paths, Sequence):

@@ -78,8 +78,10 @@ class Panel:
             return list(self.given)
         summary = data.summary() if isinstance(data, Summarized) else {}
         # The first that is not empty: some class images are of the empty prompt.
+        # Of several subjects, each has its rows.
         known = [
-            next(filter(None, summary.get(f"{name}_prompts", [])), None)
+            next(filter(None, own.get(f"{name}_prompts", [])), None)
+            for own in summary.get("concepts") or [summary]
             for name in ("subject", "class")
         ]
         own = [prompt for prompt in known if prompt]

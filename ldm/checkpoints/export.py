@@ -98,6 +98,11 @@ def training_facts(
         if is_dreambooth
         else None,
         "class_word": captions.get("placeholder_token"),
+        "concepts": [
+            {key: entry.get(key) for key in ("identifier", "class_word") if key in entry}
+            for entry in asked.concepts
+        ]
+        or None,
         "prompts": captions_from_templates(**captions) if is_dreambooth else None,
         "steps": steps,
         "learning_rate": asked.get("model.base_learning_rate"),

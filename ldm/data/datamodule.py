@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from inspect import signature
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from itertools import combinations, permutations, product
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from ldm.data import overlap
-from ldm.data.finding import list_images
+from ldm.data.concepts import read_concepts
 from ldm.data.image_folder import ImageFolderDataset
 from ldm.data.latents import CachedLatents, check_encodable
-from ldm.data.personalized import PersonalizedBase
-from ldm.data.prompts import captions_from_templates
-from ldm.data.streams import (
-    Examples,
-    ExamplesLoader,
-    PositionBatches,
-    Stream,
-    TrainLoader,
-    count_images,
-)
+from ldm.data.streams import Examples, ExamplesLoader, PositionBatches, Stream, TrainLoader
+from ldm.data.turns import StreamsInTurn, Together, Turns
 from ldm.errors import ParameterError, UserError, check_counts, nearest, under
-from ldm.util import check_params, get_obj_from_str, instantiate_from_config
+from ldm.util import instantiate_from_config
 
 # How class images are made.
 CLASS_IMAGE_KEYS = (
@@ -58,6 +49,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
     numbers stay those of an uncached run. `true` keeps them in memory; a folder keeps them for
     later runs, too. Workers have nothing to do then: there are none.
 
+    With `concepts` there are several subjects, each with the keys of `ConceptOptions`; `train`,
+    `reg` and `validation` say what they share. They have their turns by their weights, mixed as
+    evenly as possible, or `turn` examples of weight 1 after another. The prior's examples are of
+    the same subject's class.
+
     Raises:
         UserError: a config that does not fit its target, or what the datasets raise.
     """
@@ -74,79 +70,72 @@ class DataModuleFromConfig(pl.LightningDataModule):
         num_class_images: int = 0,
         class_images: Mapping[str, Any] | None = None,
         latent_cache: bool | str | None = None,
+        concepts: Sequence[Mapping[str, Any]] | None = None,
+        turn: int | None = None,
     ):
         super().__init__()
         self.prepare_data_per_node = False  # all machines see the same folders
-        if batch_size < 1:
-            raise ParameterError("batch_size", "expected at least 1")
-        if (num_workers or 0) < 0:
-            raise ParameterError("num_workers", "expected 0 or more")
-        if num_class_images < 0:
-            raise ParameterError("num_class_images", f"expected 0 or more, got {num_class_images}")
-        if seed < 0:
-            raise ParameterError("seed", f"expected 0 or more, got {seed}")
+        _check_numbers(batch_size, num_workers, num_class_images, seed)
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.reg, self.num_class_images = reg, num_class_images
         self.latent_cache = latent_cache
         self.class_images = dict(class_images or {})
-        configs = {"train": train, "reg": reg, "validation": validation, "test": test}
+        configs = {"train": train, "reg": reg, "validation": validation}
+        if turn is not None and concepts is None:
+            raise ParameterError(
+                "turn", "says how concepts take turns, and there is one: leave it out"
+            )
 
-        # What the configs say is checked first, since opening a dataset reads folders.
+        # What the configs say is checked first, since opening a dataset reads folders. One subject
+        # is a list of one.
+        self.concepts = read_concepts(concepts, configs, num_class_images)
+        self.turns = Turns([concept.weight for concept in self.concepts], turn)
         self._check_class_images()
         _check_sizes(train, reg)
 
-        # Class images that are still to be made cannot be opened. Those that are there already are
-        # opened nevertheless, to be checked.
-        self.datasets: dict[str, Any] = {
-            name: instantiate_from_config(config, where=name)
-            for name, config in configs.items()
-            if config is not None and (name != "reg" or self.class_images_to_make == 0)
-        }
-        self._unfinished = self._open_unfinished()
-        self._check_folders()
+        for concept in self.concepts:
+            concept.open()
+        self._test = None if test is None else instantiate_from_config(test, where="test")
+        # Photos of one subject among the class images of another would be taught as both.
+        for first, second in permutations(self.concepts, 2):
+            first.check_folders(second)
         for name, loader in (("validation", "val_dataloader"), ("test", "test_dataloader")):
             if name not in self.datasets:
                 # A method that is not overridden, to Lightning, which then runs no such loop.
                 setattr(self, loader, getattr(super(), loader))
         if latent_cache:
             for name in ("train", "reg"):
-                if name in self.datasets:
-                    check_encodable(self.datasets[name], name)
+                for dataset in self.each(name):
+                    check_encodable(dataset, name)
+
+    # The datasets
+
+    @property
+    def datasets(self) -> dict[str, Any]:
+        """Return the datasets by their names in the config, those of all subjects as one."""
+        found = {}
+        for name in ("train", "reg", "validation"):
+            parts = self.each(name)
+            # Class images count when every subject has its own.
+            if parts and len(parts) == len(self.concepts):
+                found[name] = parts[0] if len(parts) == 1 else Together(parts)
+        return found if self._test is None else {**found, "test": self._test}
+
+    def each(self, name: str) -> list[Any]:
+        """Return the dataset of each subject that has it."""
+        own = [concept.datasets for concept in self.concepts]
+        return [datasets[name] for datasets in own if name in datasets]
 
     # class images
 
     @property
-    def _reg_params(self) -> dict[str, Any]:
-        return dict((self.reg or {}).get("params") or {})
-
-    @property
-    def class_prompts(self) -> list[str]:
-        """Return the captions of class images that have no caption file."""
-        accepted = signature(captions_from_templates).parameters
-        given = {key: value for key, value in self._reg_params.items() if key in accepted}
-        return captions_from_templates(**given)
-
-    @property
-    def class_folder(self) -> Path:
-        """Return the folder of the class images."""
-        return Path(self._reg_params["data_root"]).expanduser()
-
-    @property
-    def class_size(self) -> int:
-        """Return the side of a class image, pixels."""
-        return int(self._reg_params["size"])
-
-    @property
     def class_images_to_make(self) -> int:
-        """Return how many images the class folder lacks."""
+        """Return how many images the class folders lack."""
         if not self.num_class_images:
             return 0
-        return max(0, self.num_class_images - len(list_images(self.class_folder)))
-
-    @property
-    def prior(self) -> Any:
-        """Return the dataset of the class images that there are; None if there are none."""
-        return self.datasets.get("reg", self._unfinished)
+        # Subjects of one class may share a folder.
+        lacking = {c.class_folder: c.class_images_to_make for c in self.concepts if c.reg}
+        return sum(lacking.values())
 
     def _check_class_images(self) -> None:
         """Raise a `UserError` if class images could not be made as the config says."""
@@ -170,49 +159,16 @@ class DataModuleFromConfig(pl.LightningDataModule):
         scale = self.class_images.get("scale", 1)
         if not math.isfinite(scale):
             raise ParameterError("class_images.scale", f"expected a number, got {scale}")
-        if not self.num_class_images:
-            return
-        if self.reg is None:
-            raise ParameterError(
-                "num_class_images", "needs data.params.reg, which says where they go"
-            )
-        cls = get_obj_from_str(str(self.reg.get("target")), "reg.target")
-        check_params(cls, self._reg_params, "reg.params")
-        root = self._reg_params.get("data_root")
-        if not root:
-            raise ParameterError(
-                "reg", "no folder for the class images; give --reg_data_root FOLDER"
-            )
-        if Path(root).expanduser().is_file():
-            raise UserError(
-                f"{root}: is a file; --reg_data_root names the folder of the class images"
-            )
-        if self.class_images_to_make and not self._reg_params.get("size"):
-            raise ParameterError("reg.params.size", "needed to make class images")
-        with under("reg.params"):
-            self.class_prompts  # noqa: B018 (raises what is wrong with the templates)
-
-    def _open_unfinished(self) -> Any:
-        """Open the class images of a folder that lacks some; None if it has none or lacks none."""
-        if self.reg is None or not self.class_images_to_make or not list_images(self.class_folder):
-            return None
-        return instantiate_from_config(self.reg, where="reg")
-
-    def _check_folders(self) -> None:
-        """Raise a `UserError` if subject and class images are in each other's folders."""
-        subject, root = self.datasets.get("train"), self._reg_params.get("data_root")
-        if isinstance(subject, ImageFolderDataset) and root:
-            overlap.check_folders(subject.root, root)
-            if isinstance(self.prior, ImageFolderDataset):
-                overlap.check_files(subject.paths, self.prior.paths)
+        for concept in self.concepts:
+            concept.check_class_images()
 
     # what Lightning and the training call
 
     def setup(self, stage: str | None = None) -> None:
         """Open the class images, which may have been made since, and `check`."""
-        if self.reg is not None and "reg" not in self.datasets and stage in (None, "fit"):
-            self.datasets["reg"] = instantiate_from_config(self.reg, where="data.params.reg")
-            self._unfinished = None
+        if stage in (None, "fit"):
+            for concept in self.concepts:
+                concept.open_class_images()
         for dataset in self.datasets.values():
             if isinstance(dataset, CachedLatents):
                 dataset.open()
@@ -224,38 +180,42 @@ class DataModuleFromConfig(pl.LightningDataModule):
         Raises:
             UserError: an image does not decode.
         """
-        for dataset in (*self.datasets.values(), self._unfinished):
+        opened = [dataset for concept in self.concepts for dataset in concept.opened()]
+        for dataset in (*opened, self._test):
             if isinstance(dataset, ImageFolderDataset):
                 dataset.check()
-        subject, prior = self.datasets.get("train"), self.prior
-        if isinstance(subject, ImageFolderDataset) and isinstance(prior, ImageFolderDataset):
-            overlap.warn_of_copies(subject.check(), prior.check())
+        subjects = [found for found in self.each("train") if isinstance(found, ImageFolderDataset)]
+        priors = [concept.prior for concept in self.concepts]
+        for subject, prior in product(subjects, priors):
+            if isinstance(prior, ImageFolderDataset):
+                overlap.warn_of_copies(subject.check(), prior.check())
+        for subject, other in combinations(subjects, 2):
+            overlap.warn_of_copies(subject.check(), other.check(), "as two subjects")
 
     def summary(self) -> dict[str, Any]:
         """Say what a run trains on.
 
         It has `subject_images`, `class_images`, `class_images_to_make`, the distinct
         `subject_prompts` and `class_prompts`, and of the subject's those without its identifier,
-        `unnamed_prompts`.
+        `unnamed_prompts`; of several subjects all together, and as `concepts` of each.
         """
-        train, reg = self.datasets.get("train"), self.datasets.get("reg")
-        made_later = self.reg is not None and reg is None
-        return {
-            "subject_images": 0 if train is None else count_images(train),
-            "class_images": 0 if self.prior is None else count_images(self.prior),
-            "class_images_to_make": self.class_images_to_make,
-            "subject_prompts": _prompts(train),
-            "unnamed_prompts": train.unnamed if isinstance(train, PersonalizedBase) else [],
-            "class_prompts": self.class_prompts if made_later else _prompts(reg),
-        }
+        each = [concept.summary() for concept in self.concepts]
+        found: dict[str, Any] = {}
+        for key, first in each[0].items():
+            values = [summary[key] for summary in each]
+            if isinstance(first, list):
+                found[key] = list(dict.fromkeys(text for texts in values for text in texts))
+            else:
+                found[key] = sum(values)
+        return {**found, "concepts": each} if len(each) > 1 else found
 
     # loaders
 
     def train_dataloader(self) -> TrainLoader:
         if "train" not in self.datasets:
             raise UserError("data.params.train: needed to train")
-        subject = Stream(self.datasets["train"], self.seed, "subject")
-        prior = Stream(self.datasets["reg"], self.seed, "prior") if "reg" in self.datasets else None
+        subject = self._in_turn("train", "subject")
+        prior = self._in_turn("reg", "prior") if "reg" in self.datasets else None
         world_size, rank = 1, 0
         if self.trainer:
             world_size, rank = self.trainer.world_size, self.trainer.global_rank
@@ -263,6 +223,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
         sampler = PositionBatches(self.batch_size, batches, self._batches_done, rank, world_size)
         examples = Examples(subject, prior)
         return TrainLoader(examples, batch_sampler=sampler, **self._loader_options())
+
+    def _in_turn(self, name: str, role: str) -> StreamsInTurn:
+        # The first subject's random numbers are those that it has alone.
+        streams = [
+            Stream(dataset, self.seed, f"{role} {number}" if number else role)
+            for number, dataset in enumerate(self.each(name))
+        ]
+        return StreamsInTurn(streams, self.turns)
 
     def _batches_done(self) -> int:
         # Not global_step x accumulate_grad_batches: the last step of an epoch may accumulate fewer.
@@ -287,9 +255,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         workers = 0 if self.latent_cache else self.num_workers
         if workers is None:  # what the cache holds needs no help; decoding does
-            workers = (
-                0 if all(map(_in_memory, self.datasets.values())) else min(4, os.cpu_count() or 1)
-            )
+            opened = [dataset for concept in self.concepts for dataset in concept.opened()]
+            workers = 0 if all(map(_in_memory, opened)) else min(4, os.cpu_count() or 1)
         return {
             "num_workers": workers,
             # Workers that end with an epoch lose their decoded images.
@@ -298,6 +265,20 @@ class DataModuleFromConfig(pl.LightningDataModule):
             # Without one of its own, a loader draws from the global generator in each epoch.
             "generator": torch.Generator(),
         }
+
+
+def _check_numbers(
+    batch_size: int, num_workers: int | None, num_class_images: int, seed: int
+) -> None:
+    """Raise a `UserError` for the first number that is out of its range."""
+    if batch_size < 1:
+        raise ParameterError("batch_size", "expected at least 1")
+    if (num_workers or 0) < 0:
+        raise ParameterError("num_workers", "expected 0 or more")
+    if num_class_images < 0:
+        raise ParameterError("num_class_images", f"expected 0 or more, got {num_class_images}")
+    if seed < 0:
+        raise ParameterError("seed", f"expected 0 or more, got {seed}")
 
 
 def _check_sizes(train: Mapping[str, Any] | None, reg: Mapping[str, Any] | None) -> None:
@@ -310,10 +291,6 @@ def _check_sizes(train: Mapping[str, Any] | None, reg: Mapping[str, Any] | None)
             f"data.params: train.params.size is {sizes[0]}, reg.params.size {sizes[1]}: "
             "subject and class images share a batch and need one size"
         )
-
-
-def _prompts(dataset: Any) -> list[str]:
-    return dataset.prompts if isinstance(dataset, PersonalizedBase) else []
 
 
 def _in_memory(dataset: Any) -> bool:

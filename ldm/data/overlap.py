@@ -47,12 +47,16 @@ def check_files(subject: Sequence[Path], prior: Sequence[Path]) -> None:
         )
 
 
-def warn_of_copies(subject: Mapping[Path, str], prior: Mapping[Path, str]) -> None:
+def warn_of_copies(
+    subject: Mapping[Path, str],
+    prior: Mapping[Path, str],
+    how: str = "as the subject and as its class",
+) -> None:
     """Warn of pictures that are in both sets, which come as hashes of their pixels."""
     of_subject = {pixels: path for path, pixels in subject.items()}
     copies = [(of_subject[pixels], path) for path, pixels in prior.items() if pixels in of_subject]
     if copies:
-        warn_once(f"{_named(copies)}: one picture, as the subject and as its class: remove one")
+        warn_once(f"{_named(copies)}: one picture, {how}: remove one")
 
 
 def _named(pairs: Sequence[tuple[Path, Path]]) -> str:

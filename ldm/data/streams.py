@@ -60,6 +60,13 @@ class Stream:
         self.n_images = count_images(dataset)
         self._pass, self._order = -1, torch.empty(0)
 
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def at(self, g: int) -> tuple[Stream, int]:
+        """Return the stream that position g is of, and the position in it: this one."""
+        return self, g
+
     def index(self, g: int) -> int:
         """Return which item of the dataset stands at position g."""
         if not self.shuffle:
@@ -84,9 +91,29 @@ class Stream:
 
     def batch(self, positions: list[int]) -> Batch:
         """Return the collated examples at `positions`."""
-        examples = [self[g] for g in positions]
-        check_same_size(examples)
-        return default_collate(examples)
+        return collated([self[g] for g in positions])
+
+
+def collated(examples: list[dict[str, Any]]) -> Batch:
+    """Return examples as one batch; raise a `UserError` if their sizes differ."""
+    check_same_size(examples)
+    return default_collate(examples)
+
+
+class Positions(Protocol):
+    """What has an example at every position of a run."""
+
+    def __len__(self) -> int:
+        """Return how many examples an epoch has."""
+
+    def at(self, g: int) -> tuple[Stream, int]:
+        """Return the stream that position g is of, and the position in it."""
+
+    def __getitem__(self, g: int) -> dict[str, Any]:
+        """Return the example at position g."""
+
+    def batch(self, positions: list[int]) -> Batch:
+        """Return the collated examples at positions."""
 
 
 def check_same_size(parts: Iterable[Mapping[str, Any]]) -> None:
@@ -104,11 +131,11 @@ def check_same_size(parts: Iterable[Mapping[str, Any]]) -> None:
 class Examples(Dataset):
     """Positions to batches: of the subject alone, or `(subject, prior)` when there is a prior."""
 
-    def __init__(self, subject: Stream, prior: Stream | None = None):
+    def __init__(self, subject: Positions, prior: Positions | None = None):
         self.subject, self.prior = subject, prior
 
     def __len__(self) -> int:
-        return len(self.subject.dataset)  # type: ignore[arg-type]
+        return len(self.subject)
 
     def __getitem__(self, g: int) -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
         return self.subject[g] if self.prior is None else (self.subject[g], self.prior[g])

@@ -147,14 +147,16 @@ def check_new_words(model: Any, data: Any) -> None:
         )
 
 
-def check_identifier(identifier: str, prompts: Sequence[str], new: Sequence[str] = ()) -> None:
-    """Warn if the word that names the subject in the prompts is several tokens.
+def check_identifiers(config: RunConfig, prompts: Sequence[str]) -> None:
+    """Warn of each word that names a subject in the prompts and is several tokens."""
+    for identifier in config.identifiers:
+        # A new word has tokens of its own.
+        if identifier not in config.new_words:
+            check_identifier(identifier, prompts)
 
-    Args:
-        new: words that have tokens of their own.
-    """
-    if identifier in new:
-        return
+
+def check_identifier(identifier: str, prompts: Sequence[str]) -> None:
+    """Warn if the word that names the subject in the prompts is several tokens."""
     tokens = tokenizer.encode(identifier)
     if len(tokens) > 1 and any(identifier in prompt for prompt in prompts):
         log.warning(

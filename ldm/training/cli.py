@@ -322,6 +322,9 @@ def _device(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 def _images(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """Return the folders of images and the class word of the flags, by the keys of the datasets."""
     values: dict[str, Any] = {}
+    for flag in ("data_root", "reg_data_root", "class_word"):
+        if config.concepts and getattr(args, flag):
+            raise UserError(f"--{flag}: data.params.concepts says it of each subject: leave it out")
     roots = {"train": args.data_root, "reg": args.reg_data_root, "validation": args.data_root}
     for name, root in roots.items():
         if not config.get(f"data.params.{name}"):
@@ -346,6 +349,9 @@ def _new_words(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         values[key] = [args.init_word, *config.get(key, [])[1:]]
     for name in ("train", "validation"):
         section = f"data.params.{name}"
+        # Of several subjects, each has its own.
+        if config.concepts:
+            break
         takes_one = str(config.get(f"{section}.target")).endswith(".PersonalizedBase")
         if takes_one and config.get(f"{section}.params.identifier") is None:
             values[f"{section}.params.identifier"] = words[0]
@@ -354,7 +360,8 @@ def _new_words(config: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
 
 def _needs_no_class_images(config: RunConfig) -> bool:
     """Return whether no class images are wanted, nor a folder named for them but the subject's."""
-    root = config.get("data.params.reg.params.data_root")
+    roots = [entry.get("reg_data_root") for entry in config.concepts]
+    root = next(filter(None, roots), config.get("data.params.reg.params.data_root"))
     if config.learns_words_alone:
         if root:
             log.warning("%s: not used: captions of the class hold none of the new words", root)

@@ -69,6 +69,12 @@ def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, st
     if getattr(model, "embedding_manager", None) is not None:
         report += f"; {_start_new_words(model, start, known)}"
     elif start.embeddings or start.init_word:
+        if len(config.identifiers) > 1:
+            raise UserError(
+                "--init_word and --embedding_manager_ckpt: are for one subject, and "
+                f"data.params.concepts has {len(config.identifiers)}: learn new words for them "
+                "(model.params.personalization_config), or leave the flag out"
+            )
         report += _write_embeddings(model, start, config.identifier)
     return model, report
 

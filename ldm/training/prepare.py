@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
+from ldm.data.concepts import Concept
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.latents import CachedLatents, Encoder, digest, encode_variants
 from ldm.data.personalized import PersonalizedBase
@@ -36,12 +37,10 @@ def check_images(data: Any) -> None:
     if not isinstance(data, DataModuleFromConfig):
         return
     data.check()
-    if isinstance(data.prior, PersonalizedBase):
-        prior = data.prior
-        captioned = prior.captioned
-        check_class(
-            [p for p in prior.paths if p not in captioned], prior.class_word, prior.templates
-        )
+    for prior in (concept.prior for concept in data.concepts):
+        if isinstance(prior, PersonalizedBase):
+            own = [path for path in prior.paths if path not in prior.captioned]
+            check_class(own, prior.class_word, prior.templates)
 
 
 def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None) -> None:
@@ -92,10 +91,17 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: b
         with _moved(model.first_stage_model, device, model.device):
             dataset.fill(encoder_of(model, device))
 
-    missing = data.class_images_to_make
-    if not missing:
-        return
-    folder = data.class_folder
+    # Each subject's class, one after another: of a folder that two share, the second lacks nothing.
+    for concept in data.concepts:
+        if concept.class_images_to_make:
+            _make_class_images(model, data, concept, device, resumes)
+
+
+def _make_class_images(
+    model: Any, data: DataModuleFromConfig, concept: Concept, device: torch.device, resumes: bool
+) -> None:
+    """Draw the class images that a subject's folder lacks."""
+    folder, missing = concept.class_folder, concept.class_images_to_make
     if resumes:  # a tuned model's images are not its prior
         raise UserError(
             f"{folder}: {missing} of {data.num_class_images} class images are missing, and only "
@@ -106,9 +112,9 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: b
         make_class_images(
             model=model,
             folder=folder,
-            prompts=data.class_prompts,
+            prompts=concept.class_prompts,
             count=missing,
-            size=data.class_size,
+            size=concept.class_size,
             seed=data.seed,
             device=device,
             **data.class_images,
@@ -120,7 +126,7 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: b
             f"{device}: out of memory while class images are made. To need less: lower "
             "data.params.class_images.batch_size; the images made so far are kept"
         ) from error
-    left = data.class_images_to_make
+    left = concept.class_images_to_make
     assert not left, f"{left} class images are still missing in {folder}"
 
 
@@ -148,8 +154,7 @@ def _cache_latents(model: Any, data: DataModuleFromConfig, trainer: Any) -> None
     name = f"{digest(model.first_stage_model)} {trainer.precision}" if folder else ""
     with _moved(model.first_stage_model, device, model.device):
         for kind in ("train", "reg"):
-            if kind in data.datasets:
-                dataset = data.datasets[kind]
+            for dataset in data.each(kind):
                 dataset.latents = encode_variants(
                     dataset, Encoder(encode, name), data.batch_size, folder
                 )

@@ -15,6 +15,7 @@ from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.first_step import PARTS
 from ldm.callbacks.timing import TimingCallback
 from ldm.config import RunConfig
+from ldm.data.datamodule import DataModuleFromConfig
 from ldm.distributed import is_sharded
 from ldm.modules.encoders import tokenizer
 from ldm.optim.schedules import WarmupDecay
@@ -92,6 +93,31 @@ def preservation(model: Any) -> str:
     return f"{options}{weight}{more}"
 
 
+def subjects(data: Any, found: Mapping[str, Any], added: Mapping[str, list[int]]) -> dict[str, str]:
+    """Return the rows about subjects and their classes: two, or two for each of several subjects.
+
+    Args:
+        found: what the data says of all of them together.
+        added: new words, and the ids that each stands for.
+    """
+    concepts = data.concepts if isinstance(data, DataModuleFromConfig) else []
+    several = len(concepts) > 1
+    each = [concept.summary() for concept in concepts] if several else [found]
+    share = sum(concept.weight for concept in concepts)
+    rows = {}
+    for number, own in enumerate(each, 1):
+        for name in ("subject", "class"):
+            images, texts = own[f"{name}_images"], own[f"{name}_prompts"]
+            if not images:
+                continue
+            text = f"{images} images" + (f"; {prompts(texts, added)}" if texts else "")
+            if several and name == "subject":
+                weight, where = concepts[number - 1].weight, concepts[number - 1].folder
+                text = f"{where}: {text}; {weight / share:.0%} of the examples"
+            rows[f"{name} {number}" if several else name] = text
+    return rows
+
+
 def schedule(trainer: Any) -> str:
     """Return how the learning rate changes with the steps."""
     for config in trainer.lr_scheduler_configs:
@@ -119,10 +145,7 @@ def start(
     rows = {"training": training, "weights": weights}
     found = data.summary()
     added = getattr(getattr(model, "cond_stage_model", None), "added_words", {})
-    for name in ("subject", "class"):
-        if images := found[f"{name}_images"]:
-            texts = found[f"{name}_prompts"]
-            rows[name] = f"{images} images" + (f"; {prompts(texts, added)}" if texts else "")
+    rows |= subjects(data, found, added)
     rows["class word"] = class_word
     batch = f"batch {data.batch_size}"
     for number, unit in (

@@ -39,7 +39,7 @@ from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
 from ldm.training.build_trainer import build_trainer, check_optimizer, quiet_lightning
 from ldm.training.checks import (
-    check_identifier,
+    check_identifiers,
     check_monitors,
     check_new_words,
     check_preservation,
@@ -105,7 +105,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     check_monitors(trainer, model, data, config)
     check_preservation(model, data)
     check_new_words(model, data)
-    check_identifier(config.identifier, data.summary()["subject_prompts"], config.new_words)
+    check_identifiers(config, data.summary()["subject_prompts"])
     check_training(model, data, trainer)
     first = resumed.step if resumed else 0
 
