@@ -115,27 +115,22 @@ class Workspace:
         self.logs = path / "logs"
 
     def arguments(self, name: str, *more: str, base: Path | None = None) -> list[str]:
-        """The command line of a new run."""
-        return [
-            *[
-                "--base",
-                str(base or self.make_config(self.path)),
-                "-t",
-                "-n",
-                name,
-                "-l",
-                str(self.logs),
-            ],
-            *[
-                "--data_root",
-                str(self.photos),
-                "--reg_data_root",
-                str(self.class_images),
-                "--class_word",
-                "dog",
-                *more,
-            ],
-        ]
+        """The command line of a new run; in `more`, HERE stands for this folder."""
+        yaml = str(base or self.make_config(self.path))
+        command = ["--base", yaml, "-t", "-n", name, "-l", str(self.logs)]
+        more = tuple(word.replace("HERE", str(self.path)) for word in more)
+        # Several subjects have folders of their own.
+        if any(word.startswith("data.params.concepts=") for word in more):
+            self.second_subject()
+            return [*command, *more]
+        folders = ["--data_root", str(self.photos), "--reg_data_root", str(self.class_images)]
+        return [*command, *folders, "--class_word", "dog", *more]
+
+    def second_subject(self) -> None:
+        """Make photos and class images of another subject, `photos2` and `class_images2`."""
+        for folder, count, seed in (("photos2", 2, 3), ("class_images2", 3, 4)):
+            if not (self.path / folder).exists():
+                pictures(self.path / folder, count, seed)
 
     def train(self, name: str, *more: str, base: Path | None = None) -> Path:
         """Train in this process; the run folder."""
@@ -148,7 +143,8 @@ class Workspace:
 
     def run(self, name: str) -> Path:
         """The folder of the run with this name."""
-        (folder,) = self.logs.glob(f"photos*_{name}")
+        # Behind a time, before which a single subject's folder is named.
+        (folder,) = [*self.logs.glob(f"photos*_{name}"), *self.logs.glob(f"[0-9]*_{name}")]
         return folder
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

@@ -52,6 +52,13 @@ WORDS = [
     "model.params.personalization_config={target: ldm.modules.embedding_manager.EmbeddingManager, "
     "params: {placeholder_strings: ['*'], initializer_words: [dog], num_vectors_per_token: 2}}",
 ]
+# Two subjects, of which one has its turn twice as often.
+CONCEPTS = [
+    "data.params.concepts=["
+    "{data_root: HERE/photos, class_word: dog, reg_data_root: HERE/class_images}, "
+    "{data_root: HERE/photos2, class_word: cat, reg_data_root: HERE/class_images2, "
+    "identifier: zwx, weight: 2}]"
+]
 RUNS = {
     "accumulated": ACCUMULATED,
     "bf16-cached-taught": [*BF16, *CACHED, *TAUGHT],
@@ -59,6 +66,7 @@ RUNS = {
     "words": WORDS,
     # In pixels, with noise on small pictures.
     "enlarging": ENLARGING,
+    "concepts": CONCEPTS,
 }
 if WHOLE:
     RUNS |= {"fp32": [], "bf16": BF16, "cached": CACHED, "bf16-accumulated": [*BF16, *ACCUMULATED]}
@@ -269,7 +277,7 @@ def ranks(workspace, name, base, *more):
 
 @pytest.mark.parametrize(
     "accumulated, kind",
-    [(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING)],
+    [(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING), (1, CONCEPTS)],
 )
 def test_two_processes_compute_what_one_does_with_twice_the_batch(
     workspace, base, accumulated, kind
@@ -284,7 +292,7 @@ def test_two_processes_compute_what_one_does_with_twice_the_batch(
         "model.base_learning_rate=1e-6",
     ]
     more += ["--precision", "64-true", *kind]
-    name = f"{accumulated}-{len(kind)}"
+    name = f"{accumulated}-{len(''.join(kind))}"
     first, second = ranks(workspace, f"ranks-{name}", base, *more)
     # Each rank wrote what it ended with: rank 0's checkpoint alone could not show a difference.
     assert same(first["weights"], second["weights"])
