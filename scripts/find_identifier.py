@@ -48,6 +48,7 @@ from ldm.evaluation.identifiers import (
 from ldm.evaluation.protocols import PAPER
 from ldm.evaluation.vocabularies import clip_vocabulary, read_vocabulary
 from ldm.models.diffusion.sampler_names import find_sampler
+from ldm.modules.encoders.t5 import FrozenT5Embedder
 from ldm.sampling.text_to_image import Recipe, load_model, pick_device
 from ldm.tiny.encoders import SIDE, image_tower
 
@@ -99,11 +100,6 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.no_samples and args.ckpt:
         raise UserError("--no_samples: draws nothing; leave --ckpt out")
     if not args.no_samples:
-        if args.vocabulary:
-            raise UserError(
-                "--vocabulary: the models here read CLIP's words, so words of another vocabulary "
-                "are listed alone: add --no_samples"
-            )
         if not args.ckpt:
             raise UserError("no model to ask: give --ckpt MODEL, or --no_samples")
         if not args.class_word:
@@ -153,6 +149,7 @@ def judged(args: argparse.Namespace, found: Sequence[Identifier]) -> Any:
     """Return what the model knows of each word."""
     device = pick_device(args.device)
     model = load_model(args.ckpt, args.config, device)
+    check_reads(model, args)
     side = model.image_size * model.downsampling
     steps, scale = SMALL if side <= SIDE else LARGE
     sampler, schedule = find_sampler(SAMPLER)
@@ -170,6 +167,18 @@ def judged(args: argparse.Namespace, found: Sequence[Identifier]) -> Any:
     encode = image_tower(args.clip, side, device)
     words = [each.word for each in found]
     return known_of(words, args.class_word, args.prompt, args.samples, draw, encode)
+
+
+def check_reads(model: Any, args: argparse.Namespace) -> None:
+    """Raise a `UserError` if the words are of another vocabulary than the model reads."""
+    is_t5 = isinstance(model.cond_stage_model, FrozenT5Embedder)
+    if is_t5 and not args.vocabulary:
+        raise UserError(f"{args.ckpt}: reads T5's words: give their file with --vocabulary")
+    if args.vocabulary and not is_t5:
+        raise UserError(
+            f"--vocabulary {args.vocabulary}: {args.ckpt} reads CLIP's words: leave one of the two "
+            "out, the model with --no_samples"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ldm.errors import UserError
 from ldm.modules.encoders import tokenizer
+from ldm.modules.encoders.t5 import open_words
 
 LONGEST = 3  # characters of a piece, as in the paper
 # The paper takes tokens 5000 to 10000 of T5's 32000, which are ordered by how frequent they are.
 T5_SIZE, T5_WINDOW = 32_000, (5_000, 10_000)
 CLIP_BYTES = 512  # entries of CLIP's vocabulary before its merges: each byte, alone and at an end
 WORD_END, WORD_START = "</w>", "▁"
-NORMAL = 1  # the type of an ordinary piece in a SentencePiece file
-UNIGRAM = 1  # its type of model
 
 
 @dataclass(frozen=True)
@@ -101,15 +98,13 @@ def read_vocabulary(path: Path) -> Vocabulary:
     """
     if not path.is_file():
         raise UserError(f"--vocabulary {path}: no such file")
-    from_json = path.suffix == ".json"
     try:
-        read = _from_json(path) if from_json else _from_sentencepiece(path)
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises plain exceptions
-        kind = "tokenizer.json" if from_json else "SentencePiece file"
+        read = open_words(path)
+    except Exception as error:  # each of the libraries has errors of its own
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--vocabulary {path}: no {kind}: {line[:120]}") from error
+        raise UserError(
+            f"--vocabulary {path}: no SentencePiece file and no tokenizer.json: {line[:120]}"
+        ) from error
 
     def encode(word: str) -> list[int]:
         return list(read.encode(word, add_special_tokens=False).ids)
@@ -136,62 +131,3 @@ def _pieces(words: dict[str, int], texts: dict[str, str]) -> tuple[Piece, ...]:
         Piece(words[word], words[word], text) for word, text in texts.items() if is_short(text)
     ]
     return tuple(sorted(found, key=lambda piece: piece.token))
-
-
-def _from_json(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(path))
-
-
-def _from_sentencepiece(path: Path) -> Any:
-    """Return the tokenizer of a SentencePiece file of the kind that T5 has, a unigram model."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    pieces: list[tuple[str, float]] = []
-    unknown = 0
-    for number, value in _fields(path.read_bytes()):
-        if number == 1:
-            entry = dict(_fields(value))
-            if entry.get(3, NORMAL) == 2:
-                unknown = len(pieces)
-            score = struct.unpack("<f", entry[2])[0] if 2 in entry else 0.0
-            pieces.append((entry[1].decode(), score))
-        elif number == 2 and dict(_fields(value)).get(3, UNIGRAM) != UNIGRAM:
-            raise UserError(f"--vocabulary {path}: not a unigram model, as T5's is")
-    if not pieces:
-        raise UserError(f"--vocabulary {path}: no SentencePiece file: no pieces in it")
-    found = Tokenizer(models.Unigram(pieces, unknown))
-    found.normalizer = normalizers.NFKC()  # type: ignore[assignment]
-    found.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
-    return found
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a protocol buffer: an int, or bytes."""
-    at = 0
-
-    def number() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        key = number()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, number()
-            continue
-        size = {1: 8, 5: 4}.get(kind)
-        if kind == 2:
-            size = number()
-        if size is None or at + size > len(data):
-            raise ValueError("not a protocol buffer")
-        yield key >> 3, data[at : at + size]
-        at += size

@@ -164,17 +164,19 @@ def _words_in(folder: Path) -> Path | None:
 
 def _read_words(path: Path) -> Encode:
     """Return what encodes by a `tokenizer.json` or a SentencePiece file."""
-    from tokenizers import Tokenizer
-
     try:
-        if path.suffix == ".json":
-            read = Tokenizer.from_file(str(path))
-        else:
-            read = _of_sentencepiece(path)
+        read = open_words(path)
     except Exception as error:  # each of the two libraries has errors of its own
         problem = f"{path}: cannot be read: {' '.join(str(error).split())[:200]}"
         raise ParameterError("tokenizer", problem) from error
     return lambda text: read.encode(" ".join(text.split()), add_special_tokens=False).ids
+
+
+def open_words(path: Path) -> Any:
+    """Return the tokenizer, of the package tokenizers, of such a file; raises what that raises."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path)) if path.suffix == ".json" else _of_sentencepiece(path)
 
 
 def _of_sentencepiece(path: Path) -> Any:
