@@ -34,7 +34,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("target", "params"),
     "lightning": ("trainer", "callbacks", "modelcheckpoint"),
     "lightning.modelcheckpoint": ("target", "params"),
-    "run": ("seed", "scale_lr", "export", "base_model", "working_folder", "class_clip"),
+    "run": ("seed", "scale_lr", "export", "base_model", "working_folder", "class_clip", "chosen"),
 }
 
 SEED = 23

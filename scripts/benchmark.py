@@ -8,9 +8,8 @@ peaks are its own.
         --against diffusers --against two-forward
     python scripts/benchmark.py train --base configs/stable-diffusion/v1-finetune_unfrozen.yaml \\
         --device cuda --against diffusers --switch "bf16: lightning.trainer.precision=bf16-mixed"
-    python scripts/benchmark.py memory --precision bf16-mixed \\
+    python scripts/benchmark.py memory --precision bf16-mixed --card 12 --card 24 \\
         --base configs/stable-diffusion/v1-finetune_unfrozen.yaml
-        configs/stable-diffusion/profiles/12gb.yaml
     python scripts/benchmark.py sample --config configs/stable-diffusion/v1-inference.yaml \\
         --against diffusers
 
@@ -91,6 +90,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--card",
+        type=float,
+        action="append",
+        default=[],
+        metavar="GB",
+        help="of a GPU: what the engine would choose on it (default: this machine)",
+    )
     _add_training(parser)
     _add_size(parser)
 
@@ -202,12 +209,11 @@ def benchmark_train(args: argparse.Namespace) -> tuple[Measured, str]:
 
 
 def benchmark_memory(args: argparse.Namespace) -> tuple[Measured, str]:
-    """Estimate what a training step of every variant needs on its device."""
-    figures, text = predicted(variants(args.base, _with_flags(args), args.switch, []))
-    return {
-        "given": {key: value for key, value in vars(args).items() if key != "json"},
-        "estimates": figures,
-    }, text
+    """Estimate what a training step of every variant needs, as the engine would have it."""
+    rows = variants(args.base, _with_flags(args), args.switch, [])
+    figures, text = predicted(rows, args.card)
+    given = {key: value for key, value in vars(args).items() if key != "json"}
+    return {"given": given, **figures}, text
 
 
 def _with_flags(args: argparse.Namespace) -> list[str]:

@@ -118,7 +118,8 @@ class DiffusersDreamBooth:
 
     Every step encodes the images of subject and class anew, runs each network once over them, and
     clips the gradient's norm to 1 before AdamW. The autoencoder is in the precision of the
-    autocast. With the UNet's `use_checkpoint`, UNet and text encoder recompute their activations.
+    autocast. With the UNet's `use_checkpoint`, UNet and text encoder recompute their activations;
+    with `auto` they keep them, as the example does by default.
     """
 
     def __init__(self, config: Mapping[str, Any], device: torch.device):
@@ -135,7 +136,7 @@ class DiffusersDreamBooth:
             self.trained += self.text_encoder.parameters()
         else:
             self.text_encoder.requires_grad_(False)
-        if params["unet_config"]["params"].get("use_checkpoint"):
+        if params["unet_config"]["params"].get("use_checkpoint") in (True, "attention"):
             self.unet.enable_gradient_checkpointing()
             recompute_activations(self.text_encoder)
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6, weight_decay=1e-2)

@@ -134,7 +134,7 @@ class FirstStepCheck(pl.Callback):
             return True  # which of its optimizers steps when is the model's own business
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         stuck = [name for name in trained if name in still]
-        pulled = [name for name in stuck if _has_gradient(trained[name])]
+        pulled = [name for name in stuck if _has_gradient(trained[name], trainer.optimizers)]
         idle = _parts(trained) - _parts(name for name in trained if name not in still)
         if (self._rises(trainer) and (pulled or idle)) or (
             idle - _parts(pulled) and self._steps < self.patience
@@ -223,8 +223,12 @@ def _rate(optimizer: Any) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
+def _has_gradient(parameter: nn.Parameter, optimizers: Iterable[Any]) -> bool:
+    """Return whether a gradient has arrived, also one that AdamW has used and freed since."""
+    if parameter.grad is not None:
+        return bool(parameter.grad.any())
+    states = [optimizer.state.get(parameter, {}) for optimizer in optimizers]
+    return any(bool(state["exp_avg"].any()) for state in states if "exp_avg" in state)
 
 
 def _skipped(trainer: pl.Trainer, module: nn.Module) -> bool:

@@ -80,6 +80,10 @@ class LogSettings(pl.Callback):
     """
 
     def __init__(self, config: Mapping[str, Any]):
+        self.use(config)
+
+    def use(self, config: Mapping[str, Any]) -> None:
+        """Log the settings of this config."""
         self.settings = {key: _plain(value) for key, value in flat(config).items()}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

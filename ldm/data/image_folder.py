@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import functools
 import logging
 import os
 import warnings
@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.data.checked import CheckedImages, hash_of
 from ldm.data.finding import find_images
 from ldm.data.masks import check_mask, find_masks, load_mask
 from ldm.data.reading import load_image
@@ -27,7 +28,8 @@ from ldm.errors import ParameterError, UserError
 
 log = logging.getLogger(__name__)
 
-LONG_CHECK = 200  # images whose check shows a progress bar
+LONG_CHECK = 200  # images whose check shows a progress bar, and is remembered
+MOST_THREADS = 16  # that decode images
 
 
 class ImageFolderDataset(Dataset):
@@ -132,11 +134,16 @@ class ImageFolderDataset(Dataset):
             entries["mask"] = (pixels[..., 3] / 255).astype(np.float32)
         return entries
 
-    def _pixels(self, path: Path, generator: torch.Generator | None) -> UInt8[np.ndarray, "h w c"]:
+    def _pixels(
+        self,
+        path: Path,
+        generator: torch.Generator | None,
+        decoded: Image.Image | None = None,
+    ) -> UInt8[np.ndarray, "h w c"]:
         """Return an image's three channels, resized, and its mask as a fourth."""
         if path in self._cache:
             return self._cache[path]
-        image = load_image(path)
+        image = decoded or load_image(path)
         box = choose_box(image.size, self.resize, generator)
         pixels = np.asarray(fit(image, box, self.size, self.interpolation))
         if self.masks is not None:
@@ -158,32 +165,53 @@ class ImageFolderDataset(Dataset):
     def check(self) -> dict[Path, str]:
         """Decode every image, and return a hash of the pixels of each; once is enough for an image.
 
+        Of a folder of many, it is remembered which ones have been decoded before.
+
         Raises:
             UserError: an image does not decode, or its mask cannot be used.
         """
         new = [path for path in self.paths if path not in self._checked]
+        remembered = CheckedImages(self.root) if len(new) >= LONG_CHECK else None
+        check_one = functools.partial(self._check_one, remembered=remembered)
+        threads = min(MOST_THREADS, os.cpu_count() or 1)
         # Threads help because Pillow decodes without holding Python's lock. Each of them changes
         # the filters of warnings; the outer block puts back those from before all of them.
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
+        with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
             found = tqdm(
-                pool.map(self._check_one, new),
+                pool.map(check_one, new),
                 "checking images",
                 len(new),
-                disable=len(new) < LONG_CHECK,
+                disable=remembered is None,
             )
             try:
                 self._checked.update(zip(new, found))
             except UserError:
                 pool.shutdown(cancel_futures=True)
                 raise
+            finally:
+                if remembered:
+                    remembered.save()
         return self._checked
 
-    def _check_one(self, path: Path) -> str:
-        if self.cache_images:
-            pixels = self._pixels(path, None)
-        else:
-            image = load_image(path)
-            if self.masks and path in self.masks:
-                load_mask(self.masks[path], path, image.size)
-            pixels = np.asarray(image)
-        return hashlib.blake2b(pixels[..., :3].tobytes(), digest_size=16).hexdigest()
+    def _check_one(self, path: Path, remembered: CheckedImages | None) -> str:
+        # What a mask may be depends on the crop, too: it is looked at each time.
+        if remembered is None or self.masks is not None:
+            return self._decode_one(path)
+        try:
+            content = hash_of(path.read_bytes())
+        except OSError:  # which decoding explains
+            return self._decode_one(path)
+        known = remembered.pixels(content)
+        if known is not None:
+            return known
+        pixels = self._decode_one(path)
+        remembered.add(content, pixels)
+        return pixels
+
+    def _decode_one(self, path: Path) -> str:
+        image = load_image(path)
+        if self.cache_images and (self.masks is not None or len(self._cache) < self.cache_images):
+            self._pixels(path, None, image)
+        elif self.masks and path in self.masks:
+            load_mask(self.masks[path], path, image.size)
+        return hash_of(np.asarray(image).data)

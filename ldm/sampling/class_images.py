@@ -22,7 +22,7 @@ from ldm.distributed import agreed, share, wait_for_all
 from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.models.diffusion.sampler_names import find_sampler
-from ldm.sampling.metadata import read_recipe
+from ldm.sampling.metadata import recipe_in
 from ldm.sampling.pictures import next_number, taken_numbers
 from ldm.sampling.series import Picture, draw_series, in_batches, numbered
 from ldm.sampling.text_to_image import Recipe, text_to_image
@@ -200,8 +200,12 @@ def check_class(
 
 def _prompt_of(image: Path) -> str | None:
     """Return the prompt that a picture of ours was made of; None for other images."""
+    if image.suffix.lower() != ".png":
+        return None
     try:
-        recipe = read_recipe(image) if image.suffix.lower() == ".png" else None
+        # Our texts come before the pixels. To look behind those, all of them would be decoded.
+        with Image.open(image) as opened:
+            recipe = recipe_in(opened.info)
     except Exception:  # damaged or very large metadata, which the pixels do not need
         return None
     return None if recipe is None else str(recipe["prompt"])

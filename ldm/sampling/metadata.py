@@ -93,7 +93,11 @@ def read_recipe(picture: str | Path | Image.Image) -> dict[str, Any] | None:
     if not isinstance(picture, Image.Image):
         with Image.open(picture) as opened:
             return read_recipe(opened)
-    texts: Mapping[str, Any] = getattr(picture, "text", {})
+    return recipe_in(getattr(picture, "text", {}))
+
+
+def recipe_in(texts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what our entry among a picture's texts says; None if it is not there."""
     # The web UI's `parameters` are no JSON, and so are passed over.
     for key in (OURS, INFOTEXT):
         try:

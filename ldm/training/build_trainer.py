@@ -90,6 +90,15 @@ def build_trainer(config: RunConfig, run: Run) -> Any:
     return trainer
 
 
+def tell_config(trainer: Any, config: RunConfig) -> None:
+    """Give the callbacks that save and log the config what it is now."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, SetupCallback):
+            callback.config = dict(config.content)
+        elif isinstance(callback, LogSettings):
+            callback.use(config.content)
+
+
 class NoSignals(_SignalConnector):
     """Leave signals to `ldm.signals`.
 
@@ -106,8 +115,8 @@ def check_optimizer(config: RunConfig, trainer: Any) -> None:
     none.
     """
     optimizer = config.get("model.params.optimizer")
-    if optimizer is None:
-        return
+    if optimizer is None or "model.params.optimizer" in config.get("run.chosen", []):
+        return  # what the engine has chosen, it takes back where it does not go
     with under("model.params"):
         check_name(optimizer)
         found = needs_gradients(trainer) if optimizer.endswith(SUFFIX) else []

@@ -255,6 +255,20 @@ def available_bytes(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
+def held_bytes(model: Any, device: torch.device) -> int:
+    """Return the bytes of a model's tensors that take a device's memory already.
+
+    Weights on the CPU that are mapped from a file, and that nothing has written to, take none.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    held = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+    status = Path("/proc/self/status")
+    if device.type != "cpu" or not status.exists():
+        return held
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return min(held, int(fields["RssAnon"].split()[0]) * 1024)
+
+
 def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
     """Estimate a run; None for other models, for images of any size and where memory is of no
     concern.
@@ -266,8 +280,9 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
         or sum(p.nbytes for p in model.parameters()) < CONCERNS
     ):
         return None
-    # Of the subject and of the prior, which a teacher may stand for.
-    batches = 2 if model.preservation.chosen.has_prior("reg" in data.datasets) else 1
+    # Of the subject and of the prior, which a teacher may stand for. Its images may be made later.
+    has_class = "reg" in data.datasets or getattr(data, "reg", None) is not None
+    batches = 2 if model.preservation.chosen.has_prior(has_class) else 1
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
     accumulates = trainer.accumulate_grad_batches > 1
     found = estimate(model, model.optimizer, batches * data.batch_size, side, autocast, accumulates)
@@ -280,8 +295,7 @@ def outlook(trainer: Any, model: Any, found: Estimate) -> str:
     """Put an estimate into words and, if the device has less, what to do about that."""
     device = trainer.strategy.root_device
     available = available_bytes(device)
-    tensors = [*model.parameters(), *model.buffers()]
-    held = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+    held = held_bytes(model, device)
     if available is None or found.total < available + held:
         return str(found)
     there = f"{(available + held) / GB:.1f} GB are there"

@@ -34,7 +34,7 @@ FIXED: dict[str, str] = {
 }
 
 # Keys that say where a run was started and from what: they change without anybody's wish.
-NOT_SHOWN = ("run.base_model", "run.working_folder")
+NOT_SHOWN = ("run.base_model", "run.working_folder", "run.chosen")
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,10 @@ def start(
     training: str,
     resumed: Resumed | None = None,
     class_word: str = "",
+    engine: str = "",
 ) -> str:
     """Say what is about to happen: parameters, images, prompts, precision, steps, where the output
-    goes.
+    goes, and what the engine has chosen.
     """
     rows = {"training": training, "weights": weights}
     found = data.summary()
@@ -172,6 +173,7 @@ def start(
     rows["device"] = f"{device}, precision {trainer.precision}" + (
         f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     )
+    rows["engine"] = engine
     if is_sharded(trainer):
         rows["sharded"] = f"over {trainer.world_size} processes"
     elif estimate := memory.of_run(trainer, model, data):

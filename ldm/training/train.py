@@ -37,7 +37,12 @@ from ldm.models.diffusion.trained import check_strategy
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
-from ldm.training.build_trainer import build_trainer, check_optimizer, quiet_lightning
+from ldm.training.build_trainer import (
+    build_trainer,
+    check_optimizer,
+    quiet_lightning,
+    tell_config,
+)
 from ldm.training.checks import (
     check_identifiers,
     check_monitors,
@@ -46,6 +51,7 @@ from ldm.training.checks import (
 )
 from ldm.training.class_word import class_word_line
 from ldm.training.disk import check_disk
+from ldm.training.facts import decide
 from ldm.training.initial_weights import Start, build_model
 from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
@@ -99,6 +105,10 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     trainer = build_trainer(config, run)
     check_optimizer(config, trainer)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
+
+    # What is faster, changes no number and fits here is switched on, unless the config says it.
+    config, engine = decide(config, trainer, model, data, run.resume_from is not None)
+    tell_config(trainer, config)
     set_learning_rates(model, config, trainer, data.batch_size)
 
     # Whatever can be refused is refused before the hours that class images may take.
@@ -119,7 +129,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         first_alone(lambda: None)
 
         # The steps. What ends them early says which step is saved and how to go on.
-        trainer.callbacks.append(_Announcement(run, report, resumed, config))
+        trainer.callbacks.append(_Announcement(run, report, resumed, config, engine))
         if run.resume_from:  # not as an argument of fit, which hides it from the callbacks
             trainer.ckpt_path = str(run.resume_from)
             _check_goes_on(model, run.resume_from)
@@ -314,8 +324,11 @@ def _only(trainer: Any, kind: type) -> Any:
 class _Announcement(pl.Callback):
     """Logs the start summary, once the images are there and the devices are known."""
 
-    def __init__(self, run: Run, weights: str, resumed: Resumed | None, config: RunConfig):
+    def __init__(
+        self, run: Run, weights: str, resumed: Resumed | None, config: RunConfig, engine: str
+    ):
         self.run, self.weights, self.resumed, self.config = run, weights, resumed, config
+        self.engine = engine
         self.parameters = ""
 
     def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
@@ -333,6 +346,7 @@ class _Announcement(pl.Callback):
                 summary.start(
                     *(trainer, pl_module, data, self.run, self.weights, parameters, self.resumed),
                     class_word=class_word,
+                    engine=self.engine,
                 )
             )
 

@@ -19,7 +19,8 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uncached(workspace):
-    return workspace.train("uncached", SLOW, "--max_steps", str(STEPS))
+    never = "data.params.latent_cache=false"
+    return workspace.train("uncached", SLOW, never, "--max_steps", str(STEPS))
 
 
 def losses(run):

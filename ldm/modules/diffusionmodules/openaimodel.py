@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import ParameterError, check_counts, check_share
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.levels import Level, check_widths, plan, with_text_alone
 from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
 
@@ -122,7 +122,8 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: the time embedding scales and shifts norms, see `ResBlock`.
         use_linear_in_transformer: linear projections (Stable Diffusion 2), not 1x1 convolutions.
         use_checkpoint: recompute activations in the backward pass instead of keeping them; with
-            `attention`, only those of the transformer blocks, which keep most for their work.
+            `attention`, only those of the transformer blocks, which keep most for their work. With
+            `auto` the training command chooses by the memory; elsewhere nothing is recomputed.
         num_classes: how many classes, or noise levels of a small image, the UNet is told of.
         disable_self_attentions: for each level, whether its transformers read the text in place of
             their own pixels, which large pictures have too many of.
@@ -164,10 +165,7 @@ class UNetModel(nn.Module):
             raise ParameterError(
                 "use_spatial_transformer", "must be true: the text is read by cross-attention"
             )
-        if use_checkpoint not in (True, False, "attention"):
-            raise ParameterError(
-                "use_checkpoint", f"expected true, false or attention, got {use_checkpoint!r}"
-            )
+        _check_recomputed(use_checkpoint)
         check_counts(
             in_channels=in_channels, out_channels=out_channels, model_channels=model_channels
         )
@@ -188,8 +186,6 @@ class UNetModel(nn.Module):
             dropout=dropout,
             use_linear=use_linear_in_transformer,
             scales_norms=use_scale_shift_norm,
-            checkpoint_residuals=use_checkpoint is True,
-            checkpoint_attention=bool(use_checkpoint),
         )
         self.channels_last = channels_last
         self._compiled = self._compile(compile) if compile else None
@@ -222,6 +218,19 @@ class UNetModel(nn.Module):
             nn.SiLU(),
             zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
         )
+        self.recompute(use_checkpoint)
+
+    def recompute(self, use_checkpoint: bool | str) -> None:
+        """Set what is computed again in the backward pass, as the constructor's `use_checkpoint`.
+
+        It may change between steps.
+        """
+        _check_recomputed(use_checkpoint)
+        for module in self.modules():
+            if isinstance(module, BasicTransformerBlock):
+                module.use_checkpoint = use_checkpoint in (True, "attention")
+            elif isinstance(module, ResBlock):
+                module.use_checkpoint = use_checkpoint is True
 
     def forward(
         self,
@@ -312,8 +321,6 @@ class BlockFactory:
     dropout: float
     use_linear: bool
     scales_norms: bool
-    checkpoint_residuals: bool
-    checkpoint_attention: bool
 
     def res_block(self, channels: int, out_channels: int) -> ResBlock:
         return ResBlock(
@@ -321,8 +328,7 @@ class BlockFactory:
             self.emb_channels,
             out_channels,
             self.dropout,
-            self.checkpoint_residuals,
-            self.scales_norms,
+            use_scale_shift_norm=self.scales_norms,
         )
 
     def transformer(self, channels: int, text_alone: bool = False) -> SpatialTransformer:
@@ -337,8 +343,7 @@ class BlockFactory:
             self.context_dim,
             self.dropout,
             self.use_linear,
-            self.checkpoint_attention,
-            text_alone,
+            text_alone=text_alone,
         )
 
 
@@ -375,3 +380,11 @@ def _way_up(make: BlockFactory, levels: list[Level], skips: list[int]) -> list[n
                 layers.append(Upsample(channels))
             modules.append(TimestepEmbedSequential(*layers))
     return modules
+
+
+def _check_recomputed(use_checkpoint: bool | str) -> None:
+    """Raise a `UserError` for what `use_checkpoint` cannot be."""
+    if use_checkpoint not in (True, False, "attention", "auto"):
+        raise ParameterError(
+            "use_checkpoint", f"expected true, false, attention or auto, got {use_checkpoint!r}"
+        )

@@ -1,0 +1,194 @@
+"""What the engine's choices depend on: the facts of a run, or of a config alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.checkpoints.export import target_of
+from ldm.config import RunConfig
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.latents import HasVariants
+from ldm.data.streams import count_images
+from ldm.distributed import is_sharded
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.inpainting import inpaints
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from ldm.training import engine, memory
+from ldm.training.build_trainer import needs_gradients
+from ldm.training.engine import AUTO, LATENTS, LAYOUT, OPTIMIZER, RECOMPUTE, Choice, Facts, Images
+from ldm.util import instantiate_from_config
+
+CHOSEN = "run.chosen"  # where a run's saved config lists the keys that the engine has chosen
+KEYS = (LATENTS, OPTIMIZER, RECOMPUTE, LAYOUT)
+
+
+def decide(
+    config: RunConfig, trainer: Any, model: Any, data: Any, resumes: bool
+) -> tuple[RunConfig, str]:
+    """Set what the engine chooses for a run on its model and data, which are built but not used.
+
+    Returns:
+        the config with what was chosen, under `run.chosen` also which keys that are; and a line for
+        the start summary. For other models and data, the config as it is and an empty line.
+    """
+    known = isinstance(model, LatentDiffusion) and isinstance(data, DataModuleFromConfig)
+    if not known or not isinstance(model.model.diffusion_model, UNetModel):
+        return config, ""
+    choices = engine.choose(facts_of_run(config, trainer, model, data, resumes))
+    _apply(choices, model, data)
+    chosen = {choice.key: choice.value for choice in choices if choice.chosen}
+    if chosen or config.get(CHOSEN):
+        config = config.having({**chosen, CHOSEN: sorted(chosen)})
+    return config, engine.in_one_line(choices)
+
+
+def _apply(choices: list[Choice], model: Any, data: Any) -> None:
+    """Give model and data what was chosen for them."""
+    values = {choice.key: choice.value for choice in choices if choice.chosen}
+    unet = model.model.diffusion_model
+    if LATENTS in values:
+        data.latent_cache = values[LATENTS]
+    if OPTIMIZER in values:
+        model.optimizer = values[OPTIMIZER]
+    if RECOMPUTE in values:
+        unet.recompute(values[RECOMPUTE])
+    if LAYOUT in values:
+        unet.channels_last = values[LAYOUT]  # `configure_model` gives the weights this layout
+
+
+def facts_of_run(
+    config: RunConfig, trainer: Any, model: Any, data: Any, resumes: bool = False
+) -> Facts:
+    """Collect the facts of a run that is about to start."""
+    device = trainer.strategy.root_device
+    weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
+    return Facts(
+        device=device.type,
+        weights=weights,
+        trained=trained_bytes(model),
+        given={key: config.get(key) for key in KEYS},
+        memory=_memory(trainer, model, device),
+        needed=Needs(lambda: twin_of(config.content), functools.partial(_estimate, trainer, data)),
+        images=_images(trainer, model, data),
+        needs_gradients=[*needs_gradients(trainer), *_watchers(trainer)],
+        sharded=is_sharded(trainer),
+        settled={key: config.get(key) for key in config.get(CHOSEN, [])},
+        resumes=resumes,
+    )
+
+
+GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+
+
+def _watchers(trainer: Any) -> list[str]:
+    """Return the names of others' callbacks that may read gradients, or change how many add up."""
+
+    def reads(kind: type) -> bool:
+        return any(getattr(kind, hook) is not getattr(pl.Callback, hook) for hook in GRADIENT_HOOKS)
+
+    kinds = {type(callback) for callback in trainer.callbacks}
+    others = [kind for kind in kinds if not kind.__module__.startswith("ldm.")]
+    accumulates = pl.callbacks.GradientAccumulationScheduler
+    found = [kind for kind in others if reads(kind) or issubclass(kind, accumulates)]
+    more = ["sharded weights"] if is_sharded(trainer) else []
+    return sorted(kind.__name__ for kind in found) + more
+
+
+def twin_of(content: Mapping[str, Any]) -> Any:
+    """Build a config's model without memory for its weights, as it will train."""
+    with torch.device("meta"):
+        twin: Any = instantiate_from_config(target_of(content), "model")
+    twin.configure_model()
+    return twin
+
+
+class Needs:
+    """What a step needs, by what is recomputed and the optimizer. The model is built when asked."""
+
+    def __init__(self, build: Callable[[], Any], estimate: Callable[[Any], int]):
+        self._build, self._estimate = build, estimate
+        self._twin: Any = None
+
+    def __call__(self, recomputed: bool | str, optimizer: str) -> int:
+        if self._twin is None:
+            self._twin = self._build()
+        self._twin.model.diffusion_model.recompute(recomputed)
+        self._twin.optimizer = optimizer
+        return self._estimate(self._twin)
+
+
+def _estimate(trainer: Any, data: Any, twin: Any) -> int:
+    found = memory.of_run(trainer, twin, data)
+    return 0 if found is None else found.total
+
+
+def trained_bytes(model: Any) -> int:
+    """Count the bytes of the trained weights; adapters, which come later, are few."""
+    if model.lora:
+        return 0
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def _memory(trainer: Any, model: Any, device: torch.device) -> int | None:
+    """Return the bytes of the device that a training may take, what it has already included."""
+    free = memory.available_bytes(device)
+    if free is None:
+        return None
+    # The processes of one machine share its memory, but have a GPU each.
+    sharing = trainer.num_devices if device.type == "cpu" else 1
+    return free // sharing + memory.held_bytes(model, device)
+
+
+def _images(trainer: Any, model: Any, data: Any) -> Images | str:
+    """Count what a cache of latents would hold, or say why there can be none."""
+    if inpaints(model):
+        return "an inpainting model encodes each image under its mask"
+    if not isinstance(model.first_stage_model, AutoencoderKL):
+        return "no autoencoder makes latents"
+    train = data.datasets.get("train")
+    side = getattr(train, "size", None)
+    reason = _why_not_cacheable(data)
+    if reason or not side:
+        return reason or "images of any size"
+    variants = _variants(train.flip_p) * count_images(train)
+    if data.reg is not None:
+        params = (data.reg.get("params") or {}) if data.prior is None else vars(data.prior)
+        images = 0 if data.prior is None else count_images(data.prior)
+        variants += _variants(params.get("flip_p", 0.5)) * max(images, data.num_class_images)
+    numbers = 2 * model.first_stage_model.embed_dim * (side // model.downsampling) ** 2
+    free = memory.available_bytes(torch.device("cpu"))
+    return Images(variants, _draws(trainer, data), 4 * numbers * variants, free)
+
+
+def _why_not_cacheable(data: Any) -> str:
+    for name in ("train", "reg"):
+        dataset = data.datasets.get(name)
+        if dataset is not None and not isinstance(dataset, HasVariants):
+            return f"{name} is no folder of images"
+        resize = getattr(dataset, "resize", None)
+        if dataset is None and name == "reg" and data.reg is not None:
+            resize = (data.reg.get("params") or {}).get("resize")
+        if resize == "random_crop":
+            return f"{name} is cropped anew each time"
+    return ""
+
+
+def _variants(flip_p: float) -> int:
+    return 2 if 0 < flip_p < 1 else 1
+
+
+def _draws(trainer: Any, data: Any) -> int | None:
+    """Count the pictures that one process reads in all steps; None without an end."""
+    batches = trainer.accumulate_grad_batches * trainer.max_steps
+    if trainer.max_steps < 0:
+        if not trainer.max_epochs or trainer.max_epochs < 0:
+            return None
+        share = data.batch_size * trainer.world_size
+        batches = trainer.max_epochs * max(1, len(data.datasets["train"]) // share)
+    return batches * data.batch_size * (1 if data.reg is None else 2)
