@@ -20,7 +20,7 @@ PROMPTS = ROOT / "configs" / "prompts"
 YAMLS = sorted(
     path
     for path in (ROOT / "configs").rglob("*.yaml")
-    if path.parent != PROFILES and PROMPTS not in path.parents
+    if path.parent.name != "profiles" and PROMPTS not in path.parents
 )
 FINETUNE = ROOT / "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
 INFERENCE = ROOT / "configs/stable-diffusion/v1-inference.yaml"

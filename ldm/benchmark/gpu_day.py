@@ -233,9 +233,7 @@ def _measured(day: Day, piece: Piece) -> dict[str, Any]:
     """Return what a piece finds, or why it fails."""
     started = time.monotonic()
     try:
-        found = rows.in_own_process(
-            piece.function, *piece.arguments, environment=piece.environment
-        )
+        found = rows.in_own_process(piece.function, *piece.arguments, environment=piece.environment)
     except Exception as error:  # whatever it is, the other pieces can still say something
         log.warning("%s: %s failed: %s", piece.group, piece.name, first_line(error))
         found = {"failed": first_line(error)}
@@ -297,7 +295,8 @@ def _table(group: str, found: list[dict[str, Any]]) -> str:
     if group == "checks":
         lines = ["| | found | |", "| --- | --- | --- |"]
         for row in found:
-            lines.append(f"| {row['name']} | {row['found']} | {'' if row['passes'] else '**no**'} |")
+            verdict = "" if row["passes"] else "**no**"
+            lines.append(f"| {row['name']} | {row['found']} | {verdict} |")
         return "\n".join(lines)
     compared_to = found[0]["name"]
     report.compare(found, compared_to)

@@ -29,10 +29,7 @@ GUIDANCE = 7.5
 
 @dataclass(frozen=True)
 class Settings:
-    """What is sampled, and how that is measured; `size` in pixels, by default the model's.
-
-    With `compile` the UNet is compiled by `torch.compile`, which the clock does not see.
-    """
+    """What is sampled, and how that is measured; `size` in pixels, by default the model's."""
 
     steps: int = 20
     batch: int = 4
@@ -150,9 +147,6 @@ def measure_sampling(kind: str, config: Path, weights: Path, settings: Settings)
     try:
         program = PROGRAMS[kind](config, weights, settings)
         one, two = _counted(program, 1), _counted(program, 2)  # they warm up, too
-        if settings.compile:
-            program.unet.compile()
-            program.draw(2)
         timed = _timed(program, settings, device)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}

@@ -146,9 +146,8 @@ def _optimizer(facts: Facts) -> Choice:
     """Update each weight of a large model as soon as its gradient is there."""
     settled = _settled(facts, OPTIMIZER, "adamw")
     keeps = f"AdamW after the backward pass ({', '.join(facts.needs_gradients)})"
-    if settled and settled.chosen and str(settled.value).endswith(SUFFIX):
-        if facts.needs_gradients:
-            return Choice(OPTIMIZER, str(settled.value).removesuffix(SUFFIX), keeps)
+    if settled and settled.chosen and facts.needs_gradients:
+        return Choice(OPTIMIZER, str(settled.value).removesuffix(SUFFIX), keeps)
     if settled:
         return settled
     if facts.trained < LARGE:

@@ -21,7 +21,7 @@ from ldm.models.diffusion.inpainting import inpaints
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training import engine, memory
 from ldm.training.build_trainer import needs_gradients
-from ldm.training.engine import AUTO, LATENTS, LAYOUT, OPTIMIZER, RECOMPUTE, Choice, Facts, Images
+from ldm.training.engine import LATENTS, LAYOUT, OPTIMIZER, RECOMPUTE, Choice, Facts, Images
 from ldm.util import instantiate_from_config
 
 CHOSEN = "run.chosen"  # where a run's saved config lists the keys that the engine has chosen

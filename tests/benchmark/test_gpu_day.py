@@ -13,10 +13,15 @@ from scripts import gpu_day as command
 def toy(tmp_path, here, monkeypatch):
     """A day of one check, a training and a sampling, and what was measured of it."""
     begun, pieces = [], gpu_day.Day.pieces
-    wanted = {"AdamW in the backward pass", "DDP of one process", "ours", "profile", "compiled"}
+    checked = {"AdamW in the backward pass", "DDP of one process", "compiled"}
+    wanted = {("checks", name) for name in checked} | {
+        ("training, 1 + 1", "ours"),
+        ("sampling, fp32, batch 1", "ours"),
+        ("profiles", "profile"),
+    }
 
     def chosen(day):
-        return [piece for piece in pieces(day) if piece.name in wanted and "batch 2" not in piece.group]
+        return [piece for piece in pieces(day) if (piece.group, piece.name) in wanted]
 
     monkeypatch.setattr(gpu_day.Day, "pieces", chosen)
     measured = gpu_day._measured

@@ -79,7 +79,7 @@ def test_memory_of_an_optimizer_that_there_is_not(tmp_path, capsys, caplog):
     )
 
 
-PROFILES = sorted((ROOT / "configs/stable-diffusion/profiles").glob("*.yaml"))
+PROFILES = sorted((ROOT / "configs/stable-diffusion/profiles").glob("*gb.yaml"))
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)

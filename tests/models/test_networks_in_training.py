@@ -57,7 +57,7 @@ def test_attention_alone_is_checkpointed(monkeypatch):
         torch.allclose(found[name], grad, rtol=1e-4, atol=1e-7) for name, grad in expected.items()
     )
     with pytest.raises(
-        UserError, match="use_checkpoint: expected true, false or attention, got 'attn'"
+        UserError, match="use_checkpoint: expected true, false, attention or auto, got 'attn'"
     ):
         UNetModel(**{**UNET, "use_checkpoint": "attn"})
 

@@ -112,12 +112,16 @@ def adamw_steps(model, learning_rate, steps, monkeypatch):
     model.learning_rate = learning_rate
     optimizer = model.configure_optimizers()
     losses = []
-    for _ in range(steps):
+
+    def closure():
         loss, _ = step_loss(model, ["train", "reg"], 1.0, monkeypatch)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
         losses.append(loss.detach())
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
     return torch.stack(losses), step_loss(model, ["train", "reg"], 1.0, monkeypatch)[0].detach()
 
 
@@ -131,8 +135,20 @@ def float64_model(fresh_golden_model, monkeypatch):
     return in_float64(fresh_golden_model, monkeypatch)
 
 
-def test_three_adamw_steps(float64_model, monkeypatch):
+def choose_everything(model):
+    """Switch on all that a run may choose by itself (`ldm.training.engine`)."""
+    unet = model.model.diffusion_model
+    unet.recompute("attention")
+    unet.channels_last = True
+    model.configure_model()
+    model.optimizer = "adamw_in_backward"
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_three_adamw_steps(float64_model, monkeypatch, chosen):
     model = float64_model
+    if chosen:
+        choose_everything(model)
     losses, after = adamw_steps(model, 1e-3, 3, monkeypatch)
     assert rel(losses, tensor("adamw_lr1e-3/losses")) < 1e-6
     assert rel(after, tensor("adamw_lr1e-3/loss_after")) < 1e-6

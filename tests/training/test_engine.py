@@ -93,7 +93,9 @@ def test_the_line_names_each_choice_and_its_reason():
         "AdamW in the backward pass (3.0 GB of gradients less); "
         "attention recomputed (14.2 of 16.3 GB); channels last (a large UNet on a CPU)"
     )
-    line = engine.in_one_line(engine.choose(changed(given={RECOMPUTE: True}, needs_gradients=["x"])))
+    line = engine.in_one_line(
+        engine.choose(changed(given={RECOMPUTE: True}, needs_gradients=["x"]))
+    )
     assert "AdamW after the backward pass (x); use_checkpoint true as given" in line
 
 
@@ -213,13 +215,15 @@ def test_an_older_run_goes_on_as_it_was(workspace, caplog, monkeypatch):
     old = workspace.train("old", "--max_steps", "2")
     monkeypatch.undo()
     monkeypatch.setattr(engine, "LARGE", 0)
-    workspace.resume(old, "--max_steps", "40")
+    workspace.resume(old, "--max_steps", "8")
     assert not any(saved(old).get(key) for key in (LATENTS, OPTIMIZER, LAYOUT, facts.CHOSEN))
 
 
 def test_a_callback_that_reads_gradients_gets_them(workspace, caplog, monkeypatch):
     monkeypatch.setattr(engine, "LARGE", 0)
-    scheduler = "lightning.callbacks.more.target=pytorch_lightning.callbacks.GradientAccumulationScheduler"
+    scheduler = (
+        "lightning.callbacks.more.target=pytorch_lightning.callbacks.GradientAccumulationScheduler"
+    )
     workspace.train(
         "scheduled", "--max_steps", "2", scheduler, "lightning.callbacks.more.params.scheduling={0: 1}"
     )  # fmt: skip
@@ -232,7 +236,7 @@ def test_a_callback_that_reads_gradients_gets_them(workspace, caplog, monkeypatc
 def test_the_choice_for_a_card_needs_no_card(capsys):
     """v1 at 512 pixels; the figures are those of docs/training.md."""
     command = ["memory", "--base", str(FINETUNE), "--precision", "bf16-mixed"]
-    assert benchmark.main([*command, *"--card 12 --card 24".split()]) == 0
+    assert benchmark.main([*command, "--card", "12", "--card", "24"]) == 0
     printed = capsys.readouterr().out
     small, large = (
         next(line for line in printed.splitlines() if line.startswith(f"ours, {card} GB:"))

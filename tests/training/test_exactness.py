@@ -59,9 +59,15 @@ CONCEPTS = [
     "{data_root: HERE/photos2, class_word: cat, reg_data_root: HERE/class_images2, "
     "identifier: zwx, weight: 2}]"
 ]
+# What a run may choose by itself, beside the cache.
+CHOSEN = [
+    "model.params.optimizer=adamw_in_backward",
+    "model.params.unet_config.params.use_checkpoint=attention",
+    "model.params.unet_config.params.channels_last=true",
+]
 RUNS = {
     "accumulated": ACCUMULATED,
-    "bf16-cached-taught": [*BF16, *CACHED, *TAUGHT],
+    "bf16-cached-chosen-taught": [*BF16, *CACHED, *CHOSEN, *TAUGHT],
     "inpainting": INPAINTING,
     "words": WORDS,
     # In pixels, with noise on small pictures.
