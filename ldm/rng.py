@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.host import CUDA
+
 
 def derive_seed(*keys: int | str) -> int:
     """Return a 63-bit seed that depends on every key and on their order."""
@@ -25,6 +27,12 @@ def generator(*keys: int | str) -> torch.Generator:
     """Return a CPU generator seeded by `derive_seed(*keys)`."""
     # CPU generators keep 32 bits of a seed; the hash spreads the keys over all of them.
     return torch.Generator().manual_seed(derive_seed(*keys) & 0xFFFFFFFF)
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device; the processor does not wait for a GPU meanwhile."""
+    # The driver has read the CPU's memory before it returns, so nothing can change it too early.
+    return value.to(device, non_blocking=device.type == CUDA)
 
 
 class SampleRandom:
@@ -44,26 +52,25 @@ class SampleRandom:
     def randn(self, shape: Sequence[int]) -> Tensor:
         """Draw standard normal noise of `shape`, whose first dimension is the batch."""
         if self._generators is None:
-            return torch.randn(tuple(shape)).to(self.device)
+            return sent(torch.randn(tuple(shape)), self.device)
         assert shape[0] == len(self._generators), (
             f"{shape[0]} samples for {len(self._generators)} seeds"
         )
-        return torch.stack(
-            [torch.randn(tuple(shape[1:]), generator=g) for g in self._generators]
-        ).to(self.device)
+        drawn = [torch.randn(tuple(shape[1:]), generator=g) for g in self._generators]
+        return sent(torch.stack(drawn), self.device)
 
     def randint(self, high: int, batch: int) -> Tensor:
         """Draw `batch` integers, int64, uniform in [0, high)."""
         if self._generators is None:
-            return torch.randint(0, high, (batch,)).to(self.device)
+            return sent(torch.randint(0, high, (batch,)), self.device)
         assert batch == len(self._generators), f"{batch} samples for {len(self._generators)} seeds"
-        return torch.cat([torch.randint(0, high, (1,), generator=g) for g in self._generators]).to(
-            self.device
-        )
+        drawn = [torch.randint(0, high, (1,), generator=g) for g in self._generators]
+        return sent(torch.cat(drawn), self.device)
 
     def rand(self, batch: int) -> Tensor:
         """Draw `batch` numbers, uniform in [0, 1)."""
         if self._generators is None:
-            return torch.rand(batch).to(self.device)
+            return sent(torch.rand(batch), self.device)
         assert batch == len(self._generators), f"{batch} samples for {len(self._generators)} seeds"
-        return torch.cat([torch.rand(1, generator=g) for g in self._generators]).to(self.device)
+        drawn = [torch.rand(1, generator=g) for g in self._generators]
+        return sent(torch.cat(drawn), self.device)

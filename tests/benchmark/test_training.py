@@ -99,7 +99,7 @@ def test_training_against_others(here, tmp_path):
     found = measured(
         tmp_path,
         *["train", "--base", config, "--steps", 1, "--warmup", 0, "--device", "cpu", "--size", 16],
-        *["--against", "diffusers", "--against", "two-forward"],
+        *["--against", "diffusers", "--against", "two-forward", "data.params.latent_cache=false"],
     )
     assert (
         list(by_name(found)) == ["diffusers", "two-forward", "ours"]

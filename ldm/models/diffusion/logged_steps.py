@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,19 @@ class LoggedSteps(CompVisInterface):
     @abstractmethod
     def _posterior(self, batch: Batch) -> DiagonalGaussianDistribution:
         """Return the posterior of a batch's images."""
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move a batch, but leave the seeds, with which the processor draws, where they are.
+
+        To read them back from a GPU, it would wait for all that the GPU still has to do.
+        """
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        for there, here in zip(_parts(moved), _parts(batch)):
+            if "noise_seed" in here:
+                there["noise_seed"] = here["noise_seed"]
+        return moved
 
     # The three kinds of steps
 
@@ -114,3 +129,9 @@ class LoggedSteps(CompVisInterface):
             )
             pictures["samples"] = samples(self, shown.captions, beside, *how)
         return pictures
+
+
+def _parts(batch: Any) -> list[Any]:
+    """Return a batch's mappings: of the subject, and of the prior if there is one."""
+    parts = [batch] if isinstance(batch, Mapping) else batch
+    return [part for part in parts if isinstance(part, Mapping)]

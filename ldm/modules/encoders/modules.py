@@ -21,6 +21,7 @@ from ldm.modules.encoders.tokenizer import (
     transformers_tokenizer,
 )
 from ldm.modules.named_weights import NamedWeights
+from ldm.rng import sent
 
 SHORTEST = 3  # tokens: the start, a word, the end
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -206,7 +207,7 @@ class FrozenCLIPEmbedder(TextEncoder):
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """Return embeddings of token ids, (b, n, hidden_size)."""
         text_model: Any = self.transformer.text_model
-        tokens = tokens.to(text_model.embeddings.position_ids.device)
+        tokens = sent(tokens, text_model.embeddings.position_ids.device)
         return text_model(input_ids=tokens).last_hidden_state
 
     @property
@@ -266,7 +267,7 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
         """Return embeddings of token ids, (b, n, width)."""
         model: Any = self.model
-        tokens = tokens.to(model.positional_embedding.device)
+        tokens = sent(tokens, model.positional_embedding.device)
         n = tokens.shape[1]
         x = model.token_embedding(tokens) + model.positional_embedding[:n]
         mask = model.attn_mask[:n, :n].to(x.dtype)
