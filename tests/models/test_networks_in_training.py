@@ -104,7 +104,9 @@ def test_autocast_is_close_to_full_precision():
 def test_seeds_stay_where_the_processor_draws_with_them(pair):
     """On their way back from a GPU they would make it wait, in each step."""
     given = {"image": torch.zeros(1, 8, 8, 3), "noise_seed": torch.tensor([3])}
-    moved = build().transfer_batch_to_device((given, given) if pair else given, "meta", 0)
+    moved = build().transfer_batch_to_device(
+        (given, given) if pair else given, torch.device("meta"), 0
+    )
     for part in moved if pair else [moved]:
         assert part["image"].is_meta and part["noise_seed"].tolist() == [3]
     assert given["image"].device.type == "cpu"
