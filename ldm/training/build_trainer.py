@@ -49,6 +49,7 @@ def quiet_lightning() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*exists and is not empty.*",  # a resumed run's checkpoints
         r".*GPU available but not used.*",
+        r".*You have overridden `transfer_batch_to_device`.*",
     ):
         warnings.filterwarnings("ignore", message=f"(?i){message}")
 

@@ -15,9 +15,10 @@ from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.latents import HasVariants
 from ldm.data.streams import count_images
 from ldm.distributed import is_sharded
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.inpainting import inpaints
+from ldm.models.diffusion.super_resolution import upscales
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training import engine, memory
 from ldm.training.build_trainer import needs_gradients
@@ -147,13 +148,9 @@ def _memory(trainer: Any, model: Any, device: torch.device) -> int | None:
 
 def _images(trainer: Any, model: Any, data: Any) -> Images | str:
     """Count what a cache of latents would hold, or say why there can be none."""
-    if inpaints(model):
-        return "an inpainting model encodes each image under its mask"
-    if not isinstance(model.first_stage_model, AutoencoderKL):
-        return "no autoencoder makes latents"
     train = data.datasets.get("train")
     side = getattr(train, "size", None)
-    reason = _why_not_cacheable(data)
+    reason = why_no_latents(model) or _why_not_cacheable(data)
     if reason or not side:
         return reason or "images of any size"
     variants = _variants(train.flip_p) * count_images(train)
@@ -164,6 +161,19 @@ def _images(trainer: Any, model: Any, data: Any) -> Images | str:
     numbers = 2 * model.first_stage_model.embed_dim * (side // model.downsampling) ** 2
     free = memory.available_bytes(torch.device("cpu"))
     return Images(variants, _draws(trainer, data), 4 * numbers * variants, free)
+
+
+def why_no_latents(model: LatentDiffusion) -> str:
+    """Say why a model has to see the images themselves in each step; an empty text if it has not
+    to.
+    """
+    if inpaints(model):
+        return "an inpainting model encodes each image anew under its mask"
+    if upscales(model):
+        return "a super-resolution model reads each image made smaller"
+    if isinstance(model.first_stage_model, IdentityFirstStage):
+        return "a model in pixels has no latents"
+    return ""
 
 
 def _why_not_cacheable(data: Any) -> str:

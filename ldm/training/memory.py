@@ -164,7 +164,8 @@ def forward_stages(
             torch.enable_grad(),
             torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
         ):
-            stages, recomputed = _stages(unet, state, (x, t, context))
+            classes = () if unet.num_classes is None else (t,)
+            stages, recomputed = _stages(unet, state, (x, t, context, *classes))
     return [Stage(text, gradients), *stages], recomputed
 
 

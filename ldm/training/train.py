@@ -29,10 +29,7 @@ from ldm.commands import disk_text
 from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import failure_of_others, first_alone, is_sharded
 from ldm.errors import ParameterError, UserError, under
-from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.models.diffusion.inpainting import inpaints
-from ldm.models.diffusion.super_resolution import upscales
 from ldm.models.diffusion.trained import check_strategy
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
@@ -51,7 +48,7 @@ from ldm.training.checks import (
 )
 from ldm.training.class_word import class_word_line
 from ldm.training.disk import check_disk
-from ldm.training.facts import decide
+from ldm.training.facts import decide, why_no_latents
 from ldm.training.initial_weights import Start, build_model
 from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
@@ -156,8 +153,8 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
         if isinstance(callback, ChecksRun):
             callback.check(model, data)
     if isinstance(model, LatentDiffusion):
-        if getattr(data, "latent_cache", None):
-            _check_latent_cache(model)
+        if getattr(data, "latent_cache", None) and (why := why_no_latents(model)):
+            raise ParameterError("data.params.latent_cache", f"{why}; leave it out")
         # Make the optimizer and its schedule once, of a small layer: wrong options show now, and
         # nothing is kept of it.
         stand_in = torch.nn.Linear(1, 1)
@@ -166,19 +163,6 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
             with_schedule(optimizer, model.scheduler_config, trainer.max_steps)
             if model.text_training.stop is not None:
                 check_strategy(trainer.strategy)
-
-
-def _check_latent_cache(model: LatentDiffusion) -> None:
-    """Raise a `UserError` for a model that has to see the images themselves in each step."""
-    why = ""
-    if inpaints(model):
-        why = "an inpainting model encodes each image anew under its mask"
-    elif upscales(model):
-        why = "a super-resolution model reads each image made smaller"
-    elif isinstance(model.first_stage_model, IdentityFirstStage):
-        why = "a model in pixels has no latents"
-    if why:
-        raise ParameterError("data.params.latent_cache", f"{why}; leave it out")
 
 
 def _check_goes_on(model: Any, path: Path) -> None:

@@ -13,7 +13,7 @@ from scripts import gpu_day as command
 def toy(tmp_path, here, monkeypatch):
     """A day of one check, a training and a sampling, and what was measured of it."""
     begun, pieces = [], gpu_day.Day.pieces
-    checked = {"AdamW in the backward pass", "DDP of one process", "compiled"}
+    checked = {"AdamW in the backward pass", "DDP of one process"}  # to compile takes a minute
     wanted = {("checks", name) for name in checked} | {
         ("training, 1 + 1", "ours"),
         ("sampling, fp32, batch 1", "ours"),
@@ -41,7 +41,6 @@ def test_every_piece_runs_and_is_kept(tmp_path, toy, capsys):
     assert {row["name"]: row["passes"] for row in found["checks"]} == {
         "AdamW in the backward pass": True,
         "DDP of one process": True,
-        "compiled": True,
     }
     ours = found["training, 1 + 1"][0]
     assert ours["seconds"] and ours["images"] == 2 and ours["peak_bytes"]
