@@ -11,6 +11,7 @@ import torch
 
 from ldm.checkpoints.export import target_of
 from ldm.config import RunConfig
+from ldm.data.concepts import Concept
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.latents import HasVariants
 from ldm.data.streams import count_images
@@ -148,16 +149,11 @@ def _memory(trainer: Any, model: Any, device: torch.device) -> int | None:
 
 def _images(trainer: Any, model: Any, data: Any) -> Images | str:
     """Count what a cache of latents would hold, or say why there can be none."""
-    train = data.datasets.get("train")
-    side = getattr(train, "size", None)
-    reason = why_no_latents(model) or _why_not_cacheable(data)
-    if reason or not side:
-        return reason or "images of any size"
-    variants = _variants(train.flip_p) * count_images(train)
-    if data.reg is not None:
-        params = (data.reg.get("params") or {}) if data.prior is None else vars(data.prior)
-        images = 0 if data.prior is None else count_images(data.prior)
-        variants += _variants(params.get("flip_p", 0.5)) * max(images, data.num_class_images)
+    side = getattr(data.datasets.get("train"), "size", None)
+    reasons = [why_no_latents(model), *map(_why_not_cacheable, data.concepts)]
+    if any(reasons) or not side:
+        return next((reason for reason in reasons if reason), "images of any size")
+    variants = sum(_to_encode(concept) for concept in data.concepts)
     numbers = 2 * model.first_stage_model.embed_dim * (side // model.downsampling) ** 2
     free = memory.available_bytes(torch.device("cpu"))
     return Images(variants, _draws(trainer, data), 4 * numbers * variants, free)
@@ -176,17 +172,27 @@ def why_no_latents(model: LatentDiffusion) -> str:
     return ""
 
 
-def _why_not_cacheable(data: Any) -> str:
+def _why_not_cacheable(concept: Concept) -> str:
     for name in ("train", "reg"):
-        dataset = data.datasets.get(name)
+        dataset, config = concept.datasets.get(name), concept.configs.get(name)
         if dataset is not None and not isinstance(dataset, HasVariants):
             return f"{name} is no folder of images"
-        resize = getattr(dataset, "resize", None)
-        if dataset is None and name == "reg" and data.reg is not None:
-            resize = (data.reg.get("params") or {}).get("resize")
-        if resize == "random_crop":
+        # Class images that are still to be made are not opened yet.
+        params = (config or {}).get("params") or {}
+        if getattr(dataset, "resize", params.get("resize")) == "random_crop":
             return f"{name} is cropped anew each time"
     return ""
+
+
+def _to_encode(concept: Concept) -> int:
+    """Count a subject's pictures and their mirrors, and those of its class."""
+    train, prior = concept.datasets["train"], concept.prior
+    found = _variants(train.flip_p) * count_images(train)
+    if concept.reg is None:
+        return found
+    flips = getattr(prior, "flip_p", (concept.reg.get("params") or {}).get("flip_p", 0.5))
+    there = 0 if prior is None else count_images(prior)
+    return found + _variants(flips) * max(there, concept.num_class_images)
 
 
 def _variants(flip_p: float) -> int:
