@@ -26,7 +26,7 @@ from PIL import Image
 
 from ldm.commands import exit_status
 from ldm.errors import UserError
-from ldm.evaluation.prompt_suites import suite_prompts
+from ldm.evaluation.prompt_suites import asked_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.models.diffusion.super_resolution import LatentUpscaleDiffusion
@@ -41,7 +41,6 @@ from ldm.sampling.flags import (
     how_made,
     model_of,
     parse,
-    prompts_of,
     recipe_of,
 )
 from ldm.sampling.metadata import picture_texts
@@ -108,7 +107,7 @@ def check(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace) -> None:
     """Read the prompts, load both models, draw, and show all pictures on one sheet."""
     check(args)
-    prompts = suite_prompts(args.suite, args.subject) if args.suite else prompts_of(args)
+    prompts = asked_prompts(args)
     large = check_upscales(model_of(_of_sr(args)))
     base = None if args.init_img else model_of(args)
     if base is None:
