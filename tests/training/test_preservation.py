@@ -47,13 +47,18 @@ def test_what_does_not_go_together_is_refused(workspace, base, caplog, given, me
     assert not list(workspace.logs.glob("*_refused"))
 
 
-def test_a_run_without_class_images_goes_on_with_its_teacher(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, more", [
+    ("dop", []),
+    ("blank", []),
+    ("dop", ["model.params.lora={rank: 2}", "model.params.use_ema=false"]),
+])  # fmt: skip
+def test_a_run_without_class_images_goes_on_with_its_teacher(tmp_path, monkeypatch, kind, more):
     workspace, given = Workspace(tmp_path), Workspace.arguments
     monkeypatch.setattr(
         Workspace, "arguments", lambda *args, **more: without_class_images(given(*args, **more))
     )
-    more = [f"{METHOD}=dop", "--base", str(smallest(workspace, 4))]
-    straight, _ = assert_resumes_exactly(workspace, "dop", *more)
+    more = [f"{METHOD}={kind}", *more, "--base", str(smallest(workspace, 4))]
+    straight, _ = assert_resumes_exactly(workspace, kind, *more)
     losses = [float(row["train/loss_prior"]) for row in metrics(straight)]
     # Before the first step the model is its own teacher, up to the rounding of other batch sizes.
     assert losses[0] < 1e-9 < losses[3]
