@@ -149,18 +149,21 @@ def check_new_words(model: Any, data: Any) -> None:
 
 def check_identifiers(config: RunConfig, prompts: Sequence[str]) -> None:
     """Warn of each word that names a subject in the prompts and is several tokens."""
+    where = "concepts" if config.concepts else "train.params.identifier"
     for identifier in config.identifiers:
         # A new word has tokens of its own.
         if identifier not in config.new_words:
-            check_identifier(identifier, prompts)
+            check_identifier(identifier, prompts, f"data.params.{where}")
 
 
-def check_identifier(identifier: str, prompts: Sequence[str]) -> None:
+def check_identifier(
+    identifier: str, prompts: Sequence[str], where: str = "data.params.train.params.identifier"
+) -> None:
     """Warn if the word that names the subject in the prompts is several tokens."""
     tokens = tokenizer.encode(identifier)
     if len(tokens) > 1 and any(identifier in prompt for prompt in prompts):
         log.warning(
-            "data.params.train.params.identifier: '%s' is %d tokens (%s), which other words share: "
+            "%s: '%s' is %d tokens (%s), which other words share: "
             "a rare word of one token, such as sks, is bound more easily",
-            *(identifier, len(tokens), " ".join(map(str, tokens))),
+            *(where, identifier, len(tokens), " ".join(map(str, tokens))),
         )
