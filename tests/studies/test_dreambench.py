@@ -8,6 +8,9 @@ import json
 import pytest
 
 import ldm.studies.drawing
+from ldm.config import RunConfig, load_config, to_plain
+from ldm.studies.dreambench import tasks
+from ldm.training.cli import parse_args, with_flags
 from scripts import dreambench, evaluate
 from tests.support.dreambench import make_dataset
 from tests.support.pages import read_page
@@ -105,6 +108,24 @@ def test_what_cannot_be_run_is_one_line(tmp_path, workspace, base_model, caplog,
     assert dreambench.main(command(workspace, base_model, tmp_path, *flags)) == 1
     assert message in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_textual_inversion_learns_the_identifier_as_a_new_word(workspace, base_model, tmp_path):
+    """The prompts are those of all methods; the word starts as the subject's class."""
+    flags = command(workspace, base_model, tmp_path, "--method", "textual_inversion")
+    args, rest = dreambench.build_parser().parse_known_args(flags)
+    bench = dreambench.bench_of(args, rest)
+    found = {task["name"]: task for task in tasks(bench, tmp_path, alone=True)}
+    task = found["textual_inversion-bear_plushie-23"]
+    assert all("sks stuffed animal" in prompt for prompt in task["prompts"])
+    given = parse_args([word for word in task["arguments"] if word != "-t"])
+    config = with_flags(RunConfig(to_plain(load_config(given.base, given.overrides))), given)
+    assert config.new_words == ["sks"] and config.learns_words_alone
+    params = config.get("model.params.personalization_config.params")
+    assert params["initializer_words"] == ["stuffed animal"]
+    # No class images are made for it.
+    assert config.get("data.params.reg") is None
+    assert config.get("data.params.num_class_images") is None
 
 
 def test_a_method_of_ones_own_is_flags_of_the_training():

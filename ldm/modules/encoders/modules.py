@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import ParameterError, nearest
+from ldm.errors import ParameterError, UserError, nearest
 from ldm.modules.encoders.tokenizer import (
     END,
     START,
@@ -98,8 +98,8 @@ class TextEncoder(nn.Module):
         raise NotImplementedError
 
     def replace_token_embedding(self, layer: nn.Embedding) -> None:
-        """Look tokens up in another layer from now on."""
-        raise NotImplementedError
+        """Look tokens up in another layer from now on; raise a `UserError` if that cannot be."""
+        raise UserError(f"{type(self).__name__}: this text encoder takes no new words")
 
     @property
     def device(self) -> torch.device:
