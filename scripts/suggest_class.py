@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Read the photos, ask CLIP, print the nouns."""
     photos = [load_image(path) for path in find_images(args.photos)]
-    images, texts = read_clip(args.clip, pick_device(args.device))
-    found = suggest(photos, images, texts, args.class_word, args.nouns)
+    clip = read_clip(args.clip, pick_device(args.device))
+    found = suggest(photos, clip, args.class_word, args.nouns)
     print(found.line())
     for noun, share in list(found.shares.items())[:SHOWN]:
         print(f"  {share:6.1%}  {noun}")

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 TEMPLATE = "a photo of a {}"
-SHARPNESS = 100.0  # CLIP's own factor before its softmax
 TIMES = 5.0  # a noun so many times as likely as the given word makes that doubtful
 
 # A kind, and what is one of it. The kinds are nouns, too: "toy" is no wrong word for a robot toy.
@@ -41,10 +40,9 @@ NOUNS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def all_nouns(given: str | None = None) -> list[str]:
-    """Return the kinds and their nouns, and a given word that is not among them."""
-    nouns = [*NOUNS, *(noun for members in NOUNS.values() for noun in members)]
-    return list(dict.fromkeys([*nouns, *([given] if given else [])]))
+def all_nouns() -> list[str]:
+    """Return the kinds and their nouns."""
+    return [*NOUNS, *(noun for members in NOUNS.values() for noun in members)]
 
 
 @dataclass(frozen=True)
@@ -91,24 +89,39 @@ class Suggestion:
         return f"{own} fits; the photos look like: {listed}"
 
 
+@dataclass(frozen=True)
+class ImageText:
+    """A CLIP's two towers.
+
+    Args:
+        images, texts: give pictures and texts features, one row each, in one space.
+        scale: its factor before the softmax; OpenAI's have 100.
+        nouns: those that it knows; None for one that has read the web.
+    """
+
+    images: Callable[[Sequence[Image.Image]], Tensor]
+    texts: Callable[[Sequence[str]], Tensor]
+    scale: float = 100.0
+    nouns: Sequence[str] | None = None
+
+
 def suggest(
     photos: Sequence[Image.Image],
-    encode_images: Callable[[Sequence[Image.Image]], Tensor],
-    encode_texts: Callable[[Sequence[str]], Tensor],
+    clip: ImageText,
     given: str | None = None,
     nouns: Sequence[str] | None = None,
 ) -> Suggestion:
     """Return the nouns by how well CLIP finds them to fit the photos, taken together.
 
     Args:
-        encode_images, encode_texts: to one row each, in the space that they share.
         given: a class word to compare with them.
+        nouns: instead of those that the CLIP knows.
     """
-    words = list(nouns) if nouns else all_nouns(given)
+    words = list(nouns or clip.nouns or all_nouns())
     if given and given not in words:
         words.append(given)
-    images = F.normalize(encode_images(photos).float(), dim=-1)
-    texts = F.normalize(encode_texts([TEMPLATE.format(word) for word in words]).float(), dim=-1)
-    shares = (SHARPNESS * images @ texts.T).softmax(-1).mean(0).tolist()
+    images = F.normalize(clip.images(photos).float(), dim=-1)
+    texts = F.normalize(clip.texts([TEMPLATE.format(word) for word in words]).float(), dim=-1)
+    shares = (clip.scale * images @ texts.T).softmax(-1).mean(0).tolist()
     order = sorted(zip(words, shares), key=lambda pair: -pair[1])
     return Suggestion(dict(order), given)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ldm.checkpoints.checkpoint import find_config
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
-from ldm.config import load_config, to_plain
+from ldm.config import PROJECT, RunConfig, load_config, to_plain
 from ldm.errors import UserError
+from ldm.evaluation.class_nouns import ImageText
 from ldm.evaluation.encoders import Clip, Encoders, weights_hash
 from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0, features_of, to_tensor
 from ldm.evaluation.protocols import PAPER
@@ -26,6 +27,7 @@ from ldm.tiny.miniature import CLIP_CONFIG, CLIP_IMAGES
 log = logging.getLogger(__name__)
 
 SIDE = 64
+WORLD_CONFIG = PROJECT / "configs/tiny/ldm.yaml"
 TEXT = "clip.text_projection"  # without it, a file of the CLIP has no text tower
 
 
@@ -66,15 +68,15 @@ def image_tower(given: str | None, side: int, device: torch.device | str = "cpu"
     side the miniature's or the paper's.
     """
     if given is not None:
-        return read_clip(given, device)[0]
+        return read_clip(given, device).images
     if side > SIDE:
         return Clip(PAPER.clip, device=device)
     images = CLIPImages(CLIP_IMAGES, to_plain(load_config([CLIP_CONFIG]))["model"])
     return lambda pictures: features_of(images, to_tensor(pictures, SIDE))
 
 
-def read_clip(given: str | Path, device: torch.device | str = "cpu") -> tuple[Any, Any]:
-    """Return the towers of a CLIP as functions of pictures and of texts, to one row each.
+def read_clip(given: str | Path, device: torch.device | str = "cpu") -> ImageText:
+    """Return the towers of a CLIP.
 
     Args:
         given: a checkpoint of the miniature's CLIP, the weights of open_clip's ViT-B-32, or a name
@@ -85,13 +87,11 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> tuple[An
     """
     path = Path(given)
     if not path.exists():
-        clip = Clip(str(given), device=device)
-        return clip, clip.text
+        return _towers(Clip(str(given), device=device))
     content = read_checkpoint(path) if path.is_file() else {}
     state = state_dict_of(content, path) if content else {}
     if not any(key.startswith("clip.visual.") for key in state):
-        clip = Clip(PAPER.clip, path, device=device)
-        return clip, clip.text
+        return _towers(Clip(PAPER.clip, path, device=device))
     if TEXT not in state:
         raise UserError(
             f"{path}: the image tower of the miniature's CLIP alone, which reads no words: give "
@@ -103,7 +103,18 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> tuple[An
     def shown(pictures: Sequence[Image.Image]) -> Tensor:
         return features_of(images, to_tensor(pictures, SIDE))
 
-    return shown, _texts(state, config)
+    scale = float(state["clip.logit_scale"].exp())
+    return ImageText(shown, _texts(state, config), scale, miniature_nouns())
+
+
+def _towers(clip: Clip) -> ImageText:
+    return ImageText(clip, clip.text, float(clip.network.logit_scale.exp()))
+
+
+def miniature_nouns() -> list[str]:
+    """Return the classes that the miniature was trained on: its CLIP knows no other nouns."""
+    classes = "data.params.train.params.dataset.params.classes"
+    return list(RunConfig(to_plain(load_config([WORLD_CONFIG]))).get(classes))
 
 
 def _texts(state: dict[str, Tensor], config: dict[str, Any]) -> Any:

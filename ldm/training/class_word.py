@@ -38,9 +38,9 @@ def class_word_line(config: RunConfig, data: Any) -> str:
     try:
         # A network draws its first weights from the global generator, which is the training's.
         with torch.random.fork_rng(devices=[]):
-            images, texts = read_clip(clip)
+            towers = read_clip(clip)
         pictures = [load_image(path) for path in photos.paths[:MOST]]
-        found = suggest(pictures, images, texts, photos.class_word)
+        found = suggest(pictures, towers, photos.class_word)
     except UserError as error:
         return f"'{photos.class_word}', not compared with the photos: {error}"
     if found.is_doubtful:

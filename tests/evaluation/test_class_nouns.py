@@ -9,7 +9,7 @@ import torch
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
-from ldm.evaluation.class_nouns import NOUNS, all_nouns, suggest
+from ldm.evaluation.class_nouns import NOUNS, ImageText, all_nouns, suggest
 from ldm.tiny.clip import CLIP
 from ldm.tiny.encoders import read_clip
 from ldm.tiny.miniature import CLIP_CONFIG, CLIP_IMAGES
@@ -30,7 +30,7 @@ def said(texts):
 
 
 def of(noun, given=None):
-    return suggest([all_nouns().index(noun)] * 3, shown, said, given)
+    return suggest([all_nouns().index(noun)] * 3, ImageText(shown, said), given)
 
 
 def test_the_noun_of_the_photos_comes_first():
@@ -87,7 +87,16 @@ def test_the_command_prints_the_nouns(clip, workspace, capsys):
     flags = [str(workspace.photos), "--clip", str(clip), "--nouns", "dog", "owl", "--device", "cpu"]
     assert suggest_class.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and {line.split()[-1] for line in lines[1:]} == {"dog", "owl"}
+    assert len(lines) == 3, "the line, and the two nouns"
+    assert {line.split()[-1] for line in lines[1:]} == {"dog", "owl"}
+
+
+def test_the_miniatures_clip_is_asked_about_what_it_knows(clip):
+    towers = read_clip(clip)
+    assert "teapot" in towers.nouns and "horse" not in towers.nouns
+    assert towers.scale == pytest.approx(1 / 0.07, rel=1e-4), (
+        "as it starts, not the 100 of OpenAI's"
+    )
 
 
 def test_a_file_without_a_text_tower_and_an_unknown_name_are_refused():
