@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +21,24 @@ MINIATURE = "miniature"  # stands for the CLIP that comes along with the miniatu
 MOST = 8  # photos that are looked at: a start should not become slower with a large folder
 
 
+@contextmanager
+def without_hub() -> Iterator[None]:
+    """Take from the hub's cache only what is there: an unreachable hub is asked for a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def class_word_line(config: RunConfig, data: Any) -> str:
     """Say which class words fit the subject's photos, and whether the given one does.
 
     It is empty unless `run.class_clip` names a CLIP, see `ldm.tiny.encoders.read_clip`. A CLIP that
-    is not there is one line, never an error: the training does not need it.
+    is not on this machine is one line, never an error: the training does not need it.
     """
     name = config.get(KEY)
     photos = data.datasets.get("train")
@@ -37,7 +52,7 @@ def class_word_line(config: RunConfig, data: Any) -> str:
     clip = CLIP_IMAGES if name == MINIATURE else name
     try:
         # A network draws its first weights from the global generator, which is the training's.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_hub():
             towers = read_clip(clip)
         pictures = [load_image(path) for path in photos.paths[:MOST]]
         found = suggest(pictures, towers, photos.class_word)
