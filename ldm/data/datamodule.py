@@ -207,6 +207,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 found[key] = list(dict.fromkeys(text for texts in values for text in texts))
             else:
                 found[key] = sum(values)
+        found["class_images_to_make"] = self.class_images_to_make
         return {**found, "concepts": each} if len(each) > 1 else found
 
     # loaders

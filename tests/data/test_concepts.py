@@ -131,7 +131,7 @@ def test_class_images_are_made_for_each_subject_and_once_for_a_shared_folder(roo
     )
     shared = entry(roots, "owl", class_word="dog", reg_data_root=str(roots / "dogs"))
     data = joint([entry(roots, "dog"), entry(roots, "cat"), shared], num_class_images=5)
-    assert data.summary()["class_images_to_make"] == 6 and data.class_images_to_make == 4
+    assert data.summary()["class_images_to_make"] == 4
     assert "reg" not in data.datasets
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
     ldm.training.prepare.prepare(SimpleNamespace(), data, trainer)
