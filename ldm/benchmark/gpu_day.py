@@ -202,7 +202,7 @@ def _checked(
 
 def _profiled(base: Sequence[Path], overrides: Sequence[str], settings: Settings) -> dict[str, Any]:
     config = checked_config(base, overrides)
-    predicted, _ = predict(config, settings.device)
+    ((predicted, _),) = predict(config, [(settings.device, None)])
     return {"predicted_bytes": predicted.total, **measure_training(OURS, config, settings)}
 
 

@@ -26,18 +26,18 @@ COLUMNS = ("", "weights", "optimizer", "gradients", "activations", "both at once
 
 
 def predict(
-    config: Mapping[str, Any], device: str = "cpu", memory: int | None = None
-) -> tuple[Estimate, str]:
-    """Estimate the memory of a config's training step, as the engine would have it.
+    config: Mapping[str, Any], places: Sequence[tuple[str, int | None]] = (("cpu", None),)
+) -> list[tuple[Estimate, str]]:
+    """Estimate the memory of a config's training step, as the engine would have it in some places.
 
     The weights take no memory here.
 
     Args:
-        device: its kind, as torch names it.
-        memory: bytes that it has for a training; None if that is not known.
+        places: the kind of each device, as torch names it, and the bytes that it has for a
+            training; None if that is not known.
 
     Returns:
-        the estimate, and a line that says what was chosen and why.
+        for each place the estimate, and a line that says what was chosen and why.
 
     Raises:
         UserError: images of any size, or another model than `LatentDiffusion`.
@@ -49,13 +49,15 @@ def predict(
         )
     if not RunConfig(config).get("data.params.train.params.size"):
         raise UserError("data.params.train.params.size: needed for an estimate")
-    estimated = partial(_estimate, config)
-    needed = Needs(lambda: model, lambda twin: estimated(twin).total)
-    choices = engine.choose(_facts(config, model, device, memory, needed))
-    values = {choice.key: choice.value for choice in choices}
-    model.model.diffusion_model.recompute(values[engine.RECOMPUTE] or False)
-    model.optimizer = values[engine.OPTIMIZER]
-    return estimated(model), engine.in_one_line(choices)
+    needed = Needs(lambda: model, partial(_estimate, config))
+    found = []
+    for device, memory in places:
+        choices = engine.choose(_facts(config, model, device, memory, needed))
+        values = {choice.key: choice.value for choice in choices}
+        estimated = needed.estimate(values[engine.RECOMPUTE], values[engine.OPTIMIZER])
+        assert estimated is not None
+        found.append((estimated, engine.in_one_line(choices)))
+    return found
 
 
 def _estimate(config: Mapping[str, Any], model: Any) -> Estimate:
@@ -83,7 +85,7 @@ def _facts(
         given={key: asked.get(key) for key in KEYS},
         memory=memory,
         needed=needed,
-        images="a run knows its images",
+        images=None,
         needs_gradients=needs_gradients(trainer),
     )
 
@@ -110,11 +112,12 @@ def predicted(variants: Sequence[Variant], cards: Sequence[float] = ()) -> tuple
         `estimates` and `choices`, by the names of their rows; and the table, below which a line for
         each row says what the engine would choose.
     """
-    places = [(f", {card:g} GB", CUDA, int(card * 2**30)) for card in cards]
+    names = [f", {card:g} GB" for card in cards] or [""]
+    places = [(CUDA, int(card * 2**30)) for card in cards] or [this_device()]
     found = {
-        variant.name + name: predict(variant.config, device, memory)
+        variant.name + name: told
         for variant in variants
-        for name, device, memory in places or [("", *this_device())]
+        for name, told in zip(names, predict(variant.config, places))
     }
     lines = [f"| {' | '.join(COLUMNS)} |", f"| --- |{' ---: |' * (len(COLUMNS) - 1)}"]
     for name, (e, _) in found.items():

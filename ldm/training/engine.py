@@ -62,7 +62,7 @@ class Facts:
         given: what the config says of the engine's keys.
         memory: bytes that the training may take of its device; None where it does not say.
         needed: what a step needs, by what is recomputed and the optimizer.
-        images: what would be cached, or why nothing can be.
+        images: what would be cached, or why nothing can be; None before the images are known.
         needs_gradients: settings that need all gradients at once.
         sharded: whether the weights are spread over processes, so that nothing can be estimated.
         settled: keys that an earlier start of the run has chosen, with their values.
@@ -75,7 +75,7 @@ class Facts:
     given: Mapping[str, Any]
     memory: int | None
     needed: Callable[[bool | str, str], int]
-    images: Images | str
+    images: Images | str | None
     needs_gradients: Sequence[str] = ()
     sharded: bool = False
     settled: Mapping[str, Any] | None = None
@@ -109,7 +109,7 @@ def in_one_line(choices: Sequence[Choice]) -> str:
 def _settled(facts: Facts, key: str, default: Any) -> Choice | None:
     """Return the choice that the config, or the run's first start, has made of a key."""
     given = facts.given.get(key)
-    if given == AUTO:
+    if key == RECOMPUTE and given == AUTO:
         return None
     name = key.rpartition(".")[2]
     if key in (facts.settled or {}):
@@ -129,6 +129,8 @@ def _latents(facts: Facts) -> Choice:
     settled = _settled(facts, LATENTS, None)
     if settled:
         return settled
+    if images is None:
+        return Choice(LATENTS, None, "latents cached or not, by the images", chosen=False)
     if isinstance(images, str):
         return Choice(LATENTS, None, f"latents not cached ({images})", chosen=False)
     reads = "the steps have no end" if images.draws is None else f"the steps read {images.draws}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.training import engine, memory
 from ldm.training.build_trainer import needs_gradients
 from ldm.training.engine import LATENTS, LAYOUT, OPTIMIZER, RECOMPUTE, Choice, Facts, Images
+from ldm.training.memory import Estimate
 from ldm.util import instantiate_from_config
 
 CHOSEN = "run.chosen"  # where a run's saved config lists the keys that the engine has chosen
@@ -76,7 +76,9 @@ def facts_of_run(
         trained=trained_bytes(model),
         given={key: config.get(key) for key in KEYS},
         memory=_memory(trainer, model, device),
-        needed=Needs(lambda: twin_of(config.content), functools.partial(_estimate, trainer, data)),
+        needed=Needs(
+            lambda: twin_of(config.content), lambda twin: memory.of_run(trainer, twin, data)
+        ),
         images=_images(trainer, model, data),
         needs_gradients=[*needs_gradients(trainer), *_watchers(trainer)],
         sharded=is_sharded(trainer),
@@ -111,23 +113,34 @@ def twin_of(content: Mapping[str, Any]) -> Any:
 
 
 class Needs:
-    """What a step needs, by what is recomputed and the optimizer. The model is built when asked."""
+    """What a step needs, by what is recomputed and the optimizer.
 
-    def __init__(self, build: Callable[[], Any], estimate: Callable[[Any], int]):
+    The model is built when that is asked first, and each case is estimated once: it takes seconds.
+
+    Args:
+        build: makes the model without memory for its weights.
+        estimate: of the model as it is now; None where memory is of no concern.
+    """
+
+    def __init__(self, build: Callable[[], Any], estimate: Callable[[Any], Estimate | None]):
         self._build, self._estimate = build, estimate
         self._twin: Any = None
+        self._found: dict[tuple[bool | str, str], Estimate | None] = {}
 
     def __call__(self, recomputed: bool | str, optimizer: str) -> int:
-        if self._twin is None:
-            self._twin = self._build()
-        self._twin.model.diffusion_model.recompute(recomputed)
-        self._twin.optimizer = optimizer
-        return self._estimate(self._twin)
+        found = self.estimate(recomputed, optimizer)
+        return 0 if found is None else found.total
 
-
-def _estimate(trainer: Any, data: Any, twin: Any) -> int:
-    found = memory.of_run(trainer, twin, data)
-    return 0 if found is None else found.total
+    def estimate(self, recomputed: bool | str, optimizer: str) -> Estimate | None:
+        """Return the whole estimate."""
+        case = (recomputed, optimizer)
+        if case not in self._found:
+            if self._twin is None:
+                self._twin = self._build()
+            self._twin.model.diffusion_model.recompute(recomputed)
+            self._twin.optimizer = optimizer
+            self._found[case] = self._estimate(self._twin)
+        return self._found[case]
 
 
 def trained_bytes(model: Any) -> int:

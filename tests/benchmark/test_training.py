@@ -89,7 +89,7 @@ def test_a_profile_fits_its_card(path):
     roots = [f"data.params.{name}.params.data_root=photos" for name in ("train", "reg")]
     config = checked_config([base, path], roots)
     gigabytes = int(path.stem.removesuffix("gb"))
-    assert predict(config)[0].total < gigabytes * 2**30 - 0.8e9
+    assert predict(config)[0][0].total < gigabytes * 2**30 - 0.8e9
     assert config["lightning"]["trainer"]["precision"] == "bf16-mixed"
 
 

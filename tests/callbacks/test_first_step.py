@@ -166,10 +166,11 @@ def test_a_learning_rate_that_rounding_swallows_is_said(workspace, weights, capl
     assert "trained tensors had a gradient" in warning and "1e-10" in warning
 
 
-def test_one_that_it_swallows_altogether_is_an_error(workspace, weights, caplog):
-    assert (
-        main.main(workspace.arguments("swallowed", *weights, "model.base_learning_rate=1e-20")) == 1
-    )
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_in_backward"])
+def test_one_that_it_swallows_altogether_is_an_error(workspace, weights, caplog, optimizer):
+    """Also where the gradients that came are freed already."""
+    more = ["model.base_learning_rate=1e-20", f"model.params.optimizer={optimizer}"]
+    assert main.main(workspace.arguments("swallowed", *weights, *more)) == 1
     (error,) = errors(caplog)
     assert (
         "the UNet and the text encoder should train" in error

@@ -11,14 +11,13 @@ import torch
 
 from ldm.benchmark.predict import predict
 from ldm.benchmark.variants import checked_config
-from ldm.config import RunConfig
 from ldm.training import engine, facts, memory
 from ldm.training.engine import AUTO, LATENTS, LAYOUT, OPTIMIZER, RECOMPUTE, Facts, Images
 from ldm.training.run import Run
 from ldm.training.saved import saved_config
 from scripts import benchmark
 from tests.support.models import batch, build, in_float64, step
-from tests.support.runs import ROOT, Workspace, checkpoint
+from tests.support.runs import ROOT, Workspace, checkpoint, config
 
 GB = 10**9
 FINETUNE = ROOT / "configs/stable-diffusion/v1-finetune_unfrozen.yaml"
@@ -55,6 +54,7 @@ def changed(**more):
         (changed(images=replace(IMAGES, draws=None)), ALL_ON),
         (changed(images=replace(IMAGES, nbytes=6 * GB)), {**ALL_ON, LATENTS: None}),
         (changed(images="cropped anew"), {**ALL_ON, LATENTS: None}),
+        (changed(images=None), {**ALL_ON, LATENTS: None}),
         # AdamW in the backward pass has no gradients to accumulate, clip, scale or share.
         (changed(needs_gradients=["clipping"]), {**ALL_ON, OPTIMIZER: "adamw"}),
         (changed(trained=0), {**ALL_ON, OPTIMIZER: "adamw"}),
@@ -246,12 +246,16 @@ def test_the_choice_for_a_card_needs_no_card(capsys):
     assert "nothing recomputed" in large and "in the backward pass" in large
 
 
-def test_accumulation_on_a_card_keeps_the_gradients():
-    roots = [f"data.params.{name}.params.data_root=photos" for name in ("train", "reg")]
-    more = ["lightning.trainer.accumulate_grad_batches=2", "model.params.lora.rank=4"]
-    content = checked_config([FINETUNE], [*roots, more[0]])
-    assert "after the backward pass (lightning.trainer.acc" in predict(content, "cuda", 10**12)[1]
-    adapted = checked_config([FINETUNE], [*roots, more[1]])
-    found, line = predict(adapted, "cuda", 10**12)
-    assert "after the backward pass (0.00 GB are trained)" in line and found.gradients < 10**8
-    assert RunConfig(adapted).get(RECOMPUTE) == AUTO
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ("lightning.trainer.accumulate_grad_batches=2", "after the backward pass (lightning.tr"),
+        ("model.params.lora.rank=4", "after the backward pass (0.00 GB are trained)"),
+        ("model.params.reg_weight=0.5", "in the backward pass"),
+    ],
+)
+def test_the_choice_goes_by_the_whole_config(tmp_path, monkeypatch, more, said):
+    monkeypatch.setattr(engine, "LARGE", 1)
+    content = checked_config([config(tmp_path)], [more])
+    ((_, line),) = predict(content, [("cuda", 10**12)])
+    assert said in line
