@@ -127,9 +127,16 @@ def sample(args: argparse.Namespace) -> None:
 def of_large(args: argparse.Namespace, recipe: Recipe) -> Recipe:
     """Return a recipe as the flags of the super-resolution model have it."""
     sampler, schedule = find_sampler(args.sr_sampler)
-    plain = Recipe(args.sr_steps, args.sr_scale, 0.0, sampler, schedule=schedule)
-    kept = {"height": recipe.height, "width": recipe.width, "seed": recipe.seed}
-    return replace(plain, thresholding=recipe.thresholding, **kept)
+    return Recipe(
+        steps=args.sr_steps,
+        scale=args.sr_scale,
+        sampler=sampler,
+        schedule=schedule,
+        height=recipe.height,
+        width=recipe.width,
+        seed=recipe.seed,
+        thresholding=recipe.thresholding,
+    )
 
 
 def _of_sr(args: argparse.Namespace) -> argparse.Namespace:

@@ -38,7 +38,7 @@ OUTPUT = UNET + "out.2.weight"  # the UNet's last convolution
 IMAGE_CHANNELS = 3
 # transformers before 4.0 had no `text_model` level.
 _OLD_CLIP = re.compile(
-    r"^cond_stage_model\.transformer\.(?=(?:embeddings|encoder|final_layer_norm)\.)"
+    r"^cond_stage_model\.transformer\.(?=(?:embeddings|encoder\.layers|final_layer_norm)\.)"
 )
 # Stability's generative-models calls the text encoder of Stable Diffusion 1 and 2 so; XL has a
 # second one.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldm.errors import ParameterError, UserError
 from ldm.modules.encoders import tokenizer
 from ldm.modules.encoders.new_rows import FIRST_NEW, ExtendedEmbedding
+from ldm.modules.encoders.t5 import FrozenT5Embedder
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ class EmbeddingManager(nn.Module):
             raise ParameterError("num_vectors_per_token", problem)
         self.initializer_words, self.pivotal = dict(zip(words, starts)), pivotal
         self.string_to_param_dict = nn.ParameterDict()
+        if isinstance(embedder, FrozenT5Embedder):
+            raise UserError("embeddings of words are for CLIP's text encoders: this model has a T5")
         # In a tuple, the encoder is no part of this module: it has keys of its own.
         self._embedder = (embedder,)
         if words and embedder is not None:

@@ -13,7 +13,7 @@ from ldm.config import RunConfig
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.errors import UserError, nearest, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.modules.encoders import tokenizer
+from ldm.modules.encoders.t5 import Encode
 
 log = logging.getLogger(__name__)
 
@@ -147,20 +147,23 @@ def check_new_words(model: Any, data: Any) -> None:
         )
 
 
-def check_identifiers(config: RunConfig, prompts: Sequence[str]) -> None:
+def check_identifiers(config: RunConfig, prompts: Sequence[str], encode: Encode) -> None:
     """Warn of each word that names a subject in the prompts and is several tokens."""
     where = "concepts" if config.concepts else "train.params.identifier"
     for identifier in config.identifiers:
         # A new word has tokens of its own.
         if identifier not in config.new_words:
-            check_identifier(identifier, prompts, f"data.params.{where}")
+            check_identifier(identifier, prompts, encode, f"data.params.{where}")
 
 
 def check_identifier(
-    identifier: str, prompts: Sequence[str], where: str = "data.params.train.params.identifier"
+    identifier: str,
+    prompts: Sequence[str],
+    encode: Encode,
+    where: str = "data.params.train.params.identifier",
 ) -> None:
     """Warn if the word that names the subject in the prompts is several tokens."""
-    tokens = tokenizer.encode(identifier)
+    tokens = encode(identifier)
     if len(tokens) > 1 and any(identifier in prompt for prompt in prompts):
         log.warning(
             "%s: '%s' is %d tokens (%s), which other words share: "

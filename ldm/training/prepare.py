@@ -20,7 +20,6 @@ from ldm.data.personalized import PersonalizedBase
 from ldm.distributed import first_alone
 from ldm.errors import UserError
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
-from ldm.modules.encoders.t5 import FrozenT5Embedder
 from ldm.modules.encoders.tokenizer import warn_of_cut
 from ldm.sampling.class_images import check_class, make_class_images
 from ldm.training.memory import is_out_of_memory
@@ -75,8 +74,6 @@ def _warn_of_cut_captions(model: Any, data: DataModuleFromConfig) -> None:
     if isinstance(encoder, (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder)):
         found = data.summary()
         warn_of_cut([*found["subject_prompts"], *found["class_prompts"]], encoder.max_length)
-    elif isinstance(encoder, FrozenT5Embedder):
-        encoder.encode_words  # noqa: B018 (raises here, before hours of class images)
 
 
 def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: bool) -> None:

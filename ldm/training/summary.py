@@ -17,7 +17,7 @@ from ldm.callbacks.timing import TimingCallback
 from ldm.config import RunConfig
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.distributed import is_sharded
-from ldm.modules.encoders import tokenizer
+from ldm.modules.encoders.t5 import Encode, words_of
 from ldm.optim.schedules import WarmupDecay
 from ldm.training import memory
 from ldm.training.resume import Resumed
@@ -58,15 +58,15 @@ def parameters(model: nn.Module) -> str:
     return listed(True) + (f"; frozen: {frozen}" if frozen else "") + pivots
 
 
-def prompts(texts: list[str], added: Mapping[str, list[int]], shown: int = 2) -> str:
+def prompts(texts: list[str], encode: Encode, shown: int = 2) -> str:
     """Quote prompts with their token ids, of which those of a rare identifier are worth a look.
 
     Args:
-        added: new words, and the ids that each stands for.
+        encode: gives the ids of a text's words.
     """
     lines = []
     for text in texts[:shown]:
-        ids = tokenizer.encode_with(text, added)
+        ids = encode(text)
         lines.append(f'"{text}" = tokens {" ".join(map(str, ids))}')
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
@@ -93,12 +93,12 @@ def preservation(model: Any) -> str:
     return f"{options}{weight}{more}"
 
 
-def subjects(data: Any, found: Mapping[str, Any], added: Mapping[str, list[int]]) -> dict[str, str]:
+def subjects(data: Any, found: Mapping[str, Any], encode: Encode) -> dict[str, str]:
     """Return the rows about subjects and their classes: two, or two for each of several subjects.
 
     Args:
         found: what the data says of all of them together.
-        added: new words, and the ids that each stands for.
+        encode: gives the ids of a text's words.
     """
     concepts = data.concepts if isinstance(data, DataModuleFromConfig) else []
     several = len(concepts) > 1
@@ -110,7 +110,7 @@ def subjects(data: Any, found: Mapping[str, Any], added: Mapping[str, list[int]]
             images, texts = own[f"{name}_images"], own[f"{name}_prompts"]
             if not images:
                 continue
-            text = f"{images} images" + (f"; {prompts(texts, added)}" if texts else "")
+            text = f"{images} images" + (f"; {prompts(texts, encode)}" if texts else "")
             if several and name == "subject":
                 weight, where = concepts[number - 1].weight, concepts[number - 1].folder
                 text = f"{where}: {text}; {weight / share:.0%} of the examples"
@@ -145,8 +145,7 @@ def start(
     """
     rows = {"training": training, "weights": weights}
     found = data.summary()
-    added = getattr(getattr(model, "cond_stage_model", None), "added_words", {})
-    rows |= subjects(data, found, added)
+    rows |= subjects(data, found, words_of(getattr(model, "cond_stage_model", None)))
     rows["class word"] = class_word
     batch = f"batch {data.batch_size}"
     for number, unit in (

@@ -31,6 +31,7 @@ from ldm.distributed import failure_of_others, first_alone, is_sharded
 from ldm.errors import ParameterError, UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.trained import check_strategy
+from ldm.modules.encoders.t5 import words_of
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
 from ldm.training import memory, summary
@@ -112,7 +113,9 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     check_monitors(trainer, model, data, config)
     check_preservation(model, data)
     check_new_words(model, data)
-    check_identifiers(config, data.summary()["subject_prompts"])
+    with under("model.params.cond_stage_config.params"):
+        encode = words_of(getattr(model, "cond_stage_model", None))
+    check_identifiers(config, data.summary()["subject_prompts"], encode)
     check_training(model, data, trainer)
     first = resumed.step if resumed else 0
 

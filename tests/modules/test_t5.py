@@ -6,14 +6,11 @@ import pytest
 import torch
 
 from ldm.errors import UserError
+from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.util import instantiate_from_config
+from tests.support.words import write_words
 
 SHAPE = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
-# Pieces and their scores; T5's first three are special.
-PIECES = [
-    ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581a", -1.0), ("\u2581do", -2.0), ("g", -3.0),
-    ("\u2581dog", -2.5), ("s", -3.0), ("\u2581", -4.0),
-]  # fmt: skip
 
 
 def embedder(**params):
@@ -24,22 +21,7 @@ def embedder(**params):
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """The same words as a SentencePiece file and as a tokenizer.json."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers.convert_slow_tokenizer import import_protobuf
-
-    folder = tmp_path_factory.mktemp("words")
-    model = import_protobuf().ModelProto()
-    for number, (piece, score) in enumerate(PIECES):
-        added = model.pieces.add()
-        added.piece, added.score = piece, score
-        added.type = 3 if number < 2 else 2 if number == 2 else 1
-    model.trainer_spec.model_type, model.trainer_spec.unk_id = 1, 2
-    (folder / "spiece.model").write_bytes(model.SerializeToString())
-    fast = Tokenizer(models.Unigram(PIECES, unk_id=2))
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
-    fast.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_words(tmp_path_factory.mktemp("words"))
 
 
 @pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json", ""])
@@ -80,5 +62,7 @@ def test_what_is_wrong_with_the_words_is_said(words, tmp_path):
         UserError, match=r"text_config\.d_modle: unknown field \(did you mean 'd_model'"
     ):
         embedder(text_config={"d_modle": 3})
+    with pytest.raises(UserError, match="are for CLIP's text encoders: this model has a T5"):
+        EmbeddingManager(embedder())
     with pytest.raises(UserError, match=r"version: cannot load the folder"):
         embedder(version=str(tmp_path), text_config=None)

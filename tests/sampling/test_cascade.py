@@ -1,14 +1,19 @@
 """DreamBooth on a cascade, from photos to enlarged pictures, as a user runs it."""
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 from PIL import Image, ImageChops
 
 import main
 from ldm.data.finding import list_images
 from ldm.sampling.metadata import read_recipe
 from scripts import cascade_txt2img
+from tests.checkpoints.test_unpickle import ATTACKS
 from tests.support.cascade import ENLARGING, IN_PIXELS
-from tests.support.runs import Workspace
+from tests.support.pickles import HandMade
+from tests.support.runs import Workspace, config
+from tests.support.words import write_words
 
 SIDE = 16
 SIZES = [f"data.params.{name}.params.size={SIDE}" for name in ("train", "reg")]
@@ -22,10 +27,18 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(workspace):
-    """A base model of 8 pixels, with a class image that its own ancestral sampler has drawn."""
+    """A base model of 8 pixels that reads texts by a T5, and has drawn a class image itself."""
+    text = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+    content = OmegaConf.load(config(workspace.path))
+    content.model.params.cond_stage_trainable = False
+    content.model.params.cond_stage_config = {
+        "target": "ldm.modules.encoders.modules.FrozenT5Embedder",
+        "params": {"text_config": text, "tokenizer": str(write_words(workspace.path))},
+    }
+    OmegaConf.save(content, workspace.path / "t5.yaml")
     more = ["data.params.num_class_images=5", "data.params.class_images={sampler: ddpm, steps: 20}"]
     sizes = [f"data.params.{name}.params.size=8" for name in ("train", "reg")]
-    run = workspace.train("base", *IN_PIXELS, *FEW, *sizes, *more)
+    run = workspace.train("base", *IN_PIXELS, *FEW, *sizes, *more, base=workspace.path / "t5.yaml")
     return run / "checkpoints" / "last.ckpt"
 
 
@@ -94,6 +107,15 @@ def test_what_is_no_cascade_is_refused_in_one_line(base, large, draw, caplog):
     ):
         assert not draw(*flags, status=1)
         assert message in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("flag", ["--base_ckpt", "--sr_ckpt"])
+def test_code_in_a_file_of_weights_does_not_run(base, large, draw, flag, tmp_path):
+    canary, evil = tmp_path / "canary", tmp_path / "evil.ckpt"
+    torch.save({"state_dict": ATTACKS["exec"](str(canary))}, evil, pickle_module=HandMade)
+    flags = {"--base_ckpt": base, "--sr_ckpt": large, flag: evil}
+    assert not draw(*[word for pair in flags.items() for word in pair], status=1)
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize("kind", [IN_PIXELS, ENLARGING])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ParameterError, nearest
 from ldm.modules.encoders.modules import TextEncoder
+from ldm.modules.encoders.tokenizer import encode_with
 
 T5_LARGE = "google/t5-v1_1-large"
 # The fields of transformers' T5Config that differ from its defaults.
@@ -107,6 +108,14 @@ class FrozenT5Embedder(TextEncoder):
     def token_embedding(self) -> nn.Embedding:
         """Return the table of token embeddings."""
         return self.transformer.shared
+
+
+def words_of(encoder: Any) -> Encode:
+    """Return what gives the ids of a text's words to a text encoder, T5's or CLIP's."""
+    if isinstance(encoder, FrozenT5Embedder):
+        return encoder.encode_words
+    added = encoder.added_words if isinstance(encoder, TextEncoder) else {}
+    return lambda text: encode_with(text, added)
 
 
 def _without_second_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
