@@ -95,6 +95,7 @@ def test_a_model_is_tuned_around_words_that_stay(workspace, base, base_model, le
         more += ["model.params.lora={rank: 2}"]
     else:
         more += ["--actual_resume", str(learned / "checkpoints/last.ckpt")]
+        more += ["model.params.preservation=prior_prediction"]  # by a copy of both networks
     run = workspace.train(f"pivotal-{lora}", *more, base=base)
     word = checkpoint(learned)["state_dict"][ROWS]
     after = checkpoint(run)["state_dict"]

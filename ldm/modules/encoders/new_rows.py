@@ -36,5 +36,7 @@ class ExtendedEmbedding(nn.Embedding):
         is_new = ids >= FIRST_NEW
         known = super().forward(ids.masked_fill(is_new, 0))
         # The rows are part of every result, so that no process of a group waits for their gradient.
-        found = nn.functional.embedding((ids - FIRST_NEW).clamp(min=0), self.rows())
-        return torch.where(is_new[..., None], found.to(known), known)
+        # A copy of the table alone may be on another device than they are.
+        rows = self.rows().to(known)
+        found = nn.functional.embedding((ids - FIRST_NEW).clamp(min=0), rows)
+        return torch.where(is_new[..., None], found, known)
