@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def synchronizations(world: World) -> Found:
         return {"found": "not counted: no GPU", "passes": True}
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        counts = [_warned(lambda n=n: world.trained(f"sync{n}", {}, n)) for n in (3, 8)]
+        counts = [_warned(partial(world.trained, f"sync{n}", {}, n)) for n in (3, 8)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     each = (counts[1] - counts[0]) / 5

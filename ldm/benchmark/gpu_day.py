@@ -218,7 +218,7 @@ def run(day: Day, minutes: float) -> int:
     """Run the pieces that are not there yet, until the time is over; return how many are left."""
     started = time.monotonic()
     pieces = day.pieces()
-    left = [piece for piece in pieces if not _found(day.folder, piece)]
+    left = [piece for piece in pieces if not _is_done(day.folder, piece)]
     for number, piece in enumerate(left):
         if time.monotonic() - started > 60 * minutes:
             return len(left) - number
@@ -245,13 +245,18 @@ def _keep(path: Path, found: Mapping[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(content))
 
 
-def _found(folder: Path, piece: Piece) -> dict[str, Any]:
-    """Return what a piece has found; nothing where it has not run, or has failed."""
+def _kept(folder: Path, piece: Piece) -> dict[str, Any]:
+    """Return what a piece has left; nothing where it has not run."""
     try:
-        found = json.loads((folder / "pieces" / piece.file).read_text())
+        return json.loads((folder / "pieces" / piece.file).read_text())
     except FileNotFoundError:
         return {}
-    return {} if "failed" in found and found["failed"] != "out of memory" else found
+
+
+def _is_done(folder: Path, piece: Piece) -> bool:
+    """Return whether a piece need not run again: memory that ends is an answer, too."""
+    found = _kept(folder, piece)
+    return bool(found) and found.get("failed") in (None, "out of memory")
 
 
 def summarize(day: Day) -> tuple[dict[str, Any], str]:
@@ -261,7 +266,7 @@ def summarize(day: Day) -> tuple[dict[str, Any], str]:
     rates = {dtype: _rate(day, dtype, threads) for dtype in sorted(dtypes)}
     groups: dict[str, list[dict[str, Any]]] = {}
     for piece in day.pieces():
-        if found := _found(day.folder, piece):
+        if found := _kept(day.folder, piece):
             row = {"name": piece.name, **found}
             if piece.images:
                 row |= report.figures(found, piece.images, rates[piece.dtype])
@@ -295,8 +300,9 @@ def _table(group: str, found: list[dict[str, Any]]) -> str:
     if group == "checks":
         lines = ["| | found | |", "| --- | --- | --- |"]
         for row in found:
-            verdict = "" if row["passes"] else "**no**"
-            lines.append(f"| {row['name']} | {row['found']} | {verdict} |")
+            verdict = "" if row.get("passes") else "**no**"
+            text = row.get("found") or row["failed"]
+            lines.append(f"| {row['name']} | {text} | {verdict} |")
         return "\n".join(lines)
     compared_to = found[0]["name"]
     report.compare(found, compared_to)

@@ -113,7 +113,8 @@ def predicted(variants: Sequence[Variant], cards: Sequence[float] = ()) -> tuple
         each row says what the engine would choose.
     """
     names = [f", {card:g} GB" for card in cards] or [""]
-    places = [(CUDA, int(card * 2**30)) for card in cards] or [this_device()]
+    sizes = [int(card * 2**30) for card in cards]
+    places = [(CUDA, size) for size in sizes] if cards else [this_device()]
     found = {
         variant.name + name: told
         for variant in variants

@@ -96,7 +96,7 @@ def read_recipe(picture: str | Path | Image.Image) -> dict[str, Any] | None:
     return recipe_in(getattr(picture, "text", {}))
 
 
-def recipe_in(texts: Mapping[str, Any]) -> dict[str, Any] | None:
+def recipe_in(texts: Mapping[Any, Any]) -> dict[str, Any] | None:
     """Return what our entry among a picture's texts says; None if it is not there."""
     # The web UI's `parameters` are no JSON, and so are passed over.
     for key in (OURS, INFOTEXT):

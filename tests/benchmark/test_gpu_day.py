@@ -72,7 +72,8 @@ def test_a_piece_that_fails_leaves_the_others(tmp_path, toy, monkeypatch, capsys
     assert command.main(["--out", str(out), "--rehearse"]) == 0
     kept = json.loads((out / "pieces/checks-AdamW-in-the-backward-pass.json").read_text())
     assert kept["failed"] == "a GPU fell off the bus"
-    assert "waits of a step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "waits of a step" in printed and "| a GPU fell off the bus | **no** |" in printed
     assert command.main(["--out", str(tmp_path / "late"), "--rehearse", "--minutes", "-1"]) == 0
     assert "2 pieces are left" in capsys.readouterr().out
 
