@@ -68,6 +68,12 @@ def test_the_rows_of_a_panel():
     assert Panel(unrelated=["a cat"]).prompts(data) == ["photo of a sks car", "a cat"]
     assert Panel(prompts=["x", "y"]).prompts(data) == ["x", "y"]
     assert Panel().prompts(SimpleNamespace()) == []
+    # Of several subjects, each has its rows.
+    owl = {"subject_prompts": ["a shs owl"], "class_prompts": ["an owl"]}
+    both = SimpleNamespace(summary=lambda: {**found, "concepts": [found, owl]})
+    assert Panel(unrelated=["a cat"]).prompts(both) == [
+        "photo of a sks car", "a shs owl", "an owl", "a cat",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("panel, words", [

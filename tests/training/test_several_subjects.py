@@ -7,11 +7,17 @@ import pytest
 import main
 from ldm.checkpoints.checkpoint import Checkpoint
 from tests.support.exact import smallest
-from tests.support.runs import Workspace, checkpoint, metrics
+from tests.support.runs import Workspace, checkpoint, csv_rows, metrics
 from tests.training.test_exactness import CONCEPTS, WORDS
 
 LORA = ["model.params.lora={rank: 2}", "model.params.use_ema=false"]
 LIST = CONCEPTS[0]
+# What looks at all images of a run, of whichever subject.
+WHOLE = [
+    "data.params.latent_cache=true",
+    "lightning.callbacks.fixed_loss={target: ldm.callbacks.fixed_loss.FixedLoss, "
+    "params: {every_n_steps: 3, examples: 4, time_steps: 1}}",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def base(workspace):
 
 def test_the_start_lists_every_subject_and_both_losses_are_logged(workspace, base, caplog):
     caplog.set_level("INFO")
-    run = workspace.train("two", LIST, *LORA, "data.params.batch_size=3", base=base)
+    run = workspace.train("two", LIST, *LORA, *WHOLE, "data.params.batch_size=3", base=base)
     here = workspace.path
     for line in (
         rf'subject 1 +{here}/photos: 3 images; "photo of a sks dog" = tokens .*; 33% of the examples',
@@ -36,6 +42,8 @@ def test_the_start_lists_every_subject_and_both_losses_are_logged(workspace, bas
     ):
         assert re.search(line, caplog.text), line
     assert all(float(row["train/loss_prior"]) > 0 for row in metrics(run))
+    fixed = [row for row in csv_rows(run) if row.get("val/loss_subject_fixed")]
+    assert len(fixed) == 2 and all(float(row["val/loss_prior_fixed"]) > 0 for row in fixed)
     assert (run / "checkpoints/lora.safetensors").exists()
     facts = Checkpoint.open(run / "checkpoints/last.ckpt").facts
     assert facts["concepts"] == [
