@@ -131,7 +131,7 @@ def candidates(args: argparse.Namespace) -> list[Identifier]:
     else:
         plain = args.prompt.format(identifier="", class_word=args.class_word or "")
         screened = {*words_of(plain), *words_of(" ".join(all_nouns()))}
-        window = tuple(args.ranks) if args.ranks else None
+        window = (args.ranks[0], args.ranks[1]) if args.ranks else None
         found = find_identifiers(
             vocabulary, args.candidates, screened, args.tokens, window, args.seed
         )

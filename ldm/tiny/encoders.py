@@ -108,7 +108,8 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> ImageTex
 
 
 def _towers(clip: Clip) -> ImageText:
-    return ImageText(clip, clip.text, float(clip.network.logit_scale.exp()))
+    network: Any = clip.network
+    return ImageText(clip, clip.text, float(network.logit_scale.exp()))
 
 
 def miniature_nouns() -> list[str]:
