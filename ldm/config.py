@@ -247,7 +247,8 @@ class RunConfig:
     @property
     def identifiers(self) -> list[str]:
         """Return the identifier of each subject."""
-        return [entry.get("identifier", IDENTIFIER) for entry in self.concepts] or [self.identifier]
+        own = self.identifier
+        return [entry.get("identifier", own) for entry in self.concepts] or [own]
 
     @property
     def new_words(self) -> list[str]:

@@ -32,7 +32,8 @@ class ConceptOptions:
     Args:
         data_root: the folder of its photos.
         class_word: the noun of its class.
-        identifier: the rare word that names it, which no other subject has.
+        identifier: the rare word that names it, which no other subject has; by default that of
+            `train`.
         reg_data_root: the folder of its class images, where there are any.
         weight: how often it has its turn, beside the others; two decimals.
         templates, class_templates: of its captions and of its class images'.
@@ -220,12 +221,14 @@ def read_concepts(
         return [Concept(configs, num_class_images)]
     if not isinstance(given, (list, tuple)) or not given:
         raise ParameterError(NAME, f"expected a list of subjects, got {given!r}")
+    # Who names none has that of `train`, which at most one may have.
+    shared = ((configs.get("train") or {}).get("params") or {}).get("identifier", IDENTIFIER)
     options = []
     for number, entry in enumerate(given):
         where = f"{NAME}[{number}]"
         check_mapping(entry, where)
         check_params(ConceptOptions, entry, where)
-        options.append(ConceptOptions(**entry))
+        options.append(ConceptOptions(**{"identifier": shared, **entry}))
     _check_one_place(configs)
     has_class = [option.reg_data_root is not None for option in options]
     if configs.get("reg") is None and any(has_class):

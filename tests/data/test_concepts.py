@@ -33,7 +33,7 @@ def entry(roots, name, **more):
 
 
 def joint(concepts, **params):
-    own = {"size": 4, "templates": params.pop("templates", None)}
+    own = {"size": 4, **{key: params.pop(key) for key in ("identifier",) if key in params}}
     train = {"target": PERSONALIZED, "params": own}
     reg = params.pop("reg", {"target": PERSONALIZED, "params": {"size": 4, "reg": True}})
     params = {"batch_size": 1, "num_workers": 0, **params}
@@ -111,6 +111,10 @@ def test_what_a_list_says_together_and_of_each(roots):
     assert found["subject_images"] == 5 and found["class_images"] == 6
     assert found["subject_prompts"] == ["a sks", "photo of a zwx cat"]
     assert [own["subject_images"] for own in found["concepts"]] == [2, 3]
+    # Who names no identifier has the one that all share.
+    unnamed = {key: value for key, value in entry(roots, "dog").items() if key != "identifier"}
+    data = joint([unnamed, entry(roots, "cat")], identifier="shs")
+    assert data.summary()["subject_prompts"] == ["photo of a shs dog", "photo of a zwx cat"]
     # Captions beside the photos win, for each subject by itself.
     (roots / "cat" / "00.txt").write_text("my zwx")
     assert (
