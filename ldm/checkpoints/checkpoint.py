@@ -72,7 +72,12 @@ class Checkpoint:
     # Opening
 
     @classmethod
-    def open(cls, path: str | Path, config: str | Path | Config | None = None) -> Checkpoint:
+    def open(
+        cls,
+        path: str | Path,
+        config: str | Path | Config | None = None,
+        mapped: bool = True,
+    ) -> Checkpoint:
         """Read a checkpoint: a file of any format, the index of a sharded one, or a diffusers
         folder.
 
@@ -80,6 +85,7 @@ class Checkpoint:
             config: of the model, a YAML file or plain containers; by default the one that the file
                 carries, or that lies in its run's folder. A folder needs one where it is of no
                 family that we know.
+            mapped: as `read_checkpoint` has it.
 
         Raises:
             UserError: there is no such file, or it cannot be used; the message says what it is.
@@ -90,7 +96,7 @@ class Checkpoint:
             state, fitting = open_pipeline(path, given)
             return cls(path, state, fitting, {})
         refuse_single_shard(path)
-        content = read_checkpoint(path)
+        content = read_checkpoint(path, mapped)
         what = of_content(content)
         if what:
             raise UserError(f"{path}: {what}")

@@ -214,6 +214,10 @@ def load_into(module: nn.Module, path: str | Path, ignore_keys: Iterable[str] = 
     return load_state(module, state_dict_of(read_checkpoint(path), path), path, ignore_keys)
 
 
+# transformers puts its own functions in the place of torch's while it makes a model.
+INITIALISERS = ("torch.nn.init", "transformers.initialization")
+
+
 class EmptyInit(torch.overrides.TorchFunctionMode):
     """Inside, the initialisation that layers do by default is skipped: for models that a checkpoint
     will fill.
@@ -229,7 +233,7 @@ class EmptyInit(torch.overrides.TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) in INITIALISERS:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 

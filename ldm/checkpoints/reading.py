@@ -33,12 +33,16 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 CUT_OFF = "it ends too early: download it again"
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read everything that a file of weights holds, on the CPU, memory-mapped where possible.
+def read_checkpoint(path: str | Path, mapped: bool = True) -> dict[str, Any]:
+    """Read everything that a file of weights holds, on the CPU.
 
     The content says what it is, not the name: safetensors, or a pickle of `torch.save` (`.ckpt`,
     `.pt`, `.pth`, `.bin`). Of a sharded one the path is that of its index. Pickled classes other
     than tensors and plain containers come back as `Stub`s; no code of the file runs.
+
+    Args:
+        mapped: leave the tensors in the file and map it, where that is possible. It stays in memory
+            as a whole while one of its tensors is used; without, each tensor is freed alone.
 
     Raises:
         UserError: no such file, or one that is truncated or not a checkpoint; the message says what
@@ -48,12 +52,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     _refuse_what_is_no_file(path)
     try:
         if is_shard_index(path):
-            return _read_shards(path)
+            return _read_shards(path, mapped)
         if _is_safetensors(path):
-            return _read_safetensors(path)
+            return _read_safetensors(path, mapped)
         if what := of_bytes(path):
             raise UserError(f"{path}: {what}")
-        return _read_pickle(path)
+        return _read_pickle(path, mapped)
     except OSError as error:
         raise UserError(f"{path}: not read: {first_line(error)}") from error
 
@@ -89,7 +93,7 @@ def _is_safetensors(path: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path, mapped: bool) -> dict[str, Any]:
     """Read the tensors, and what the header of a file of ours has: the model's `config`, and its
     `training`.
     """
@@ -100,6 +104,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         log.info("%s: safetensors, in spite of its name", path)
     try:
         content: dict[str, Any] = dict(load_file(path))
+        if not mapped:
+            content = _in_memory(path, content)
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
@@ -109,6 +115,19 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         if value := _parsed(header.get(key)):
             content[key] = value
     return content
+
+
+def _in_memory(path: Path, mapped: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the tensors of a mapped safetensors file, each in memory of its own."""
+    found: dict[str, Any] = {}
+    with open(path, "rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(begin - 8))
+        for name, tensor in mapped.items():
+            found[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            file.seek(begin + header[name]["data_offsets"][0])
+            file.readinto(found[name].view(-1).view(torch.uint8).numpy())
+    return found
 
 
 def _parsed(text: str | None) -> dict[str, Any] | None:
@@ -125,7 +144,7 @@ def _parsed(text: str | None) -> dict[str, Any] | None:
 # ---- pickles -------------------------------------------------------------------------------------
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def _read_pickle(path: Path, mapped: bool) -> dict[str, Any]:
     """Read a file that `torch.save` wrote, in either of its formats."""
     options: dict[str, Any] = {
         "map_location": "cpu",
@@ -133,7 +152,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         "pickle_module": SAFE_PICKLE,
     }
     try:
-        can_be_mapped = _is_plain_zip(path)
+        can_be_mapped = mapped and _is_plain_zip(path)
         if path.suffix == ".safetensors":
             # torch goes by this name, so that it gets the open file, which cannot be mapped.
             with open(path, "rb") as file:
@@ -232,7 +251,7 @@ def refuse_single_shard(path: Path) -> None:
     )
 
 
-def _read_shards(index: Path) -> dict[str, Any]:
+def _read_shards(index: Path, mapped: bool) -> dict[str, Any]:
     """Read the tensors of all the files that an index names; they lie beside it."""
     match = _INDEX_NAME.search(index.name)
     assert match is not None
@@ -248,7 +267,8 @@ def _read_shards(index: Path) -> dict[str, Any]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
             raise UserError(f"{index}: it names '{name}', which is not a {suffix} file beside it")
-        content |= state_dict_of(read_checkpoint(index.with_name(name)), index.with_name(name))
+        shard = index.with_name(name)
+        content |= state_dict_of(read_checkpoint(shard, mapped), shard)
     missing = [key for key in shards if key not in content]
     if missing:
         raise UserError(

@@ -77,11 +77,14 @@ def load_model(
     Raises:
         UserError: a file that cannot be read, or a config that does not fit the checkpoint.
     """
+    # On a CPU the weights get another layout below: what was read is then freed one by one.
+    on_cpu = torch.device(device).type == "cpu"
     # Adapters are merged into the weights, so that what is sampled is always the plain network.
-    opened = Checkpoint.open(checkpoint, config).merged()
+    opened = Checkpoint.open(checkpoint, config, mapped=not on_cpu).merged()
     log.info("%s", opened)
     # Then choose the EMA weights or the trained ones, which no later stage has to know of.
     model, _ = opened.for_sampling(weights).build(dtype)
+    del opened  # the model has its tensors now
     model = model.to(device).eval().requires_grad_(False)
     # On a CPU a step of Stable Diffusion takes a fifth less time so (docs/benchmarks.md).
     unet = model.model.diffusion_model

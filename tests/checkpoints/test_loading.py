@@ -18,6 +18,7 @@ from ldm.checkpoints.loading import (
 )
 from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.errors import UserError
+from ldm.util import instantiate_from_config
 from tests.support import golden
 from tests.support.pickles import WEIGHTS, same, save_zip
 
@@ -181,6 +182,31 @@ def test_empty_init_skips_initialisation_only_inside():
     with EmptyInit():
         assert constant()
     assert not constant()
+
+
+def test_empty_init_skips_all_that_makes_a_model():
+    """Also what transformers does, by functions of its own."""
+    before = torch.get_rng_state()
+    with EmptyInit():
+        instantiate_from_config(model_config())
+    assert torch.equal(torch.get_rng_state(), before), "something was drawn"
+
+
+def test_an_unmapped_file_has_the_same_tensors(tmp_path):
+    tensors = {
+        "matrix": torch.randn(3, 4),
+        "halves": torch.randn(5).bfloat16(),
+        "number": torch.tensor(2.5),
+        "nothing": torch.zeros(0, 3),
+        "flags": torch.tensor([True, False]),
+    }
+    save_file(tensors, path := tmp_path / "tensors.safetensors")
+    found = read_checkpoint(path, mapped=False)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    # Each has memory of its own, so that it can be freed alone.
+    assert len({t.untyped_storage().data_ptr() for t in found.values() if t.numel()}) == 4
 
 
 def test_empty_init_also_skips_after_an_error_was_raised_inside():

@@ -124,5 +124,6 @@ def timestep_embedding(
 def zero_module(module: nn.Module) -> nn.Module:
     """Set all parameters of a module to zero, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
-        nn.init.zeros_(parameter)
+        # Not `zeros_`: where a checkpoint fills the model, this is skipped (`EmptyInit`).
+        nn.init.constant_(parameter, 0.0)
     return module
