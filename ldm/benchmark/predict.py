@@ -113,8 +113,9 @@ def predicted(variants: Sequence[Variant], cards: Sequence[float] = ()) -> tuple
         each row says what the engine would choose.
     """
     names = [f", {card:g} GB" for card in cards] or [""]
-    sizes = [int(card * 2**30) for card in cards]
-    places = [(CUDA, size) for size in sizes] if cards else [this_device()]
+    places: list[tuple[str, int | None]] = [this_device()]
+    if cards:
+        places = [(CUDA, int(card * 2**30)) for card in cards]
     found = {
         variant.name + name: told
         for variant in variants
