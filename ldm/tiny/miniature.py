@@ -64,7 +64,7 @@ def dreambooth(
     more: Sequence[str] = (),
     say: Callable[[str], object] | None = None,
     weights: Path = WEIGHTS,
-    config: Path = CONFIG,
+    config: Path | None = None,
 ) -> Path:
     """Fine-tune the miniature on photos with the training command; the last checkpoint.
 
@@ -73,7 +73,7 @@ def dreambooth(
         more: further words of the command line.
         say: gets the command line; None also silences the training.
         weights: the miniature to start from.
-        config: of the training.
+        config: of the training; by default the latent miniature's.
 
     Raises:
         UserError: the training failed.
@@ -84,7 +84,7 @@ def dreambooth(
             sys.executable,
             str(ROOT / "main.py"),
             "--base",
-            str(config),
+            str(config or CONFIG),
             "-t",
             "--actual_resume",
             str(weights),

@@ -156,6 +156,11 @@ def test_levels_are_the_variances_of_a_noise_schedule():
     assert int(drawn.max()) < cascade.LEVELS and len(drawn.unique()) > 5
     with pytest.raises(UserError, match=r"noise_augmentation: expected a variance from 1e-05"):
         augmentation.level_of(1e-7)
+    # Weights that were made with other levels.
+    other = {key: value * 2 for key, value in augmentation.state_dict().items()}
+    with pytest.raises(UserError, match="noise_schedule_config: is not that of the weights"):
+        augmentation.load_state_dict(other)
+    augmentation.load_state_dict({k: v.half() for k, v in augmentation.state_dict().items()})
 
 
 def test_noise_of_a_small_picture_is_a_function_of_its_seed_alone():

@@ -134,6 +134,14 @@ def test_a_demo_without_a_subject(caplog):
     assert "no/such/folder: no folder of photos" in caplog.text
 
 
+def test_a_demo_of_a_cascade_without_its_weights(caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr(miniature, "SR_WEIGHTS", tmp_path / "cascade-sr.safetensors")
+    monkeypatch.setattr(miniature, "BASE_WEIGHTS", miniature.WEIGHTS)
+    assert demo.main(["--model", "cascade", "--outdir", str(tmp_path / "out")]) == 1
+    assert "cascade-sr.safetensors: not there: the miniature cascade has no weights" in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_training_that_fails_says_so(tmp_path):
     with pytest.raises(UserError, match=r"training ended with status 1: error: .*batch_sice"):
         miniature.dreambooth(

@@ -58,8 +58,7 @@ class SmallImages:
         if (unet.num_classes or 0) < low_scale.max_noise_level:
             problem = f"must be max_noise_level {low_scale.max_noise_level} or more"
             raise ParameterError("unet_config.params.num_classes", problem)
-        # On the meta device, where only names and shapes are asked for, there are no numbers.
-        if self.augmentation is not None and not low_scale.alphas_cumprod.is_meta:
+        if self.augmentation is not None:
             level = low_scale.level_of(self.augmentation)
             if level >= unet.num_classes:
                 problem = f"{self.augmentation:g} is level {level} of {unet.num_classes}"

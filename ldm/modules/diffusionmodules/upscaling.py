@@ -46,7 +46,7 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
     """
 
     config_keys = SCHEDULE
-    alphas_cumprod: Tensor
+    betas: Tensor
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
 
@@ -63,11 +63,21 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
             schedule = _schedule(**given)
         for name, values in schedule.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        self._variances = 1 - schedule["alphas_cumprod"]  # of each level's noise
         levels = len(schedule["betas"])
         if not 1 <= max_noise_level <= levels:
             problem = f"expected a number from 1 to {levels}, got {max_noise_level}"
             raise ParameterError("max_noise_level", problem)
         self.max_noise_level = max_noise_level
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a state; raise a `UserError` for another schedule, whose levels mean other noise."""
+        betas = state_dict.get(f"{prefix}betas")
+        known = betas is not None and not betas.is_meta and not self.betas.is_meta
+        if known and not torch.allclose(betas.cpu().float(), self.betas.cpu(), rtol=1e-2):
+            problem = "is not that of the weights: give the config that they were made with"
+            raise ParameterError("low_scale_config.params.noise_schedule_config", problem)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def q_sample(self, x_start: Images, t: Levels, noise: Tensor | None = None) -> Images:
         """Return images with the noise of their levels (DDPM, eq. 4)."""
@@ -90,8 +100,7 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
         Raises:
             UserError: no level has so much or so little.
         """
-        variances = 1 - self.alphas_cumprod.double()
-        low, high = float(variances[0]), float(variances[-1])
+        low, high = self._variances[0], self._variances[-1]
         # Half of the least variance rounds up to it, and so on at the other end.
         if not low / 2 <= variance <= high:
             raise ParameterError(
@@ -99,7 +108,7 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
                 f"expected a variance from {low:.3g} to {high:.3g}, got {variance:g}",
             )
         # Variances span many powers of ten, so the nearest is that of the nearest logarithm.
-        return int((variances.log() - np.log(variance)).abs().argmin())
+        return int(np.abs(np.log(self._variances) - np.log(variance)).argmin())
 
 
 def _schedule(
