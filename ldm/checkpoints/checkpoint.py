@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ from ldm.config import RunConfig, load_config, to_plain
 from ldm.errors import UserError, under
 from ldm.modules.adapters import lora_options
 from ldm.util import instantiate_from_config
+
+log = logging.getLogger(__name__)
 
 Config = Mapping[str, Any]
 SCHEDULE_ENDS = ("betas", "posterior_mean_coef2")  # the first and the last tensor of a schedule
@@ -254,8 +257,10 @@ class Checkpoint:
         return replace(self, config=self._shared_config())
 
     def _shared_config(self) -> Config:
-        has_words = any(key.startswith(NEW_WORDS) for key in self.state)
-        return shared_config(self.config, has_words)
+        return shared_config(self.config, self._has_new_words())
+
+    def _has_new_words(self) -> bool:
+        return any(key.startswith(NEW_WORDS) for key in self.state)
 
     def only(self, prefix: str) -> Checkpoint:
         """Return the tensors whose names start with `prefix`; raises a `UserError` if there are
@@ -332,6 +337,12 @@ class Checkpoint:
         if path.suffix in SUFFIXES:
             write_weights(path, in_dtype(self.state, dtype), self.config, self.facts, title)
             return
+        if self._has_new_words():
+            log.warning(
+                "%s: a diffusers folder holds no new words: write them beside it with "
+                "scripts/convert.py --words, and load them with load_textual_inversion",
+                path,
+            )
         config = self.fitting_config()
         model, _ = self.with_state(in_dtype(self.state, dtype)).build(config=config)
         save_pipeline(model.to(dtype) if dtype else model, config["model"]["params"], path)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.embeddings import read_embeddings, read_words, write_words
 from ldm.checkpoints.pipeline_folder import save_pipeline
 from ldm.errors import UserError
@@ -72,6 +73,16 @@ def test_diffusers_reads_what_we_write_and_we_read_what_it_has(family, tmp_path)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     plain, _ = theirs.encode_prompt("photo of a dog beside a cat", "cpu", 1, False)
     assert (ours - plain).abs().max() > 0.01
+
+
+def test_a_folder_that_leaves_words_out_says_so(tmp_path, caplog):
+    model = LatentDiffusion(**params("v1"))
+    state = {**model.state_dict(), "embedding_manager.string_to_param_dict.*": ROWS}
+    config = {"model": {"target": golden.TARGET, "params": params("v1")}}
+    torch.save({"state_dict": state, "config": config}, tmp_path / "last.ckpt")
+    Checkpoint.open(tmp_path / "last.ckpt").save(tmp_path / "folder")
+    assert "folder: a diffusers folder holds no new words" in caplog.text
+    assert "scripts/convert.py --words" in caplog.text and (tmp_path / "folder/unet").is_dir()
 
 
 def test_the_command_takes_words_out_of_checkpoints_and_from_one_layout_to_another(
