@@ -119,6 +119,9 @@ STRANGERS = {
     "a Flux model": ["double_blocks.0.img_attn.qkv.weight"],
     "a Flux model ": [UNET + "double_blocks.0.img_attn.qkv.weight"],
     "a Stable Cascade model": ["clip_txt_mapper.weight"],
+    "a DeepFloyd IF model": ["encoder_pooling.0.weight", "input_blocks.0.0.weight", "aug_proj.0.weight"],
+    "a model of imagen-pytorch": ["unets.0.init_conv.convs.0.weight", "unets.1.to_time_hiddens.0.weights"],
+    "a GLIDE model": ["transformer_proj.weight", "token_embedding.weight", "input_blocks.0.0.weight"],
     "a model with quantised weights": [UNET + "out.2.weight.absmax", UNET + "out.2.weight"],
     "an autoencoder alone": ["encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight"],
     "an autoencoder alone ": ["first_stage_model.encoder.conv_in.weight"],
@@ -224,6 +227,12 @@ def test_folders_are_named(tmp_path):
     assert "a pipeline of another kind" in named(
         tmp_path / "xl", "unet/config.json", "text_encoder_2/config.json"
     )
+    (tmp_path / "if" / "unet").mkdir(parents=True)
+    (tmp_path / "if/model_index.json").write_text(json.dumps({"_class_name": "IFPipeline"}))
+    with pytest.raises(
+        UserError, match=r"a pipeline of a DeepFloyd IF model \(IFPipeline\): not read"
+    ):
+        Checkpoint.open(tmp_path / "if")
 
 
 def test_what_is_not_there(tmp_path):
