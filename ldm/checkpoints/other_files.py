@@ -201,7 +201,8 @@ OTHER_CASCADE = (
 LORA = _kind(
     "a LoRA, not a whole model",
     "merge it into the model that it was made for (scripts/convert.py --ckpt MODEL --lora THIS)",
-    r"^lora_(unet|te\d?|prior)_|[._]lora[._](down|up|mid|A|B)\b|lora_linear_layer|\.hada_w[12]|\.lokr_w[12]|\.oft_",
+    r"^lora_(unet|te\d?|prior)_|[._]lora[._](down|up|mid|A|B)\b|lora_linear_layer"
+    r"|\.hada_w[12]|\.lokr_w[12]|\.oft_",
     r"\.base_layer\.",
 )
 EMBEDDING = _kind(
@@ -220,7 +221,8 @@ KINDS = (
     _kind(
         "a ControlNet, not a whole model",
         "give the model that it steers, it is not needed for training or sampling here",
-        r"^(module\.)?control_model\.|^controlnet_(cond_embedding|down_blocks)\.|^input_hint_block\.",
+        r"^(module\.)?control_model\.|^controlnet_(cond_embedding|down_blocks)\."
+        r"|^input_hint_block\.",
         UNET,
     ),
     IP_ADAPTER,
@@ -242,7 +244,8 @@ KINDS = (
     _kind(
         "a Stable Diffusion XL model",
         OTHER_KIND,
-        r"^conditioner\.embedders\.1\.|^model\.diffusion_model\.label_emb\.\d|^add_embedding\.linear_1\.",
+        r"^conditioner\.embedders\.1\.|^model\.diffusion_model\.label_emb\.\d"
+        r"|^add_embedding\.linear_1\.",
     ),
     _kind("a Stable Diffusion 3 model", OTHER_KIND, r"(^|\.)joint_blocks\."),
     _kind("a Flux model", OTHER_KIND, r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\."),
@@ -295,7 +298,8 @@ KINDS = (
         "a text encoder alone, not a whole model",
         NEEDS_WHOLE,
         r"^(cond_stage_model\.)?(clip\.|model\.|transformer\.)?(text_model\.)?"
-        r"(embeddings\.token_embedding|token_embedding|shared|encoder\.block\.0\.layer\.0\.SelfAttention\.q)\.",
+        r"(embeddings\.token_embedding|token_embedding|shared"
+        r"|encoder\.block\.0\.layer\.0\.SelfAttention\.q)\.",
         r"^(model\.diffusion_model|first_stage_model)\.",
         is_part=True,
     ),

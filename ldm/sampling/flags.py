@@ -224,11 +224,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     Raises:
         UserError: the picture says nothing of how it was made, or not enough.
     """
+    # All flags with their defaults.
     args = parser.parse_args(argv)
     # Parse again, without the defaults: what has a value then was given.
     without = argparse.Namespace(**dict.fromkeys(vars(args), _MISSING))
     found = vars(parser.parse_args(argv, without))
     args.given = {name for name, value in found.items() if value is not _MISSING}
+    # A picture that is drawn again says the rest.
     args.like_batch, args.like_device = None, None
     if getattr(args, "like", None):
         for name, value in flags_of_picture(args.like, args).items():
@@ -247,6 +249,7 @@ def check_flags(args: argparse.Namespace) -> None:
     check_recipe_flags(args)
     if args.skip_save and args.skip_grid:
         log.warning("--skip_save and --skip_grid: no picture will be kept")
+    # Each process draws a share, and the first makes the grid of the files of all.
     _, world = share()
     if world > 1 and args.skip_save and not args.skip_grid:
         raise UserError("--skip_save: several processes share the pictures by their files")
@@ -254,6 +257,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def check_recipe_flags(args: argparse.Namespace) -> None:
     """Raise a `UserError` for a recipe that no model can follow."""
+    # Numbers that are none, or that mean nothing.
     if not math.isfinite(args.scale) or not math.isfinite(args.ddim_eta):
         raise UserError(f"--scale {args.scale} and --ddim_eta {args.ddim_eta} must be numbers")
     if not 0 <= args.ddim_eta <= 1:
@@ -261,15 +265,18 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
     for flag, value in (("ddim_steps", args.ddim_steps), ("H", args.H), ("W", args.W)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value}: expected at least 1")
+    # Names and numbers that belong together.
     check_guidance_flags(args)
     threshold_of(args.thresholding)
     if args.seed != RANDOM and not 0 <= args.seed < SEEDS:
         raise UserError(
             f"--seed {args.seed}: expected a whole number from 0 to {SEEDS - 1}, or {RANDOM}"
         )
+    # A photo's strength leaves only some of the steps, which may be none.
     strength = getattr(args, "strength", None)
     if strength is not None:
         steps_of(strength, args.ddim_steps)
+    # Other samplers have noise of their own, or none.
     sampler, _ = chosen_sampler(args)
     if args.ddim_eta and sampler != "ddim":
         raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
@@ -279,11 +286,13 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
     """Raise a `UserError` for guidance that means nothing, or that would have no effect."""
     if args.apg is not None and len(args.apg) > 3:
         raise UserError(f"--apg: expected at most ETA NORM MOMENTUM, got {len(args.apg)} numbers")
+    # At scale 1 the empty prompt is not even computed, so nothing could be changed.
     changed = guidance_of(args) != Guidance() or args.guide_ckpt is not None
     if changed and args.scale == 1.0:
         raise UserError(
             "--scale 1 is no guidance: leave --rescale, --interval, --apg and --guide_ckpt out"
         )
+    # A share of 1 would be the tuned model itself.
     if not 0 <= args.guide_mix < 1:
         raise UserError(f"--guide_mix {args.guide_mix}: expected a number from 0 to below 1")
     if args.guide_mix and args.guide_ckpt is None:
@@ -314,7 +323,6 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 def model_of(args: argparse.Namespace) -> LatentDiffusion:
     """Return the model that the flags name, with the embeddings that they add."""
-
     from ldm.checkpoints.embeddings import read_embeddings
     from ldm.modules.embedding_manager import EmbeddingManager
 
@@ -322,6 +330,7 @@ def model_of(args: argparse.Namespace) -> LatentDiffusion:
     before = getattr(args, "like_device", None)
     if before not in (None, device.type):
         log.warning("%s: was drawn on %s; on %s its pixels may differ", args.like, before, device)
+    # Load it, and compare it with what the user believes it to be.
     dtype = dtype_of_weights(device, args.precision)
     model = load_model(args.ckpt, args.config, device, args.weights, dtype)
     for flag, given, actual in (
@@ -330,6 +339,7 @@ def model_of(args: argparse.Namespace) -> LatentDiffusion:
     ):
         if given not in (None, actual):
             raise UserError(f"--{flag} {given}: this model has {actual}")
+    # Add words, then choose how it computes: the words are read in the precision of the rest.
     if args.embedding_path:
         EmbeddingManager(model.cond_stage_model).load(read_embeddings(args.embedding_path))
     if args.precision == "half":

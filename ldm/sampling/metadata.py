@@ -60,6 +60,7 @@ def picture_texts(
 
 def png_info(texts: Mapping[str, str]) -> PngInfo:
     """Return texts in the form in which a PNG file holds them."""
+    # Keys and texts as the PNG standard has them, for any program.
     info = PngInfo()
     for key, text in texts.items():
         info.add_text(key, text)  # iTXt, unless Latin-1 has all its letters
@@ -90,6 +91,7 @@ def read_recipe(picture: str | Path | Image.Image) -> dict[str, Any] | None:
 
     Older pictures of ours have the same JSON under `parameters`.
     """
+    # A file is opened for as long as its texts are read.
     if not isinstance(picture, Image.Image):
         with Image.open(picture) as opened:
             return read_recipe(opened)

@@ -37,6 +37,7 @@ def halve(model: LatentDiffusion, dtype: torch.dtype | None = None) -> LatentDif
     Args:
         dtype: float16 or bfloat16; by default that of the model's device.
     """
+    # The buffers of the noise schedule are the model's own, so they stay in float32.
     dtype = dtype or half_of(model.device)
     for network in (model.model, model.cond_stage_model, model.first_stage_model):
         network.to(dtype)
@@ -54,6 +55,7 @@ def computing_in(model: LatentDiffusion, precision: str) -> AbstractContextManag
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: accepted: {', '.join(PRECISIONS)}")
+    # Full weights would compute in float32, and the picture would say that it is of half.
     weight = next(model.model.diffusion_model.parameters())
     if precision == "half" and weight.dtype == torch.float32:
         raise UserError("--precision half: the weights are in float32; call halve(model) before")

@@ -48,6 +48,7 @@ class Texts:
         """Return the same with what the UNet reads beside the noisy latent and the text, if any."""
         if read is None:
             return self
+        # Both texts read the same: guidance leads away from a text, not from a picture.
         uncond: Any = self.uncond
         uncond = None if uncond is None else with_beside(uncond, read)
         cond: Any = self.cond
@@ -60,9 +61,11 @@ def guidance_of(how: Guided, guide: LatentDiffusion | None = None) -> Guidance:
     Raises:
         UserError: a value that means nothing.
     """
+    # Each is left out unless it was asked for, so that the plain formula stays as it was.
     rescale = Rescale(how.rescale) if how.rescale else None
     interval = None if how.interval is None else Interval(*how.interval)
     projection = None if how.apg is None else Projection(*how.apg)
+    # The weak model, whose prediction is led away from, in place of the empty prompt.
     weak = None if guide is None else guide.apply_model
     return Guidance(rescale, interval, projection, weak)
 
@@ -98,6 +101,7 @@ def _embed(model: LatentDiffusion, prompts: Sequence[str], weighting: str | None
     # As trained: plain words, and the encoder cuts what is too long.
     if weighting is None:
         return model.get_learned_conditioning(prompts)
+    # With weights: longer prompts are read in pieces.
     if weighting != A1111:
         accepted = ", ".join(WEIGHTINGS)
         raise UserError(f"weighting: unknown '{weighting}'; accepted: {accepted}")

@@ -51,6 +51,7 @@ def enlarge(
     Raises:
         UserError: a size, sampler or noise that the model cannot do.
     """
+    # The pictures as the model reads them, in [-1, 1].
     small = torch.cat([to_tensor(picture) for picture in pictures]).to(model.device)
 
     # Noise of its own: the small picture may have been drawn from the same seed.

@@ -47,6 +47,7 @@ class LoggedSteps(CompVisInterface):
 
         To read them back from a GPU, it would wait for all that the GPU still has to do.
         """
+        # Lightning moves everything; then each part gets its own seeds back.
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         for there, here in zip(_parts(moved), _parts(batch)):
             if "noise_seed" in here:
@@ -86,6 +87,7 @@ class LoggedSteps(CompVisInterface):
 
     def metric_names(self, has_prior: bool) -> dict[str, list[str]]:
         """Return the metrics that a training logs: of every step, and of a validation."""
+        # A way to keep the prior may have a prior loss without class images, or none with them.
         trained = self.objective.metric_names(self.preservation.chosen.has_prior(has_prior))
         names = self.objective.metric_names(has_prior)
         validation = [f"val/{name}{kind}" for kind in ("", "_ema") for name in names]

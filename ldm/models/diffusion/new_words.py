@@ -40,11 +40,13 @@ def new_words(config: Mapping[str, Any], encoder: TextEncoder) -> EmbeddingManag
     Raises:
         UserError: there are none, or they cannot be words.
     """
+    # From here on the encoder reads the new rows behind its table.
     manager = instantiate_from_config(config, NAME, embedder=encoder)
     if not isinstance(manager, EmbeddingManager) or not manager.words:
         raise ParameterError(
             f"{NAME}.params.placeholder_strings", 'no new word: give one, such as ["*"]'
         )
+    # Pivotal tuning: the words were learned before, and the model is trained around them.
     if manager.pivotal:
         manager.requires_grad_(False)
     return manager

@@ -51,13 +51,16 @@ class SmallImages:
         if not upscales(model):
             found = model.model.conditioning_key
             raise ParameterError("conditioning_key", f"must be {CONDITIONING}, got {found}")
+        # It reads the three colours of the small picture beside the latent.
         unet, wanted = model.model.diffusion_model, model.latent_channels + 3
         if unet.in_channels != wanted:
             problem = f"must be {wanted}, of the latent and the small picture"
             raise ParameterError("unet_config.params.in_channels", problem)
+        # It has a vector for each level of the noise, as other models have for classes.
         if (unet.num_classes or 0) < low_scale.max_noise_level:
             problem = f"must be max_noise_level {low_scale.max_noise_level} or more"
             raise ParameterError("unet_config.params.num_classes", problem)
+        # A variance stands for the level that has about as much noise.
         if self.augmentation is not None:
             level = low_scale.level_of(self.augmentation)
             if level >= unet.num_classes:
@@ -70,6 +73,7 @@ class SmallImages:
         Raises:
             UserError: it has cached latents alone, or images that the factor does not divide.
         """
+        # A dataset of pairs has its own small pictures.
         if batch.small is not None:
             return batch.small
         images = batch.images
@@ -79,6 +83,7 @@ class SmallImages:
                 "on cached latents; leave latent_cache out"
             )
         height, width = images.shape[2:]
+        # Make the images smaller, by a factor that leaves no part of a pixel over.
         if height % self.factor or width % self.factor:
             raise ParameterError(
                 "upscaling", f"{self.factor} does not divide images of {width}x{height} pixels"
@@ -131,7 +136,9 @@ def read_small(
     noise: Tensor,
 ) -> Beside:
     """Return small pictures with noise, as large as the latents, and the level of the noise."""
+    # Add the noise at the small size, as the model was taught.
     noisy, levels = low_scale(pictures, levels, noise)
+    # In pixels the UNet reads them enlarged; in latents they already have the size.
     size = [side * factor // model.downsampling for side in pictures.shape[2:]]
     if list(noisy.shape[2:]) != size:
         noisy = F.interpolate(noisy, size, mode="bilinear")
@@ -153,11 +160,13 @@ def sampled_small(
         augmentation: variance of the noise; by default that of the training, else `AUGMENTATION`.
     """
     variance = augmentation or small.augmentation or AUGMENTATION
+    # A level that the UNet never learnt would have a vector of no meaning, or none.
     level = low_scale.level_of(variance)
     most = int(model.model.diffusion_model.num_classes)
     if level >= most:
         problem = f"{variance:g} is level {level}, and the model knows {most}"
         raise UserError(f"noise augmentation: {problem}")
+    # All pictures have one level, and each has noise of its own seed.
     levels = torch.full((len(pictures),), level, device=pictures.device)
     noise = SampleRandom(_seeds("augmentation noise", seeds)).randn(pictures.shape).to(pictures)
     return read_small(model, low_scale, pictures, small.factor, levels, noise)
@@ -184,6 +193,7 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         super().__init__(**{"conditioning_key": CONDITIONING, **params})
         self.low_scale_model = instantiate_from_config(low_scale_config, "low_scale_config")
         self.low_scale_key, self.small = low_scale_key, SmallImages(upscaling, noise_augmentation)
+        # A config whose parts do not fit is refused now, not in the first step.
         self.small.check(self, self.low_scale_model)
 
     def batch_of(self, batch: RawBatch) -> Batch:

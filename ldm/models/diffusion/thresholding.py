@@ -42,6 +42,7 @@ class Threshold:
         # One image at a time: torch limits how much it sorts at once.
         sizes = [image.float().abs().flatten().quantile(self.percentile) for image in start]
         size = torch.stack(sizes).clamp(min=1).to(start).view(-1, 1, 1, 1)
+        # Cut off beyond that size, and shrink what is left. Images that fit stay as they are.
         return start.clamp(-size, size) / size
 
 
@@ -51,6 +52,7 @@ def threshold_of(name: str | None) -> Threshold | None:
     Raises:
         UserError: an unknown name, or a percentile that is none.
     """
+    # A percentile stands behind a colon, and belongs to dynamic thresholding alone.
     kind, _, number = (name or "none").partition(":")
     try:
         percentile = float(number) if number else PERCENTILE

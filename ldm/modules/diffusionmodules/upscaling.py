@@ -73,8 +73,12 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state; raise a `UserError` for another schedule, whose levels mean other noise."""
         betas = state_dict.get(f"{prefix}betas")
-        known = betas is not None and not betas.is_meta and not self.betas.is_meta
-        if known and not torch.allclose(betas.cpu().float(), self.betas.cpu(), rtol=1e-2):
+        is_known = betas is not None and not betas.is_meta and not self.betas.is_meta
+        if (
+            betas is not None
+            and is_known
+            and not torch.allclose(betas.cpu().float(), self.betas.cpu(), rtol=1e-2)
+        ):
             problem = "is not that of the weights: give the config that they were made with"
             raise ParameterError("low_scale_config.params.noise_schedule_config", problem)
         super()._load_from_state_dict(state_dict, prefix, *args)
