@@ -68,7 +68,8 @@ def clip_vocabulary() -> Vocabulary:
     same shares of CLIP's 48894 merges: 7639 to 15279. `sks` is merge 47624, among the rarest.
     """
     ids, merges = tokenizer.vocabulary()
-    ends, others = [], []
+    ends: list[Piece] = []
+    others: list[Piece] = []
     for word, token in ids.items():
         if not CLIP_BYTES <= token < tokenizer.START:
             continue
