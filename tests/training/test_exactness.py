@@ -43,6 +43,8 @@ INPAINTING = [
     "model.params.conditioning_key=hybrid",
     "model.params.unet_config.params.in_channels=9",
 ]
+# Both in one run, with which most of these tests are made.
+INPAINTED = [*ACCUMULATED, *INPAINTING]
 # The prior is compared with a copy of the weights, which a run that goes on has to have again.
 TAUGHT = ["model.params.preservation=prior_prediction"]
 # Only new words train: two vectors, which the optimizer's state is of.
@@ -66,9 +68,8 @@ CHOSEN = [
     "model.params.unet_config.params.channels_last=true",
 ]
 RUNS = {
-    "accumulated": ACCUMULATED,
+    "accumulated": INPAINTED,
     "bf16-cached-chosen-taught": [*BF16, *CACHED, *CHOSEN, *TAUGHT],
-    "inpainting": INPAINTING,
     "words": WORDS,
     # In pixels, with noise on small pictures.
     "enlarging": ENLARGING,
@@ -76,6 +77,7 @@ RUNS = {
 }
 if WHOLE:
     RUNS |= {"fp32": [], "bf16": BF16, "cached": CACHED, "bf16-accumulated": [*BF16, *ACCUMULATED]}
+    RUNS |= {"inpainting": INPAINTING}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def straight(workspace, base):
 
 
 def test_a_run_that_is_stopped_ends_as_the_uninterrupted_one(workspace, base, straight):
-    parts = train(workspace, base, "stopped", EMA, SCHEDULE, *ACCUMULATED, "--max_steps", "5")
+    parts = train(workspace, base, "stopped", EMA, SCHEDULE, *INPAINTED, "--max_steps", "5")
     resume(workspace, parts, "--max_steps", "7")
     # From a checkpoint that was written in passing, too.
     resume(workspace, parts / "checkpoints/epoch=000001-step=000000004.ckpt", "--max_steps", "7")
@@ -157,7 +159,7 @@ def test_a_run_that_is_killed_twice_ends_as_the_uninterrupted_one(workspace, bas
 
 @pytest.mark.parametrize("place", ["last:8", "checkpoint:8"])
 def test_a_kill_beside_a_checkpoint_loses_no_row_of_the_log(workspace, base, straight, place):
-    name, more = place.replace(":", "-"), [EMA, SCHEDULE, *ACCUMULATED]
+    name, more = place.replace(":", "-"), [EMA, SCHEDULE, *INPAINTED]
     run = train(workspace, base, name, *more, kill=place, status=-signal.SIGKILL)
     assert checkpoint(run)["global_step"] == (8 if place == "last:8" else 4)
     resume(workspace, run)
@@ -326,7 +328,7 @@ def test_a_deterministic_run_is_the_same_on_the_cpu(workspace, base, straight):
         "deterministic",
         EMA,
         SCHEDULE,
-        *ACCUMULATED,
+        *INPAINTED,
         "lightning.trainer.deterministic=true",
     )
     assert_same_end(run, straight("accumulated"), STEPS)
