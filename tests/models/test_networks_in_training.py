@@ -14,6 +14,7 @@ from tests.support.models import (
     build,
     gradients,
     step,
+    unet_inputs,
 )
 
 
@@ -86,6 +87,18 @@ def test_compiled_and_channels_last_change_no_gradient(use_checkpoint):
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         step(model, batch(1, 2, 3))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_a_unet_that_is_compiled_for_sampling_computes_the_same():
+    model = build({"channel_mult": [1], "attention_resolutions": [1], "use_checkpoint": False})
+    unet, inputs = model.model.diffusion_model, unet_inputs()
+    with torch.no_grad():
+        expected = unet(*inputs)
+        unet.compile_for_sampling({"backend": "eager"})
+        torch._dynamo.utils.counters.clear()
+        found = unet(*inputs)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_compile_options_that_torch_does_not_take():

@@ -45,14 +45,14 @@ def test_eight_bits_in_backward_are_eight_bits(workspace):
 
 
 def test_each_resumes_the_others_run(workspace, with_adamw):
-    straight = workspace.train("straight", "--max_steps", "5")
+    straight = workspace.train("straight", "--max_steps", "4")
     for optimizer in ("adamw_in_backward", "adamw8bit", "adamw8bit_in_backward"):
         parts = workspace.train(
-            f"parts-{optimizer}", "--max_steps", "3", f"model.params.optimizer={optimizer}"
+            f"parts-{optimizer}", "--max_steps", "2", f"model.params.optimizer={optimizer}"
         )
-        workspace.resume(parts, "--max_steps", "5")
+        workspace.resume(parts, "--max_steps", "4")
         whole = workspace.train(
-            f"whole-{optimizer}", "--max_steps", "5", f"model.params.optimizer={optimizer}"
+            f"whole-{optimizer}", "--max_steps", "4", f"model.params.optimizer={optimizer}"
         )
         assert same(checkpoint(parts)["state_dict"], checkpoint(whole)["state_dict"])
         assert same(checkpoint(parts)["optimizer_states"], checkpoint(whole)["optimizer_states"])
