@@ -30,7 +30,7 @@ from ldm.evaluation.prompt_suites import asked_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.models.diffusion.super_resolution import LatentUpscaleDiffusion
-from ldm.sampling.drawing import draw_pictures
+from ldm.sampling.drawing import draw_pictures, text_drawing
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -48,7 +48,7 @@ from ldm.sampling.photos import read_photo
 from ldm.sampling.pictures import save_numbered
 from ldm.sampling.series import Draw, Picture, series_of
 from ldm.sampling.super_resolution import check_upscales, enlarge
-from ldm.sampling.text_to_image import Recipe, check_draws, text_to_image
+from ldm.sampling.text_to_image import Recipe, check_draws
 
 log = logging.getLogger(__name__)
 
@@ -147,19 +147,14 @@ def _of_sr(args: argparse.Namespace) -> argparse.Namespace:
 
 def drawing(model: LatentDiffusion, args: argparse.Namespace) -> Draw:
     """Return what draws a batch of small pictures, and writes them if the flags say so."""
-    how: dict[str, Any] = how_made(args) if args.save_base else {}
+    draw_texts = text_drawing(model, args.precision)
+    if not args.save_base:
+        return draw_texts
+    how: dict[str, Any] = how_made(args)
 
     def draw(batch: Sequence[Picture]) -> list[Image.Image]:
-        images = text_to_image(
-            model,
-            [picture.prompt for picture in batch],
-            [picture.noise_seed for picture in batch],
-            batch[0].recipe,
-            batch[0].negative_prompt,
-            args.precision,
-            verbose=True,
-        )
-        for picture, image in zip(batch, images if args.save_base else []):
+        images = draw_texts(batch)
+        for picture, image in zip(batch, images):
             texts = picture_texts(
                 picture.prompt,
                 picture.recipe,

@@ -27,8 +27,7 @@ from ldm.commands import exit_status
 from ldm.distributed import is_first
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import asked_prompts
-from ldm.models.diffusion.ddpm import LatentDiffusion
-from ldm.sampling.drawing import draw_pictures
+from ldm.sampling.drawing import draw_pictures, text_drawing
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -42,8 +41,7 @@ from ldm.sampling.flags import (
     recipe_of,
 )
 from ldm.sampling.pictures import save_numbered
-from ldm.sampling.series import Draw, Picture, draw_shares, series_of
-from ldm.sampling.text_to_image import text_to_image
+from ldm.sampling.series import Picture, draw_shares, series_of
 from ldm.sampling.xy_grid import add_grid_flags, by_checkpoint, cells, grid_axes, labelled_grid
 
 
@@ -83,7 +81,7 @@ def sample(args: argparse.Namespace) -> None:
     prompts = asked_prompts(args)
     model = model_of(args)
     pictures = series_of(args, prompts, recipe_of(args, model))
-    draw_pictures(args, pictures, drawing(model, args), print)
+    draw_pictures(args, pictures, text_drawing(model, args.precision), print)
 
 
 def sample_grid(args: argparse.Namespace) -> None:
@@ -108,7 +106,7 @@ def sample_grid(args: argparse.Namespace) -> None:
             )
             for place in places
         ]
-        draw, how = drawing(model, cell), {} if args.skip_save else how_made(cell)
+        draw, how = text_drawing(model, cell.precision), {} if args.skip_save else how_made(cell)
         size = 1 if args.exact else args.n_samples
         images = draw_shares(pictures, draw, size, folder, how, print)
         made.update(zip(places, images))
@@ -116,23 +114,6 @@ def sample_grid(args: argparse.Namespace) -> None:
     if not args.skip_grid and is_first():
         title = args.prompt if "prompt" not in (across.name, down.name) else ""
         print(save_numbered(labelled_grid(across, down, made, title), outdir, prefix="xy-"))
-
-
-def drawing(model: LatentDiffusion, args: argparse.Namespace) -> Draw:
-    """Return what draws a batch of pictures with a model."""
-
-    def draw(batch: Sequence[Picture]) -> list[Image.Image]:
-        return text_to_image(
-            model,
-            [picture.prompt for picture in batch],
-            [picture.noise_seed for picture in batch],
-            batch[0].recipe,
-            batch[0].negative_prompt,
-            args.precision,
-            verbose=True,
-        )
-
-    return draw
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,12 +5,35 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from ldm.distributed import is_first
 from ldm.sampling.flags import how_made
 from ldm.sampling.pictures import grid, save_numbered
 from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
+from ldm.sampling.text_to_image import text_to_image
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+
+def text_drawing(model: LatentDiffusion, precision: str) -> Draw:
+    """Return what draws a batch of pictures of texts with a model."""
+
+    def draw(batch: Sequence[Picture]) -> list[Image.Image]:
+        return text_to_image(
+            model,
+            [picture.prompt for picture in batch],
+            [picture.noise_seed for picture in batch],
+            batch[0].recipe,
+            batch[0].negative_prompt,
+            precision,
+            verbose=True,
+        )
+
+    return draw
 
 
 def draw_pictures(

@@ -44,6 +44,11 @@ def halve(model: LatentDiffusion, dtype: torch.dtype | None = None) -> LatentDif
     return model
 
 
+def is_halved(model: LatentDiffusion) -> bool:
+    """Return whether a model's weights are in half precision all through, its norms, too."""
+    return all(p.dtype != torch.float32 for p in model.model.diffusion_model.parameters())
+
+
 def computing_in(model: LatentDiffusion, precision: str) -> AbstractContextManager[Any]:
     """Return the context in which a model computes in a precision.
 
@@ -56,8 +61,7 @@ def computing_in(model: LatentDiffusion, precision: str) -> AbstractContextManag
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: accepted: {', '.join(PRECISIONS)}")
     # Full weights would compute in float32, and the picture would say that it is of half.
-    weight = next(model.model.diffusion_model.parameters())
-    if precision == "half" and weight.dtype == torch.float32:
+    if precision == "half" and not is_halved(model):
         raise UserError("--precision half: the weights are in float32; call halve(model) before")
     if precision == "autocast" and model.device.type != "cpu":
         return torch.autocast(model.device.type, torch.float16)

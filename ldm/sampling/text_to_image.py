@@ -23,7 +23,7 @@ from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.rng import SampleRandom, derive_seed
 from ldm.sampling.first_stage import decode
 from ldm.sampling.pictures import to_pil
-from ldm.sampling.precision import computing_in
+from ldm.sampling.precision import computing_in, halve, is_halved
 from ldm.sampling.prompting import read_prompts
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def load_guide(model: LatentDiffusion, checkpoint: str, mix: float = 0.0) -> Lat
     unet = model.model.diffusion_model
     dtype = next(p.dtype for p in unet.parameters() if p.ndim > 1)
     guide = load_model(checkpoint, device=model.device, dtype=dtype)
+    if is_halved(model):
+        halve(guide, dtype)
     # Outputs that mean something else, or at another noise level, cannot be compared.
     problem = ""
     if guide.parameterization != model.parameterization:

@@ -1,5 +1,7 @@
 """Pictures in half precision: close to those of float32."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,13 @@ def test_the_command_draws_in_half_precision_and_again(tmp_path):
     assert txt2img.main(["--like", str(first), "--outdir", str(tmp_path / "two")]) == 0
     (second,) = (tmp_path / "two/samples").iterdir()
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_guide_is_in_half_precision_as_the_model_that_it_guides(in_full, halved):
+    guided = replace(RECIPE, guide_ckpt=str(WEIGHTS))
+    # A model that guides itself is classifier-free guidance, but for the batch of its calls.
+    found = text_to_image(halved, PROMPTS, [0, 1], guided, precision="half")
+    assert 0 < distance(found, in_full) < 5
 
 
 def test_what_is_not_half_is_not_called_so(full):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.sampling import pictures
+from ldm.sampling import drawing, pictures
 from ldm.sampling.metadata import read_recipe
 from ldm.sampling.pictures import next_number, save_numbered, save_png
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
@@ -277,7 +277,7 @@ def test_guidance_and_weighting_are_recorded_and_drawn_again(sample, ckpt, tmp_p
 
 
 def test_a_stop_keeps_the_pictures_that_are_finished(sample, tmp_path, monkeypatch, capsys):
-    draw, batches = txt2img.text_to_image, []
+    draw, batches = drawing.text_to_image, []
 
     def stopped(*arguments, **options):
         batches.append(arguments)
@@ -285,7 +285,7 @@ def test_a_stop_keeps_the_pictures_that_are_finished(sample, tmp_path, monkeypat
             raise KeyboardInterrupt
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(txt2img, "text_to_image", stopped)
+    monkeypatch.setattr(drawing, "text_to_image", stopped)
     with pytest.raises(AssertionError):
         sample("--n_samples", "2", "--n_iter", "3")
     kept = sorted((tmp_path / "out" / "samples").iterdir())
