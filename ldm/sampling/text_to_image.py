@@ -16,6 +16,7 @@ from PIL import Image
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.distributed import place_on_machine
 from ldm.errors import UserError
+from ldm.files import first_line
 from ldm.host import CUDA
 from ldm.models.diffusion.guidance import Projection
 from ldm.modules.attention import texts_read_once
@@ -203,7 +204,13 @@ def sampling_mode(model: LatentDiffusion, precision: str) -> Iterator[None]:
     is_compiled = isinstance(unet, UNetModel) and unet.is_compiled_for_sampling
     reading = nullcontext() if is_compiled else texts_read_once(model.model)
     with computing_in(model, precision), model.ema_scope("sampling"), reading:
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            # The first call compiles, which needs a compiler of the machine's.
+            if not is_compiled or not type(error).__module__.startswith(("torch._in", "torch._dy")):
+                raise
+            raise UserError(f"--compile: {first_line(error)}: leave --compile out") from error
 
 
 def check_size(model: LatentDiffusion, height: int, width: int) -> None:

@@ -79,6 +79,17 @@ def test_a_guide_is_in_half_precision_as_the_model_that_it_guides(in_full, halve
     assert 0 < distance(found, in_full) < 5
 
 
+def test_a_unet_that_cannot_be_compiled_is_one_line():
+    model = load_model(WEIGHTS)
+
+    def without_compiler(graph, inputs):
+        raise OSError("no compiler here\nand more")
+
+    model.model.diffusion_model.compile_for_sampling({"backend": without_compiler})
+    with pytest.raises(UserError, match=r"--compile: .*raised.*: leave --compile out"):
+        text_to_image(model, PROMPTS[:1], [0], RECIPE)
+
+
 def test_what_is_not_half_is_not_called_so(full):
     for precision, words in (("half", "call halve"), ("bf16", "accepted: full, autocast, half")):
         with pytest.raises(UserError, match=words):
