@@ -5,6 +5,7 @@ Each check returns `found`, a phrase, and `passes`.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -140,7 +141,12 @@ def in_backward(world: World, precision: str) -> Found:
 
 
 def one_process_group(world: World) -> Found:
-    """Compare DDP over one process with no DDP, bit by bit; on CUDA it is NCCL's."""
+    """Compare DDP over one process with no DDP, bit by bit; on CUDA it is NCCL's.
+
+    Lightning's DDP takes as many threads as the processor has cores where this variable is not set,
+    and sums over more threads are rounded otherwise.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     alone = world.trained("alone", DETERMINISTIC)
     try:
         group = world.trained("group", {**DETERMINISTIC, "lightning.trainer.strategy": "ddp"})
