@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -20,19 +19,11 @@ from ldm.config import check_config
 from ldm.distributed import is_child, is_first
 from ldm.training import cli, defaults
 from ldm.training.run import forget_stamp, held
-
-# What YAML files name as main.*, imported when asked for.
-EXPORTS = {
-    "DataModuleFromConfig": "ldm.data.datamodule",
-    "ImageLogger": "ldm.callbacks.image_logger",
-    "SetupCallback": "ldm.callbacks.setup",
-}
+from ldm.util import moved
 
 
 def __getattr__(name: str) -> Any:
-    if name in EXPORTS:
-        return getattr(importlib.import_module(EXPORTS[name]), name)
-    raise AttributeError(f"module 'main' has no attribute '{name}'")
+    return moved("main", name)  # what YAML files name as main.*, imported when asked for
 
 
 def run(args: argparse.Namespace) -> int:

@@ -51,9 +51,9 @@ def under(path: str) -> Iterator[None]:
         raise error.under(path) from error
 
 
-def check_share(name: str, value: float) -> None:
+def check_share(name: str, value: object) -> None:
     """Raise a `ParameterError` for what is no share of a whole."""
-    if not 0 <= value <= 1:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ParameterError(name, f"expected a share from 0 to 1, got {value}")
 
 
@@ -63,10 +63,10 @@ def check_positive(name: str, value: float) -> None:
         raise ParameterError(name, f"expected a positive number, got {value}")
 
 
-def check_counts(**numbers: float) -> None:
-    """Raise a `ParameterError` for the first of some numbers that is below 1."""
+def check_counts(**numbers: object) -> None:
+    """Raise a `ParameterError` for the first of some values that is no number, or is below 1."""
     for name, number in numbers.items():
-        if not 1 <= number < math.inf:
+        if not isinstance(number, (int, float)) or not 1 <= number < math.inf:
             raise ParameterError(name, f"expected 1 or more, got {number}")
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # What has moved, modules and single targets: a YAML or a saved run may still name the old place.
+# Where a script may import a single target from there, the module's `__getattr__` calls `moved`.
 RENAMED = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
     "main.ImageLogger": "ldm.callbacks.image_logger.ImageLogger",
@@ -117,6 +118,17 @@ def get_obj_from_str(target: str, where: str = "target") -> Callable[..., Any]:
             where, f"'{target}' is not a class or function, but a {type(found).__name__}"
         )
     return found
+
+
+def moved(module: str, name: str) -> Any:
+    """Return what has moved out of a module, for the `__getattr__` of that module.
+
+    Raises:
+        AttributeError: `RENAMED` does not say that it has moved.
+    """
+    if f"{module}.{name}" not in RENAMED:
+        raise AttributeError(f"module '{module}' has no attribute '{name}'")
+    return get_obj_from_str(f"{module}.{name}")
 
 
 def instantiate_from_config(

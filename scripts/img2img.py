@@ -15,6 +15,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -23,7 +24,7 @@ from ldm.commands import exit_status
 from ldm.data.resizing import fit
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import asked_prompts
-from ldm.sampling.drawing import draw_pictures
+from ldm.sampling.drawing import draw_pictures, drawing_with
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -38,7 +39,7 @@ from ldm.sampling.flags import (
 from ldm.sampling.image_to_image import image_to_image
 from ldm.sampling.photo_flags import add_photo_flags
 from ldm.sampling.photos import central_box, drawn_size, read_photo
-from ldm.sampling.series import Picture, series_of
+from ldm.sampling.series import series_of
 from ldm.sampling.text_to_image import Recipe, size_step
 
 log = logging.getLogger(__name__)
@@ -76,20 +77,9 @@ def sample(args: argparse.Namespace) -> None:
     recipe = recipe_of(args, model)
     image = fitted(photo, recipe, args.init_img)
 
-    def draw(batch: Sequence[Picture]) -> list[Image.Image]:
-        return image_to_image(
-            model,
-            image,
-            [picture.prompt for picture in batch],
-            [picture.noise_seed for picture in batch],
-            batch[0].recipe,
-            batch[0].negative_prompt,
-            args.precision,
-            verbose=True,
-        )
-
+    draw = partial(image_to_image, model, image, precision=args.precision, verbose=True)
     pictures = series_of(args, prompts, recipe)
-    draw_pictures(args, pictures, draw, print, init_img=str(args.init_img))
+    draw_pictures(args, pictures, drawing_with(draw), print, init_img=str(args.init_img))
 
 
 def fitted(photo: Image.Image, recipe: Recipe, path: str) -> Image.Image:

@@ -17,6 +17,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -24,7 +25,7 @@ from PIL import Image
 from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import asked_prompts
-from ldm.sampling.drawing import draw_pictures
+from ldm.sampling.drawing import draw_pictures, drawing_with
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -39,7 +40,7 @@ from ldm.sampling.flags import (
 from ldm.sampling.inpainting import inpaint
 from ldm.sampling.photo_flags import add_mask_flags, add_photo_flags
 from ldm.sampling.photos import mask_of_box, read_mask, read_photo
-from ldm.sampling.series import Picture, series_of
+from ldm.sampling.series import series_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,24 +70,13 @@ def sample(args: argparse.Namespace) -> None:
     model = model_of(args)
     recipe = recipe_of(args, model)
 
-    def draw(batch: Sequence[Picture]) -> list[Image.Image]:
-        return inpaint(
-            model,
-            photo,
-            mask,
-            [picture.prompt for picture in batch],
-            [picture.noise_seed for picture in batch],
-            batch[0].recipe,
-            batch[0].negative_prompt,
-            args.padding,
-            args.precision,
-            verbose=True,
-        )
-
+    draw = partial(
+        inpaint, model, photo, mask, padding=args.padding, precision=args.precision, verbose=True
+    )
     places = {"mask": args.mask, "box": args.box, "padding": args.padding}
     how = {name: value for name, value in places.items() if value is not None}
     pictures = series_of(args, prompts, recipe)
-    draw_pictures(args, pictures, draw, print, init_img=str(args.init_img), **how)
+    draw_pictures(args, pictures, drawing_with(draw), print, init_img=str(args.init_img), **how)
 
 
 def check(args: argparse.Namespace) -> None:

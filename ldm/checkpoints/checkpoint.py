@@ -157,9 +157,12 @@ class Checkpoint:
         """Whether all three networks of a model are there."""
         return not absent_networks(self.state)
 
-    def fitting_config(self) -> Config:
+    def fitting_config(self, otherwise: Config | None = None) -> Config:
         """Return the config of the model that these weights fit: the known one, or that of their
         family.
+
+        Args:
+            otherwise: what it is taken for where nothing says it.
 
         Raises:
             UserError: nothing says it.
@@ -169,6 +172,9 @@ class Checkpoint:
         other = of_weights(self.state)
         if other and not self.is_whole:
             raise UserError(f"{self.path}: {other}")
+        family = self.family
+        if otherwise and (family is None or len(family.paths) > 1):
+            return otherwise
         return to_plain(load_config([config_for(self.state, self.path)]))
 
     def check_whole(self) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +22,20 @@ if TYPE_CHECKING:
 
 def text_drawing(model: LatentDiffusion, precision: str) -> Draw:
     """Return what draws a batch of pictures of texts with a model."""
+    return drawing_with(partial(text_to_image, model, precision=precision, verbose=True))
 
-    def draw(batch: Sequence[Picture]) -> list[Image.Image]:
-        return text_to_image(
-            model,
-            [picture.prompt for picture in batch],
-            [picture.noise_seed for picture in batch],
-            batch[0].recipe,
-            batch[0].negative_prompt,
-            precision,
-            verbose=True,
-        )
 
-    return draw
+def drawing_with(draw: Callable[..., list[Image.Image]]) -> Draw:
+    """Return what draws a batch of pictures with a function of prompts, seeds, a recipe and a
+    negative prompt, in this order.
+    """
+
+    def draw_batch(batch: Sequence[Picture]) -> list[Image.Image]:
+        prompts = [picture.prompt for picture in batch]
+        seeds = [picture.noise_seed for picture in batch]
+        return draw(prompts, seeds, batch[0].recipe, batch[0].negative_prompt)
+
+    return draw_batch
 
 
 def draw_pictures(

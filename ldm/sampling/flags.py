@@ -53,6 +53,7 @@ RANDOM = -1  # the seed that asks for another one each time
 SEEDS = 2**64  # how many seeds there are in the programs that have the most
 
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
+SWITCHES = ("compile", "vae_tiling", "vae_slicing")  # kernels of another rounding
 _MISSING: Any = object()  # the value of a flag that is not given
 
 
@@ -86,7 +87,8 @@ def add_model_flags(parser: argparse.ArgumentParser, ckpt: bool = True) -> None:
     )
     add(
         "--compile",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="let torch.compile make the UNet's pass: minutes at first, then faster",
     )
     add("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -386,6 +388,5 @@ def how_made(args: argparse.Namespace) -> dict[str, Any]:
     how = {name: str(value) for name, value in how.items() if value is not None}
     how |= {"precision": args.precision, "device": device_of(args).type}
     how |= {f"{name}_sha256": digest for name, digest in digests_of(args).items()}
-    if args.vae_tiling:
-        how["vae_tiling"] = True
+    how |= {name: True for name in SWITCHES if getattr(args, name)}
     return {**weights_names(Path(args.ckpt)), **how}

@@ -30,7 +30,7 @@ FLAG_OF = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"
 # Flags beside the recipe that our pictures have the values of.
 OTHERS = (
     *("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt"),
-    *("init_img", "mask", "box", "padding", "vae_tiling"),
+    *("init_img", "mask", "box", "padding", "compile", "vae_tiling", "vae_slicing"),
     *("sr_ckpt", "sr_steps", "sr_scale", "sr_sampler", "augmentation"),
 )
 # Flags of files that a picture is made from, beside the model's.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.checkpoints.checkpoint import Checkpoint, Config
+from ldm.checkpoints.export import shared_config
 from ldm.distributed import place_on_machine
 from ldm.errors import UserError
 from ldm.files import first_line
@@ -66,6 +67,7 @@ def load_model(
     device: torch.device | str = "cpu",
     weights: str | None = None,
     dtype: torch.dtype | None = None,
+    otherwise: Config | None = None,
 ) -> LatentDiffusion:
     """Return a model to sample from, with a checkpoint's weights, in evaluation mode.
 
@@ -74,6 +76,7 @@ def load_model(
         weights: `trained` or `ema`; by default the EMA weights where there are any.
         dtype: of its matrices and convolutions, for sampling under `autocast`; by default they are
             float32.
+        otherwise: the config of a checkpoint that does not say its own, and whose weights do not.
 
     Raises:
         UserError: a file that cannot be read, or a config that does not fit the checkpoint.
@@ -84,7 +87,10 @@ def load_model(
     opened = Checkpoint.open(checkpoint, config, mapped=not on_cpu).merged()
     log.info("%s", opened)
     # Then choose the EMA weights or the trained ones, which no later stage has to know of.
-    model, _ = opened.for_sampling(weights).build(dtype)
+    opened = opened.for_sampling(weights)
+    fitting = opened.fitting_config(otherwise)
+    model, _ = opened.build(dtype, fitting)
+    model.built_from = fitting
     del opened  # the model has its tensors now
     model = model.to(device).eval().requires_grad_(False)
     # On a CPU a step of Stable Diffusion takes a fifth less time so (docs/benchmarks.md).
@@ -111,7 +117,9 @@ def load_guide(model: LatentDiffusion, checkpoint: str, mix: float = 0.0) -> Lat
     # The guide computes as the tuned model does, so that only the weights differ.
     unet = model.model.diffusion_model
     dtype = next(p.dtype for p in unet.parameters() if p.ndim > 1)
-    guide = load_model(checkpoint, device=model.device, dtype=dtype)
+    # A base model's file may not say its config: then it is that of the model tuned from it.
+    config = shared_config(model.built_from)
+    guide = load_model(checkpoint, device=model.device, dtype=dtype, otherwise=config)
     if is_halved(model):
         halve(guide, dtype)
     # Outputs that mean something else, or at another noise level, cannot be compared.
@@ -210,7 +218,7 @@ def sampling_mode(model: LatentDiffusion, precision: str) -> Iterator[None]:
             # The first call compiles, which needs a compiler of the machine's.
             if not is_compiled or not type(error).__module__.startswith(("torch._in", "torch._dy")):
                 raise
-            raise UserError(f"--compile: {first_line(error)}: leave --compile out") from error
+            raise UserError(f"--compile: {first_line(error)}: give --no-compile") from error
 
 
 def check_size(model: LatentDiffusion, height: int, width: int) -> None:

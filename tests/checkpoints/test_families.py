@@ -113,6 +113,10 @@ def test_padding_is_zero_as_open_clip_pads():
         ({"layer": "first"}, "layer: unknown 'first'.*accepted: last, penultimate"),
         ({"arch": "ViT-H-114"}, "open_clip has no 'ViT-H-114'.*did you mean 'ViT-H-14'"),
         ({"text_config": {"widht": 3}}, "text_config: .*widht"),
+        ({"text_config": {"layers": 0}}, r"text_config\.layers: expected 1 or more, got 0"),
+        ({"text_config": {**TEXT, "layers": 1}}, "layer: penultimate of 1 leaves no layer to read"),
+        ({"text_config": {**TEXT, "heads": 5}}, "text_config: embed_dim must be divisible by"),
+        ({"text_config": {**TEXT, "vocab_size": 9}}, "vocab_size: 9 is below CLIP's 49408"),
         ({"max_length": 78, "text_config": TEXT}, "max_length: 78 exceeds context_length 77"),
     ],
 )

@@ -70,6 +70,10 @@ def test_a_sample_does_not_depend_on_its_batch(golden_model):
                                                                   "CLIP's 49408"),
     ({"text_config": {"hiden_size": 32}}, "text_config.hiden_size: unknown field .did you mean "
                                           "'hidden_size'"),
+    ({"text_config": {"num_hidden_layers": 0}}, "text_config.num_hidden_layers: expected 1 or "
+                                                "more, got 0"),
+    ({"text_config": {"attention_dropout": 3.0}}, "text_config.attention_dropout: expected a share "
+                                                  "from 0 to 1, got 3.0"),
     ({"version": "no/such/folder/at/all"}, "cannot load the hub model or local folder "
                                            "'no/such/folder/at/all'"),
 ])  # fmt: skip

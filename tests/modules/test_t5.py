@@ -62,6 +62,10 @@ def test_what_is_wrong_with_the_words_is_said(words, tmp_path):
         UserError, match=r"text_config\.d_modle: unknown field \(did you mean 'd_model'"
     ):
         embedder(text_config={"d_modle": 3})
+    with pytest.raises(UserError, match=r"text_config\.num_layers: expected 1 or more, got 0"):
+        embedder(text_config={**SHAPE, "num_layers": 0})
+    with pytest.raises(UserError, match=r"text_config\.dropout_rate: expected a share from 0 to 1"):
+        embedder(text_config={**SHAPE, "dropout_rate": 3})
     with pytest.raises(UserError, match="are for CLIP's text encoders: this model has a T5"):
         EmbeddingManager(embedder())
     with pytest.raises(UserError, match=r"version: cannot load the folder"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ldm.errors import UserError
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.sampling.metadata import read_recipe
 from ldm.sampling.precision import dtype_of_weights, halve
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
@@ -61,15 +62,25 @@ def test_one_call_in_half_precision(full, halved):
     assert 0 < error < 0.03  # 0.004 to 0.006 was measured
 
 
-def test_the_command_draws_in_half_precision_and_again(tmp_path):
-    flags = ["--ckpt", str(WEIGHTS), "--precision", "half", "--ddim_steps", "2"]
+@pytest.mark.parametrize(
+    "given, recorded",
+    [
+        ("--precision half", {"precision": "half"}),
+        ("--compile --vae_slicing", {"compile": True, "vae_slicing": True}),
+    ],
+)
+def test_the_command_draws_in_other_kernels_and_again(tmp_path, monkeypatch, given, recorded):
+    compiled = []
+    monkeypatch.setattr(UNetModel, "compile_for_sampling", lambda unet: compiled.append(unet))
+    flags = ["--ckpt", str(WEIGHTS), "--ddim_steps", "2", *given.split()]
     flags += ["--n_samples", "1", "--n_iter", "1", "--outdir", str(tmp_path / "one")]
     assert txt2img.main([*flags, "--prompt", "a dog"]) == 0
     (first,) = (tmp_path / "one/samples").iterdir()
-    assert read_recipe(first)["precision"] == "half"
+    assert recorded.items() <= read_recipe(first).items()
     assert txt2img.main(["--like", str(first), "--outdir", str(tmp_path / "two")]) == 0
     (second,) = (tmp_path / "two/samples").iterdir()
     assert first.read_bytes() == second.read_bytes()
+    assert len(compiled) == (2 if "compile" in recorded else 0)
 
 
 def test_a_guide_is_in_half_precision_as_the_model_that_it_guides(in_full, halved):
@@ -86,7 +97,7 @@ def test_a_unet_that_cannot_be_compiled_is_one_line():
         raise OSError("no compiler here\nand more")
 
     model.model.diffusion_model.compile_for_sampling({"backend": without_compiler})
-    with pytest.raises(UserError, match=r"--compile: .*raised.*: leave --compile out"):
+    with pytest.raises(UserError, match=r"--compile: .*raised.*: give --no-compile"):
         text_to_image(model, PROMPTS[:1], [0], RECIPE)
 
 

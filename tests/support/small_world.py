@@ -1,6 +1,9 @@
-"""A world of two things, and the YAML of a dataset of it."""
+"""A world of two things, the YAML of a dataset of it, and a run of any model on that."""
 
+from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
+
+import main
 
 
 def draw_sprites(root):
@@ -20,3 +23,19 @@ def world(sprites, length=6, **params):
         "target": "ldm.tiny.world.World",
         "params": {"sprites": str(sprites), "size": 16, "length": length, "labels": True, **params},
     }
+
+
+def trained(tmp_path, target, params, dataset, batch_size, steps):
+    """Train a model by the command, at a rate of 1e-3; return the run's folder."""
+    yaml = {
+        "model": {"base_learning_rate": 1e-3, "target": target, "params": params},
+        "data": {
+            "target": "main.DataModuleFromConfig",
+            "params": {"batch_size": batch_size, "num_workers": 0, "train": dataset},
+        },
+        "lightning": {"trainer": {"max_steps": steps, "enable_progress_bar": False}},
+    }
+    OmegaConf.save(yaml, base := tmp_path / "trained.yaml")
+    assert main.main(["--base", str(base), "-t", "-l", str(tmp_path / "logs"), "-n", "it"]) == 0
+    (run,) = tmp_path.glob("logs/*_it")
+    return run

@@ -19,7 +19,7 @@ from ldm.training.prepare import encoder_of
 from scripts import convert
 from tests.support import runs
 from tests.support.models import build
-from tests.support.small_world import draw_sprites, world
+from tests.support.small_world import draw_sprites, trained, world
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 CLIP_PARAMS = {
@@ -185,30 +185,9 @@ def test_a_checkpoint_without_a_text_tower(tmp_path):
 
 
 def test_clip_trains_through_the_command(sprites, tmp_path):
-    yaml = {
-        "model": {
-            "base_learning_rate": 1e-3,
-            "target": "ldm.tiny.clip.CLIP",
-            "params": CLIP_PARAMS,
-        },
-        "data": {
-            "target": "main.DataModuleFromConfig",
-            "params": {"batch_size": 4, "num_workers": 0, "train": world(sprites, size=32)},
-        },
-        "lightning": {"trainer": {"max_steps": 2, "enable_progress_bar": False}},
-    }
-    OmegaConf.save(yaml, tmp_path / "clip.yaml")
-    command = [
-        "--base",
-        str(tmp_path / "clip.yaml"),
-        "-t",
-        "-n",
-        "clip",
-        "-l",
-        str(tmp_path / "logs"),
-    ]
-    assert main.main(command) == 0
-    (checkpoint,) = tmp_path.glob("logs/*clip/checkpoints/last.ckpt")
+    dataset = world(sprites, size=32)
+    run = trained(tmp_path, "ldm.tiny.clip.CLIP", CLIP_PARAMS, dataset, batch_size=4, steps=2)
+    checkpoint = run / "checkpoints" / "last.ckpt"
 
     tower = tmp_path / "tower.safetensors"
     assert (
@@ -218,8 +197,8 @@ def test_clip_trains_through_the_command(sprites, tmp_path):
     assert all(key.startswith("clip.visual.") for key in load_file(tower))
     embedder = FrozenCLIPEmbedder(text_config=TEXT_FIELDS, ckpt_path=str(checkpoint))
     load_parts(embedder)
-    trained = read_checkpoint(checkpoint)["state_dict"]["clip.token_embedding.weight"]
-    assert torch.equal(embedder.transformer.text_model.embeddings.token_embedding.weight, trained)
+    learned = read_checkpoint(checkpoint)["state_dict"]["clip.token_embedding.weight"]
+    assert torch.equal(embedder.transformer.text_model.embeddings.token_embedding.weight, learned)
 
 
 # Cached latents

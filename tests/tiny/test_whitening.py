@@ -3,16 +3,30 @@
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-import main
 from ldm.checkpoints.parts import load_part
 from ldm.data.latents import CachedLatents
 from ldm.models.autoencoder import AutoencoderKL
 from scripts.tiny import whiten_latents
 from tests.support import golden, runs
-from tests.support.small_world import draw_sprites, world
+from tests.support.small_world import draw_sprites, trained, world
+
+DDCONFIG = {
+    "z_channels": 4,
+    "resolution": 16,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1],
+    "num_res_blocks": 1,
+    "double_z": True,
+    "attn_resolutions": [],
+}
+LOSS = {
+    "target": "ldm.modules.losses.LPIPSWithDiscriminator",
+    "params": {"disc_start": 1, "perceptual_weight": 0.0, "disc_ch": 8, "disc_num_layers": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,56 +62,15 @@ def test_whitening_with_independent_channels_scales_their_deviations():
 
 
 def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
-    ddconfig = {
-        "z_channels": 4,
-        "resolution": 16,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 32,
-        "ch_mult": [1, 1],
-    }
+    decay = {"target": "ldm.optim.schedules.WarmupLinearDecay", "params": {"steps": 3}}
     params = {
         "embed_dim": 4,
         "optimizer": "muon",
-        "scheduler_config": {
-            "target": "ldm.optim.schedules.WarmupLinearDecay",
-            "params": {"steps": 3},
-        },
-        "ddconfig": {**ddconfig, "num_res_blocks": 1, "attn_resolutions": [], "double_z": True},
-        "lossconfig": {
-            "target": "ldm.modules.losses.LPIPSWithDiscriminator",
-            "params": {
-                "disc_start": 1,
-                "perceptual_weight": 0.0,
-                "disc_ch": 8,
-                "disc_num_layers": 1,
-            },
-        },
+        "scheduler_config": decay,
+        "ddconfig": DDCONFIG,
+        "lossconfig": LOSS,
     }
-    yaml = {
-        "model": {
-            "base_learning_rate": 1e-3,
-            "target": "ldm.models.autoencoder.AutoencoderKL",
-            "params": params,
-        },
-        "data": {
-            "target": "main.DataModuleFromConfig",
-            "params": {"batch_size": 2, "num_workers": 0, "train": world(sprites)},
-        },
-        "lightning": {"trainer": {"max_steps": 3, "enable_progress_bar": False}},
-    }
-    OmegaConf.save(yaml, tmp_path / "autoencoder.yaml")
-    command = [
-        "--base",
-        str(tmp_path / "autoencoder.yaml"),
-        "-t",
-        "-n",
-        "ae",
-        "-l",
-        str(tmp_path / "logs"),
-    ]
-    assert main.main(command) == 0
-    (run,) = tmp_path.glob("logs/*_ae")
+    run = trained(tmp_path, "ldm.models.autoencoder.AutoencoderKL", params, world(sprites), 2, 3)
     rates = [float(row["lr-Muon/pg1"]) for row in runs.csv_rows(run) if row.get("lr-Muon/pg1")]
     assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
 
@@ -108,7 +81,7 @@ def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
         == 0
     )
     identity = {"target": "torch.nn.Identity"}
-    model = AutoencoderKL(params["ddconfig"], identity, embed_dim=4).eval()
+    model = AutoencoderKL(DDCONFIG, identity, embed_dim=4).eval()
     load_part(model, output)
     mean, covariance = whiten_latents.statistics(
         model, CachedLatents("unused", world(sprites)).source, 6
@@ -118,18 +91,7 @@ def test_the_command_whitens_a_trained_autoencoder(sprites, tmp_path):
 
 
 def test_a_frozen_encoder_keeps_its_latents():
-    ddconfig = {
-        "z_channels": 4,
-        "resolution": 16,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 32,
-        "ch_mult": [1, 1],
-    }
-    ddconfig = {**ddconfig, "num_res_blocks": 1, "attn_resolutions": []}
-    loss = {"disc_start": 5, "perceptual_weight": 0.0, "disc_ch": 8, "disc_num_layers": 1}
-    lossconfig = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}
-    model = AutoencoderKL(ddconfig, lossconfig, embed_dim=4, freeze_encoder=True, optimizer="muon")
+    model = AutoencoderKL(DDCONFIG, LOSS, embed_dim=4, freeze_encoder=True, optimizer="muon")
     trained = {
         id(p) for group in model.configure_optimizers()[0].param_groups for p in group["params"]
     }

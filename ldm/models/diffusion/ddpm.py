@@ -47,9 +47,13 @@ from ldm.modules.losses.batch import Batch, RawBatch
 from ldm.optim.boundary import at_step_boundary
 from ldm.optim.registry import Part, make_optimizer
 from ldm.optim.schedules import with_schedule
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, moved
 
 log = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    return moved(__name__, name)
 
 
 class LatentDiffusion(LoggedSteps):
@@ -88,6 +92,8 @@ class LatentDiffusion(LoggedSteps):
     """
 
     learning_rate: float = 1e-6
+    # The whole config, where a checkpoint was opened with it; the sampling commands set it.
+    built_from: Mapping[str, Any] | None = None
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.errors import ParameterError, UserError, nearest
+from ldm.errors import ParameterError, UserError, check_counts, check_share, nearest, under
 from ldm.modules.encoders.tokenizer import (
     END,
     START,
@@ -22,7 +22,11 @@ from ldm.modules.encoders.tokenizer import (
 )
 from ldm.modules.named_weights import NamedWeights
 from ldm.rng import sent
+from ldm.util import moved
 
+# Of each kind of text encoder: the fields that count or measure something.
+CLIP_COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OPEN_CLIP_COUNTS = ("width", "heads", "layers")
 SHORTEST = 3  # tokens: the start, a word, the end
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 # The text tower of CLIP ViT-L/14: the fields of transformers' CLIPTextConfig.
@@ -41,6 +45,10 @@ CLIP_VIT_L_14_TEXT: dict[str, Any] = {
     "eos_token_id": END,
     "pad_token_id": END,
 }
+
+
+def __getattr__(name: str) -> Any:
+    return moved(__name__, name)
 
 
 class TextEncoder(nn.Module):
@@ -190,10 +198,7 @@ class FrozenCLIPEmbedder(TextEncoder):
             raise ParameterError(
                 "max_length", f"{max_length} exceeds max_position_embeddings {limit}"
             )
-        if text_model.config.vocab_size <= END:
-            raise ParameterError(
-                "vocab_size", f"{text_model.config.vocab_size} is below CLIP's {END + 1}"
-            )
+        check_vocabulary(text_model.config.vocab_size)
         if use_checkpoint:
             recompute_activations(text_model)
         # Checkpoints hold the ids as a buffer; transformers stopped saving it.
@@ -257,11 +262,14 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
             f"model.transformer.resblocks.{n}."
             for n in blocks[len(blocks) - self.blocks_left_out :]
         ]
+        if len(blocks) <= self.blocks_left_out:
+            raise ParameterError("layer", f"{layer} of {len(blocks)} leaves no layer to read")
         # Weights that are there for other programs, and that nothing here reads.
         self.optional_keys = ("model.text_projection", "model.logit_scale", *left_out)
         limit = self.model.context_length
         if max_length > limit:
             raise ParameterError("max_length", f"{max_length} exceeds context_length {limit}")
+        check_vocabulary(self.model.token_embedding.num_embeddings)
         self.model.transformer.grad_checkpointing = use_checkpoint
 
     def embed(self, tokens: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
@@ -301,6 +309,27 @@ def recompute_activations(text_model: Any) -> None:
         enable()
 
 
+def check_text_config(
+    fields: Mapping[str, object], counts: Sequence[str], dropout: str | None = None
+) -> None:
+    """Raise a `ParameterError` for a text encoder without layers or width, which libraries build.
+
+    Args:
+        counts: the fields that are 1 or more.
+        dropout: the field that is a share.
+    """
+    with under("text_config"):
+        check_counts(**{name: fields[name] for name in counts if name in fields})
+        if dropout is not None and dropout in fields:
+            check_share(dropout, fields[dropout])
+
+
+def check_vocabulary(size: int) -> None:
+    """Raise a `ParameterError` for a table of embeddings without a row for each of CLIP's words."""
+    if size <= END:
+        raise ParameterError("vocab_size", f"{size} is below CLIP's {END + 1}")
+
+
 def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -317,8 +346,10 @@ def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> An
     for key in fields:
         if key not in accepted:
             raise ParameterError(f"text_config.{key}", f"unknown field{nearest(key, accepted)}")
+    fields = {**CLIP_VIT_L_14_TEXT, **fields}
+    check_text_config(fields, CLIP_COUNTS, "attention_dropout")
     try:
-        return CLIPTextModel(CLIPTextConfig(**{**CLIP_VIT_L_14_TEXT, **fields}))
+        return CLIPTextModel(CLIPTextConfig(**fields))
     except Exception as error:  # transformers checks some fields, torch stumbles over others
         raise ParameterError("text_config", " ".join(str(error).split())) from error
 
@@ -331,13 +362,14 @@ def _build_open_clip_text(arch: str, text_config: Mapping[str, Any] | None) -> A
     if config is None:
         raise ParameterError("arch", f"open_clip has no '{arch}'{nearest(arch, list_models())}")
     fields = {**config["text_cfg"], **(text_config or {})}
+    check_text_config(fields, OPEN_CLIP_COUNTS)
     # Its image tower is not read: a small one stands in for it until it goes.
     vision = {"image_size": 32, "patch_size": 32, "layers": 1, "width": 64, "head_width": 32}
     try:
         model = CLIP(
             config["embed_dim"], vision, fields, quick_gelu=config.get("quick_gelu", False)
         )
-    except TypeError as error:
-        raise ParameterError("text_config", str(error)) from error
+    except Exception as error:  # open_clip checks nothing: Python and torch stumble over values
+        raise ParameterError("text_config", " ".join(str(error).split())) from error
     del model.visual
     return model

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldm.errors import ParameterError, nearest
-from ldm.modules.encoders.modules import TextEncoder
+from ldm.modules.encoders.modules import TextEncoder, check_text_config
 from ldm.modules.encoders.tokenizer import encode_with
 
 T5_LARGE = "google/t5-v1_1-large"
@@ -26,6 +26,11 @@ T5_LARGE_TEXT: dict[str, Any] = {
     "num_heads": 16,
     "feed_forward_proj": "gated-gelu",
 }
+# The fields that count or measure something.
+COUNTS = (
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"),
+    "relative_attention_num_buckets",
+)
 END, PAD = 1, 0
 # Names of the file of words in a model's folder.
 WORDS = ("tokenizer.json", "spiece.model")
@@ -137,8 +142,10 @@ def _build_t5(version: str, text_config: Mapping[str, Any] | None) -> Any:
     for key in fields:
         if key not in accepted:
             raise ParameterError(f"text_config.{key}", f"unknown field{nearest(key, accepted)}")
+    fields = {**T5_LARGE_TEXT, **fields}
+    check_text_config(fields, COUNTS, "dropout_rate")
     try:
-        return T5EncoderModel(T5Config(**{**T5_LARGE_TEXT, **fields}))
+        return T5EncoderModel(T5Config(**fields))
     except Exception as error:  # transformers checks some fields, torch stumbles over others
         raise ParameterError("text_config", " ".join(str(error).split())) from error
 
