@@ -67,7 +67,7 @@ def load_yaml(path: str | Path) -> DictConfig:
 def load_config(
     paths: Sequence[str | Path],
     overrides: Sequence[str] = (),
-    before: Mapping[str, Any] | None = None,
+    before: Mapping[str, object] | None = None,
 ) -> DictConfig:
     """Merge the files left to right, then the `key.path=value` overrides.
 
@@ -89,7 +89,7 @@ def load_config(
         raise UserError(f"cannot merge the configs: {' '.join(str(error).split())}") from error
 
 
-def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def to_plain(config: DictConfig | Mapping[str, object]) -> dict[str, Any]:
     """Return the config as plain containers, interpolations resolved.
 
     Raises:
@@ -106,12 +106,12 @@ def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def save_yaml(content: Mapping[str, Any], path: str | Path) -> None:
+def save_yaml(content: Mapping[str, object], path: str | Path) -> None:
     """Write plain containers as YAML that `load_yaml` reads back, also a text with `${` in it."""
     OmegaConf.save(OmegaConf.create(_escaped(content)), path)
 
 
-def _escaped(value: Any) -> Any:
+def _escaped(value: object) -> Any:
     """Return nested containers in which no text is an interpolation of OmegaConf's."""
     if isinstance(value, Mapping):
         return {key: _escaped(inner) for key, inner in value.items()}
@@ -136,9 +136,9 @@ class RunConfig:
 
     content: Mapping[str, Any]
 
-    def get(self, path: str, default: Any = None) -> Any:
+    def get(self, path: str, default: object = None) -> Any:
         """Return the value at a dotted path, or the default where there is none, or null."""
-        value: Any = self.content
+        value: object = self.content
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return default if value is None else value
@@ -149,7 +149,7 @@ class RunConfig:
         check_mapping(found, path)
         return found
 
-    def having(self, values: Mapping[str, Any]) -> RunConfig:
+    def having(self, values: Mapping[str, object]) -> RunConfig:
         """Return the config with other values at some dotted paths, whose sections are made."""
         content = deepcopy(dict(self.content))
         for path, value in values.items():
@@ -270,7 +270,7 @@ class RunConfig:
 # Checking
 
 
-def check_config(config: Mapping[str, Any], trainer_keys: Sequence[str] = ()) -> None:
+def check_config(config: Mapping[str, object], trainer_keys: Sequence[str] = ()) -> None:
     """Check every key by its section or the signature of its `target`; say which have no effect.
 
     Raises:
@@ -291,7 +291,7 @@ def check_config(config: Mapping[str, Any], trainer_keys: Sequence[str] = ()) ->
         log.warning("without effect here: %s", ", ".join(without_effect))
 
 
-def _check_keys(config: Mapping[str, Any], accepted: Sequence[str], path: str) -> None:
+def _check_keys(config: Mapping[str, object], accepted: Sequence[str], path: str) -> None:
     for key in config:
         if key not in accepted:
             where = f"{path}.{key}" if path else str(key)
@@ -299,7 +299,7 @@ def _check_keys(config: Mapping[str, Any], accepted: Sequence[str], path: str) -
             raise UserError(f"{where}: unknown key{hint}; accepted: {', '.join(accepted)}")
 
 
-def _check_targets(node: Any, path: str) -> Iterator[str]:
+def _check_targets(node: object, path: str) -> Iterator[str]:
     """Check the params of every `target` below a node against its signature, without calling it.
 
     What is filled in later (data roots, the configs of callbacks' parents) has defaults there.

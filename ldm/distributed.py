@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 POLL = 0.1  # seconds between two looks whether another process is ready
 DECIDED, FAILED = "decided: ", "failed"  # how the first process's answers begin
@@ -189,7 +192,7 @@ def _group_store() -> Any | None:
     return distributed.distributed_c10d._get_default_store()
 
 
-def take_children(trainer: Any) -> list[Any]:
+def take_children(trainer: pl.Trainer) -> list[Any]:
     """Return the processes that Lightning has started, and have it watch them no more.
 
     It would kill this process as soon as one of them has failed.
@@ -210,14 +213,14 @@ def end_children(children: Iterable[Any], patience: float = 5.0) -> None:
             child.kill()
 
 
-def is_sharded(trainer: Any) -> bool:
+def is_sharded(trainer: pl.Trainer) -> bool:
     """Return whether no process has all of the weights."""
     from pytorch_lightning.strategies import FSDPStrategy
 
     return isinstance(trainer.strategy, FSDPStrategy)
 
 
-def computes(trainer: Any) -> bool:
+def computes(trainer: pl.Trainer) -> bool:
     """Return whether this process runs the networks where one result is wanted, such as a picture.
 
     The first one does, and where weights are sharded all others with it, for they hold parts of

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +18,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def tensor_bytes(value: Any) -> int:
+def tensor_bytes(value: object) -> int:
     """Count the bytes of all tensors in nested containers."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
@@ -103,7 +102,7 @@ def give_usual_permissions(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+def save_checkpoint(content: Mapping[str, object], path: str | Path) -> None:
     """Write a `.ckpt` atomically; raises as `write_atomically` does."""
     write_atomically(
         path, lambda temporary: torch.save(dict(content), temporary), tensor_bytes(content)

@@ -135,7 +135,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # torch's, for tensors of 2 MB and more
 
 
-def huge_pages_environment(config: Mapping[str, Any]) -> dict[str, str]:
+def huge_pages_environment(config: Mapping[str, object]) -> dict[str, str]:
     """Return the variables to start a training with: none where it gives memory back between steps.
 
     The system fills huge pages in a fraction of the time of small ones.

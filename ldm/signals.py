@@ -15,7 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +187,7 @@ def _restore() -> None:
         signal.signal(number, handler)
 
 
-def _on_stop(number: int, frame: Any) -> None:
+def _on_stop(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _state.process:
         return
     now = _state.heard_at = time.monotonic()
@@ -200,7 +203,7 @@ def _on_stop(number: int, frame: Any) -> None:
     log.warning("%s: finishing this step and saving it (once more stops at once)", name)
 
 
-def _on_save(number: int, frame: Any) -> None:
+def _on_save(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _state.process or _state.deaf:
         return
     if _state.patient or _state.holding:

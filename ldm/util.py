@@ -17,6 +17,7 @@ from ldm.errors import ParameterError, UserError, nearest, under
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+
 log = logging.getLogger(__name__)
 
 # What has moved, modules and single targets: a YAML or a saved run may still name the old place.
@@ -169,7 +170,7 @@ def instantiate_from_config(
         raise ParameterError(f"{where}.params", f"{cls.__qualname__}: {problem}") from error
 
 
-def legacy_keys(cls: Callable[..., Any], params: Mapping[str, Any]) -> dict[str, str]:
+def legacy_keys(cls: Callable[..., object], params: Mapping[str, object]) -> dict[str, str]:
     """Return the params without effect for a class or its bases, each with what to use instead."""
     found: dict[str, str] = {}
     for base in getattr(cls, "__mro__", ()):
@@ -182,7 +183,7 @@ def legacy_keys(cls: Callable[..., Any], params: Mapping[str, Any]) -> dict[str,
     return {key: instead for key, instead in found.items() if key not in taken or key in idle}
 
 
-def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:
+def _refuses_params(cls: Callable[..., object], error: Exception) -> bool:
     """Return whether an error is a foreign class's way to refuse what it was given.
 
     Our own classes raise a `UserError` for that: any other error of theirs is a defect, and keeps
@@ -195,7 +196,7 @@ def _refuses_params(cls: Callable[..., Any], error: Exception) -> bool:
     return not _is_ours(cls) and isinstance(error, (ValueError, TypeError, ImportError))
 
 
-def accepted_parameters(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def accepted_parameters(cls: Callable[..., object]) -> dict[str, inspect.Parameter]:
     """Return what a class or function takes, by name.
 
     What a class passes on to its base as `**params` is what the base takes.
@@ -212,17 +213,17 @@ def accepted_parameters(cls: Callable[..., Any]) -> dict[str, inspect.Parameter]
     return {**accepted_parameters(bases[0]), **found}
 
 
-def _is_ours(cls: Callable[..., Any]) -> bool:
+def _is_ours(cls: Callable[..., object]) -> bool:
     return str(cls.__module__).partition(".")[0] in ("ldm", "main")
 
 
-def check_mapping(value: Any, where: str) -> None:
+def check_mapping(value: object, where: str) -> None:
     """Raise a `UserError` if a part of the config is no mapping."""
     if not isinstance(value, Mapping):
         raise ParameterError(where, f"expected a mapping, got {value!r}")
 
 
-def check_params(cls: Callable[..., Any], params: Mapping[str, Any], where: str) -> None:
+def check_params(cls: Callable[..., object], params: Mapping[str, object], where: str) -> None:
     """Raise a `UserError` if `cls(**params)` would not bind."""
     try:
         parameters = accepted_parameters(cls).values()
@@ -262,7 +263,7 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _check_type(value: Any, annotation: Any, where: str) -> None:
+def _check_type(value: object, annotation: object, where: str) -> None:
     """Raise a `UserError` if a value is not of the plain type that an annotation asks for, if
     any.
     """
@@ -277,12 +278,12 @@ def _check_type(value: Any, annotation: Any, where: str) -> None:
 # What scripts of the LDM family import from here, besides
 
 
-def exists(value: Any) -> bool:
+def exists(value: object) -> bool:
     """Return whether a value is given."""
     return value is not None
 
 
-def default(value: Any, fallback: Any) -> Any:
+def default(value: object, fallback: object) -> Any:
     """Return a value, or the fallback (called, if it is a function) where it is not given."""
     if exists(value):
         return value

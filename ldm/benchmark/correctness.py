@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from ldm.host import CUDA
 from ldm.training.run import Run
 from ldm.training.train import train
 from ldm.util import instantiate_from_config
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 Found = dict[str, Any]
 PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -48,17 +51,17 @@ class World:
     device: str
     folder: Path
 
-    def trained(self, name: str, changes: Mapping[str, Any], steps: int = 4) -> dict[str, Any]:
+    def trained(self, name: str, changes: Mapping[str, object], steps: int = 4) -> dict[str, Any]:
         """Train, and return the last checkpoint."""
         return self._until(Run(self.folder / name, "2020-01-01T00-00-00"), changes, steps)
 
-    def resumed(self, name: str, changes: Mapping[str, Any], steps: int = 4) -> dict[str, Any]:
+    def resumed(self, name: str, changes: Mapping[str, object], steps: int = 4) -> dict[str, Any]:
         """Go on with a run in a new start of it, and return the last checkpoint."""
         folder = self.folder / name
         run = Run(folder, "2020-01-02T00-00-00", folder / "checkpoints" / "last.ckpt")
         return self._until(run, changes, steps)
 
-    def _until(self, run: Run, changes: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    def _until(self, run: Run, changes: Mapping[str, object], steps: int) -> dict[str, Any]:
         """Train to a step on pictures of noise, the same for every run."""
         settings = Training(steps=steps - 1, warmup=0, device=self.device)  # and one more is taken
         images = self.folder / f"{run.folder.name}-{run.stamp}-images"
@@ -68,12 +71,14 @@ class World:
         return read_checkpoint(run.checkpoints / "last.ckpt")
 
 
-def gradient(world: World, precision: str, unet: Mapping[str, Any]) -> tuple[float, Tensor]:
+def gradient(world: World, precision: str, unet: Mapping[str, object]) -> tuple[float, Tensor]:
     """Return the loss of a training step, and its gradient as one vector."""
     prefix = "model.params.unet_config.params."
     config = RunConfig(world.config).having({prefix + key: value for key, value in unet.items()})
     torch.manual_seed(0)
-    model: Any = instantiate_from_config(target_of(config.content), "model").to(world.device)
+    model: LatentDiffusion = instantiate_from_config(target_of(config.content), "model").to(
+        world.device
+    )
     with torch.no_grad():  # layers that begin at zero would hide what is behind them
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape).to(parameter.device))
@@ -112,7 +117,7 @@ def autocast(world: World, precision: str) -> Found:
     return {"found": f"{distance:.1e} from float32", "passes": distance < ROUNDED}
 
 
-def compiled(world: World, options: Mapping[str, Any]) -> Found:
+def compiled(world: World, options: Mapping[str, object]) -> Found:
     """Compare a compiled UNet's gradient with that of the same UNet as it is."""
     found = gradient(world, "32-true", {"compile": dict(options) or True})[1]
     distance = _distance(found, gradient(world, "32-true", {})[1])

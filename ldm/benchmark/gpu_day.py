@@ -192,9 +192,9 @@ EXPECTED: dict[str, str] = {
 
 def _checked(
     function: Callable[..., correctness.Found],
-    small: Mapping[str, Any],
+    small: Mapping[str, object],
     device: str,
-    more: tuple[Any, ...],
+    more: tuple[object, ...],
 ) -> correctness.Found:
     with tempfile.TemporaryDirectory(prefix="gpu_day") as folder:
         return function(correctness.World(small, device, Path(folder)), *more)
@@ -240,7 +240,7 @@ def _measured(day: Day, piece: Piece) -> dict[str, Any]:
     return {**found, "took_seconds": time.monotonic() - started, "images": piece.images}
 
 
-def _keep(path: Path, found: Mapping[str, Any]) -> None:
+def _keep(path: Path, found: Mapping[str, object]) -> None:
     content = json.dumps(found, indent=1, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(content))
 

@@ -13,7 +13,9 @@ from ldm.host import environment_with
 
 
 def in_own_process(
-    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None
+    function: Callable[..., object],
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Run a function in a fresh process with further environment variables, and return its result.
 

@@ -60,7 +60,7 @@ def predict(
     return found
 
 
-def _estimate(config: Mapping[str, Any], model: Any) -> Estimate:
+def _estimate(config: Mapping[str, Any], model: LatentDiffusion) -> Estimate:
     data = config["data"]["params"]
     samples, size = data["batch_size"] * (1 + has_prior(config)), data["train"]["params"]["size"]
     accumulates = accumulated(config) > 1
@@ -69,7 +69,11 @@ def _estimate(config: Mapping[str, Any], model: Any) -> Estimate:
 
 
 def _facts(
-    config: Mapping[str, Any], model: Any, device: str, memory: int | None, needed: Needs
+    config: Mapping[str, object],
+    model: LatentDiffusion,
+    device: str,
+    memory: int | None,
+    needed: Needs,
 ) -> engine.Facts:
     asked = RunConfig(config)
     trainer = SimpleNamespace(
@@ -90,7 +94,7 @@ def _facts(
     )
 
 
-def _processes(devices: Any) -> int:
+def _processes(devices: object) -> int:
     if isinstance(devices, (list, tuple)):
         return len(devices)
     return devices if isinstance(devices, int) and devices > 0 else 1

@@ -41,7 +41,7 @@ def has_prior(config: Mapping[str, Any]) -> bool:
     return bool(config["data"]["params"].get("reg"))
 
 
-def autocast_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+def autocast_dtype(config: Mapping[str, object]) -> torch.dtype | None:
     """Return the type that the config's precision computes in, or None for float32."""
     precision = str(RunConfig(config).get("lightning.trainer.precision", "32-true"))
     if precision not in AUTOCAST:
@@ -51,7 +51,7 @@ def autocast_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     return AUTOCAST[precision]
 
 
-def accumulated(config: Mapping[str, Any]) -> int:
+def accumulated(config: Mapping[str, object]) -> int:
     """Return the number of batches in an optimizer step."""
     return int(RunConfig(config).get("lightning.trainer.accumulate_grad_batches", 1))
 

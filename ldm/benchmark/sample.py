@@ -121,11 +121,11 @@ class UNetSpan:
         unet.register_forward_pre_hook(self._begins)
         unet.register_forward_hook(self._ends)
 
-    def _begins(self, *_: Any) -> None:
+    def _begins(self, *_: object) -> None:
         if self.first is None:
             self.first = self._now()
 
-    def _ends(self, *_: Any) -> None:
+    def _ends(self, *_: object) -> None:
         self.last = self._now()
 
 

@@ -48,7 +48,7 @@ class Settings:
         return StepClock(self.warmup, self.steps, self.clock)
 
 
-def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def measure_training(kind: str, config: Mapping[str, object], settings: Settings) -> dict[str, Any]:
     """Measure what some steps of a config take, in this process.
 
     Args:
@@ -78,7 +78,7 @@ def measure_training(kind: str, config: Mapping[str, Any], settings: Settings) -
     return {"seconds": clock.seconds, "peak_bytes": clock.peak_bytes - before, "flops": clock.flops}
 
 
-def _clocked_training(config: Mapping[str, Any], settings: Settings) -> StepClock:
+def _clocked_training(config: Mapping[str, object], settings: Settings) -> StepClock:
     with tempfile.TemporaryDirectory(prefix="benchmark") as folder:
         config = training_config(config, settings, Path(folder))
         trained = train(
@@ -88,7 +88,7 @@ def _clocked_training(config: Mapping[str, Any], settings: Settings) -> StepCloc
     return next(callback.clock for callback in callbacks if isinstance(callback, ClockCallback))
 
 
-def _clocked_reference(kind: str, config: Mapping[str, Any], settings: Settings) -> StepClock:
+def _clocked_reference(kind: str, config: Mapping[str, object], settings: Settings) -> StepClock:
     torch.backends.cudnn.benchmark = bool(
         RunConfig(config).get("lightning.trainer.benchmark")
     )  # the same as Lightning would set

@@ -75,11 +75,11 @@ class CheckpointKeeper(ModelCheckpoint):
             os.link(last, kept)
             log.info("%s is kept as %s", last, kept.name)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Restore which checkpoints there are, also in a run folder that was moved."""
         here, there = str(self.dirpath), str(state_dict.get("dirpath"))
 
-        def moved(value: Any) -> Any:
+        def moved(value: object) -> Any:
             if isinstance(value, dict):
                 return {moved(key): moved(inner) for key, inner in value.items()}
             return (
@@ -138,7 +138,7 @@ class CheckpointKeeper(ModelCheckpoint):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: object,
         batch_idx: int,
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -76,8 +76,8 @@ class RowsFirst(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         if at_step_boundary(trainer, batch_idx):

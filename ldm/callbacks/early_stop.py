@@ -42,10 +42,10 @@ class StopOnFixedLoss(pl.Callback):
         if _fixed_loss(trainer) is None:
             raise UserError(f"{WHERE}: needs lightning.callbacks.fixed_loss, whose values it reads")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         self._take(trainer)  # the value from before any step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         reason = self._take(trainer)
         fixed = _fixed_loss(trainer)
         assert fixed is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.modules.ema import LitEma
 from ldm.optim.boundary import at_step_boundary
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +102,7 @@ class FirstStepCheck(pl.Callback):
             self._steps, self._next = 0, 1
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         if self._before is not None:
             self._rate = _rate(optimizer)
@@ -108,8 +111,8 @@ class FirstStepCheck(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         if self._before is None or not at_step_boundary(trainer, batch_idx):
@@ -219,7 +222,7 @@ def _parts(names: Iterable[str]) -> set[str]:
     return {part_of(name, True) for name in names}
 
 
-def _rate(optimizer: Any) -> float:
+def _rate(optimizer: Optimizer) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.image_folder import ImageFolderDataset
@@ -86,7 +87,7 @@ class FixedLoss(pl.Callback):
         self.values: dict[str, float] | None = None  # the newest losses, and the step of them
         self.values_at = -1
 
-    def check(self, model: Any, data: Any) -> None:
+    def check(self, model: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
         """Raise a `UserError` for a model or data that it cannot evaluate."""
         if not isinstance(model, LatentDiffusion) or not isinstance(data, DataModuleFromConfig):
             raise UserError(
@@ -99,7 +100,7 @@ class FixedLoss(pl.Callback):
         self._fixed, self._last_step = None, -1
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         if self._last_step < 0:
             self._log(trainer, pl_module)
@@ -108,8 +109,8 @@ class FixedLoss(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._last_step:
@@ -134,7 +135,7 @@ class FixedLoss(pl.Callback):
             )
 
     @torch.no_grad()
-    def losses(self, model: Any, datasets: Mapping[str, Any]) -> dict[str, float]:
+    def losses(self, model: LatentDiffusion, datasets: Mapping[str, Any]) -> dict[str, float]:
         """Return the mean loss of the subject and of the prior; the examples are those of the first
         call.
         """
@@ -145,7 +146,7 @@ class FixedLoss(pl.Callback):
             }
         return {name: self._loss(model, fixed) for name, fixed in self._fixed.items()}
 
-    def _make(self, model: Any, dataset: Any, name: str) -> Fixed:
+    def _make(self, model: LatentDiffusion, dataset: Dataset[object], name: str) -> Fixed:
         if isinstance(dataset, (ImageFolderDataset, Together)):
             dataset = dataset.without_augmentation()
         stream = Stream(dataset, self.seed, f"fixed {name}", shuffle=False)
@@ -161,7 +162,7 @@ class FixedLoss(pl.Callback):
         captions = [batch[model.cond_stage_key][0] for batch in batches]
         return Fixed(latents, captions, t, noise, _joined([found for found in read if found]))
 
-    def _loss(self, model: Any, fixed: Fixed) -> float:
+    def _loss(self, model: LatentDiffusion, fixed: Fixed) -> float:
         total = torch.zeros((), device=model.device)
         for start in range(0, len(fixed.t), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -180,7 +181,7 @@ def _data(trainer: pl.Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
-def _latents(model: Any, batch: Mapping[str, Any]) -> Tensor:
+def _latents(model: LatentDiffusion, batch: Mapping[str, Any]) -> Tensor:
     """Return the scaled modes of a batch's posteriors, on the CPU."""
     if "moments" in batch:
         posterior = DiagonalGaussianDistribution(batch["moments"].float())
@@ -190,7 +191,7 @@ def _latents(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return model.get_first_stage_encoding(posterior.mode()).float().cpu()
 
 
-def _beside(model: Any, batch: Mapping[str, Any]) -> Beside | None:
+def _beside(model: LatentDiffusion, batch: Mapping[str, Any]) -> Beside | None:
     """Return what the UNet reads of a batch beside the noisy latent and the text, on the CPU."""
     images = {key: batch[key].to(model.device) for key in (model.first_stage_key,) if key in batch}
     read = model.beside(model.batch_of({**batch, **images}))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytorch_lightning as pl
 
 from ldm.host import give_back_free_pages, keep_freed_memory
@@ -26,7 +24,7 @@ class KeepHostMemory(pl.Callback):
         self._between = False  # between two steps
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
     ) -> None:
         if (
             self._keeps
@@ -39,8 +37,8 @@ class KeepHostMemory(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         self._between = at_step_boundary(trainer, batch_idx)

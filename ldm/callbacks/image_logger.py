@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
 from jaxtyping import Float
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.callbacks.panel import NAME, can_draw, make_panel
 from ldm.distributed import computes
 from ldm.errors import ParameterError, UserError
+from ldm.modules.losses.batch import RawBatch
 from ldm.util import check_params
+
+if TYPE_CHECKING:
+    pass
 
 WHERE = "lightning.callbacks.image_logger.params"
 
@@ -51,8 +55,8 @@ class ImageLogger(pl.Callback):
         rescale: bool = True,
         disabled: bool = False,
         log_first_step: bool = False,
-        log_images_kwargs: dict[str, Any] | None = None,
-        panel: Mapping[str, Any] | bool | None = True,
+        log_images_kwargs: dict[str, object] | None = None,
+        panel: Mapping[str, object] | bool | None = True,
     ):
         if max_images < 1:
             raise ParameterError("max_images", f"expected 1 or more, got {max_images}")
@@ -72,7 +76,7 @@ class ImageLogger(pl.Callback):
         self.panel = make_panel(panel, self.log_images_kwargs)
         self._default_panel = panel is True
 
-    def check(self, model: Any, data: Any) -> None:
+    def check(self, model: Any, data: object) -> None:
         """Raise a `UserError` for arguments that `log_images` does not take, or a panel that the
         model cannot draw.
         """
@@ -98,7 +102,7 @@ class ImageLogger(pl.Callback):
         )
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Any, batch: RawBatch, batch_idx: int
     ) -> None:
         if self._last_step >= 0:
             return
@@ -115,8 +119,8 @@ class ImageLogger(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: RawBatch,
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
@@ -139,7 +143,7 @@ class ImageLogger(pl.Callback):
         every = self.panel.every_n_steps
         return self.due(step) if every is None else step % every == 0
 
-    def log_images(self, trainer: pl.Trainer, pl_module: Any, batch: Any, split: str) -> None:
+    def log_images(self, trainer: pl.Trainer, pl_module: Any, batch: RawBatch, split: str) -> None:
         """Make the grids of a batch and save them, on the first rank."""
         if self.disabled or not computes(trainer):
             return
@@ -151,7 +155,7 @@ class ImageLogger(pl.Callback):
         for name, images in pictures.items():
             self._save(trainer, self._to_grid(images), split, name)
 
-    def log_panel(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> None:
+    def log_panel(self, trainer: pl.Trainer, pl_module: Any, batch: RawBatch | None) -> None:
         """Draw the panel and save it, on the first rank."""
         if self.disabled or self.panel is None or not computes(trainer):
             return
@@ -180,7 +184,7 @@ class ImageLogger(pl.Callback):
 
 
 @contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Iterator[None]:
     was_training = module.training
     module.eval()
     try:

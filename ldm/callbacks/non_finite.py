@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.data.streams import Examples, PositionBatches, Positions
 from ldm.errors import UserError
-from ldm.modules.losses.batch import named_parts
+from ldm.modules.losses.batch import RawBatch, named_parts
 from ldm.rng import derive_seed
 
 NAMES = {"train/loss": "subject", "train/loss_prior": "prior"}
@@ -30,7 +30,7 @@ class StopOnNonFinite(pl.Callback):
         self._batch: Any = None
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._batch = batch
 
@@ -45,8 +45,8 @@ class StopOnNonFinite(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         # A model that steps its optimizers by hand has several losses, all of which it logs.
@@ -77,7 +77,7 @@ class StopOnNonFinite(pl.Callback):
         )
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         broken = non_finite_weights(pl_module)
         some = bool(broken)
@@ -124,7 +124,7 @@ def _losses_text(trainer: pl.Trainer) -> str:
     )
 
 
-def _batch_text(trainer: pl.Trainer, batch: Any, number: int) -> str:
+def _batch_text(trainer: pl.Trainer, batch: RawBatch, number: int) -> str:
     """Quote the captions of a batch, each with its file or else its position and seed."""
     examples = getattr(trainer.train_dataloader, "dataset", None)
     subject, prior = (
@@ -178,7 +178,7 @@ def _batches_done(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
 
-def _advice(trainer: pl.Trainer, pl_module: Any) -> str:
+def _advice(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
     """Say what usually helps."""
     rate = getattr(pl_module, "learning_rate", None)
     lower = "a lower model.base_learning_rate" + (

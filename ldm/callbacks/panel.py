@@ -5,15 +5,20 @@ happens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 from PIL import Image
+from torch import nn
 
 from ldm.errors import ParameterError
+from ldm.modules.losses.batch import RawBatch
 from ldm.sampling.contact_sheet import Entry, contact_sheet
 from ldm.sampling.text_to_image import Recipe, image_seed, text_to_image
 from ldm.util import check_mapping, check_params
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 NAME = "panel"  # the parameter of `ImageLogger`
 UNRELATED = ("a photo of a car", "a photo of a house", "a photo of a tree")
@@ -72,7 +77,7 @@ class Panel:
         self.every_n_steps = every_n_steps
         self._side: int | None = None
 
-    def prompts(self, data: Any) -> list[str]:
+    def prompts(self, data: object) -> list[str]:
         """Return the rows for what a datamodule trains on; none if it does not say what that is."""
         if self.given is not None:
             return list(self.given)
@@ -89,11 +94,15 @@ class Panel:
         others = [prompt for prompt in self.unrelated if prompt.split()[-1] not in words]
         return [*dict.fromkeys(own), *others[:2]] if own else []
 
-    def size_as(self, model: Any, batch: Any) -> None:
+    def size_as(self, model: LatentDiffusion, batch: RawBatch | None) -> None:
         """Draw pictures as large as a batch's, from now on."""
-        self._side = self._side or _side(model, batch)
+        if self._side is None:
+            assert batch is not None, "at the end of a run the side is known"
+            self._side = _side(model, batch)
 
-    def draw(self, trainer: pl.Trainer, model: Any, batch: Any) -> Image.Image | None:
+    def draw(
+        self, trainer: pl.Trainer, model: LatentDiffusion, batch: RawBatch | None
+    ) -> Image.Image | None:
         """Draw the panel, with pictures as large as the first batch's; None without prompts.
 
         It draws nothing from torch's global generator. The EMA weights are used, if the model keeps
@@ -116,7 +125,9 @@ class Panel:
         return contact_sheet(rows, min(self._side, WIDEST), f"step {trainer.global_step}")
 
 
-def make_panel(given: Mapping[str, Any] | bool | None, sampling: Mapping[str, Any]) -> Panel | None:
+def make_panel(
+    given: Mapping[str, object] | bool | None, sampling: Mapping[str, object]
+) -> Panel | None:
     """Make the panel that `panel` asks for: true for the default one, false or null for none.
 
     `sampling` are the arguments of `log_images`, whose steps and guidance are the panel's if it has
@@ -135,13 +146,13 @@ def make_panel(given: Mapping[str, Any] | bool | None, sampling: Mapping[str, An
     return Panel(**options)
 
 
-def can_draw(model: Any) -> bool:
+def can_draw(model: nn.Module) -> bool:
     """Return whether a model makes pictures of text alone."""
     key = getattr(getattr(model, "model", None), "conditioning_key", None)
     return key in ("crossattn", "hybrid")  # one that inpaints does so where all is hidden
 
 
-def _side(model: Any, batch: Any) -> int:
+def _side(model: LatentDiffusion, batch: RawBatch) -> int:
     """Return the side of a batch's images, in pixels."""
     part = batch if isinstance(batch, Mapping) else batch[0]
     if "moments" in part:

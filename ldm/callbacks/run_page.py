@@ -32,10 +32,10 @@ class RunPage(pl.Callback):
         self._written = -1
         self._warned = False
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         self._follow(trainer)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         self._follow(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,10 +79,10 @@ class LogSettings(pl.Callback):
     TensorBoard's table also shows the last of the losses in `COMPARED`.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: Mapping[str, object]):
         self.use(config)
 
-    def use(self, config: Mapping[str, Any]) -> None:
+    def use(self, config: Mapping[str, object]) -> None:
         """Log the settings of this config."""
         self.settings = {key: _plain(value) for key, value in flat(config).items()}
 
@@ -96,7 +96,7 @@ class LogSettings(pl.Callback):
                 logger.log_hyperparams(dict(self.settings))
 
 
-def _to_tensorboard(logger: TensorBoardLogger, settings: Mapping[str, Any]) -> None:
+def _to_tensorboard(logger: TensorBoardLogger, settings: Mapping[str, object]) -> None:
     """Write the settings, and name the metrics that stand beside them.
 
     Lightning's own way would log a first value of each metric, which the run has not measured.
@@ -110,6 +110,6 @@ def _to_tensorboard(logger: TensorBoardLogger, settings: Mapping[str, Any]) -> N
         writer.add_summary(summary)
 
 
-def _plain(value: Any) -> bool | int | float | str:
+def _plain(value: object) -> bool | int | float | str:
     """Return a value as loggers take it."""
     return value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import pytorch_lightning as pl
 
@@ -31,8 +31,13 @@ class RunFolder(Protocol):
 class ChecksRun(Protocol):
     """A callback that knows before the training what it cannot work with."""
 
-    def check(self, model: Any, data: Any) -> None:
+    def check(self, model: pl.LightningModule, data: pl.LightningDataModule | None) -> None:
         """Raise a `UserError` for a model or data that it cannot work with."""
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return a trainer's callbacks, in the order in which they are called."""
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 class SetupCallback(pl.Callback):
@@ -41,7 +46,7 @@ class SetupCallback(pl.Callback):
     A checkpoint carries the whole config too, so that it can be sampled from wherever it is moved.
     """
 
-    def __init__(self, run: RunFolder, config: dict[str, Any]):
+    def __init__(self, run: RunFolder, config: dict[str, object]):
         self.run = run
         self.config = config
         self._first_step = 0
@@ -63,10 +68,10 @@ class SetupCallback(pl.Callback):
                 functools.partial(save_yaml, config),
             )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         self.run.trained = self.run.trained or trainer.global_step > self._first_step
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         checkpoint["config"] = self.config

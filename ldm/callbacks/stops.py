@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +14,9 @@ from ldm.callbacks.checkpoints import keeper_of
 from ldm.errors import UserError
 from ldm.optim.boundary import at_step_boundary
 from ldm.optim.in_backward import InBackward
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class KeepWholeSteps(pl.Callback):
         self._changing |= any(isinstance(optimizer, InBackward) for optimizer in optimizers)
 
     def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._changing = True
 
@@ -49,8 +52,8 @@ class KeepWholeSteps(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         if at_step_boundary(trainer, batch_idx):
@@ -118,7 +121,7 @@ class InterruptHandler(pl.Callback):
             self._hook = network.register_forward_pre_hook(_stop_outside_of_steps)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         # Of several processes one alone must not leave.
         if trainer.world_size == 1 and batch_idx % trainer.accumulate_grad_batches == 0:
@@ -128,8 +131,8 @@ class InterruptHandler(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
+        outputs: object,
+        batch: object,
         batch_idx: int,
     ) -> None:
         if not at_step_boundary(trainer, batch_idx):
@@ -180,7 +183,7 @@ def _stop_if_requested() -> None:
         raise signals.Interrupted(number)
 
 
-def _stop_outside_of_steps(network: torch.nn.Module, inputs: Any) -> None:
+def _stop_outside_of_steps(network: torch.nn.Module, inputs: object) -> None:
     if not network.training:
         _stop_if_requested()
 

@@ -354,7 +354,7 @@ class Checkpoint:
         save_pipeline(model.to(dtype) if dtype else model, config["model"]["params"], path)
 
 
-def find_config(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any] | None:
+def find_config(content: Mapping[str, object], checkpoint: Path) -> dict[str, Any] | None:
     """Return the config that a checkpoint of ours carries, or that lies in its run's folder; None
     for others.
     """

@@ -168,7 +168,7 @@ def _as_ldm(rows: Mapping[str, Tensor]) -> dict[str, Any]:
 # Reading
 
 
-def vectors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def vectors_of(content: Mapping[str, object]) -> dict[str, Tensor]:
     """Return the vectors in a read file by word; none if it is no embedding's."""
     named = content.get("string_to_param", content)
     if isinstance(named, Stub):  # a pickled ParameterDict

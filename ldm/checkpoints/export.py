@@ -47,7 +47,7 @@ def in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> State:
     }
 
 
-def shared_config(config: Mapping[str, Any] | None, keeps_words: bool = False) -> dict[str, Any]:
+def shared_config(config: Mapping[str, object] | None, keeps_words: bool = False) -> dict[str, Any]:
     """Return the model's config without what only its training needs; empty if there is none.
 
     Args:
@@ -77,7 +77,7 @@ def target_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_facts(
-    config: Mapping[str, Any] | None, steps: int | None, images: Mapping[str, int] | None = None
+    config: Mapping[str, object] | None, steps: int | None, images: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Return how weights were trained, from the config of the run; empty if they were not trained
     here.
@@ -132,8 +132,8 @@ def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
 def write_weights(
     path: Path,
     state: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    config: Mapping[str, object],
+    facts: Mapping[str, object],
     title: str | None = None,
 ) -> None:
     """Write named tensors as `.safetensors`, or as a `.ckpt` with a `state_dict`, atomically.

@@ -63,7 +63,7 @@ def kind_of(state: Mapping[str, Tensor], config: Config) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def side_of(params: Mapping[str, Any]) -> int | None:
+def side_of(params: Mapping[str, object]) -> int | None:
     """Return the side in pixels of the images that a model's params are for; None if they do not
     say it.
     """

@@ -227,10 +227,10 @@ class EmptyInit(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) in INITIALISERS:
@@ -239,7 +239,7 @@ class EmptyInit(torch.overrides.TorchFunctionMode):
 
 
 def instantiate_filled(
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     state: Mapping[str, Tensor],
     path: str | Path,
     dtype: torch.dtype | None = None,

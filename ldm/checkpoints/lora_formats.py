@@ -291,7 +291,7 @@ def read_file(path: Path) -> State:
     return tensors
 
 
-def by_network(header: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
+def by_network(header: Mapping[str, object]) -> dict[str | None, dict[str, Any]]:
     """Return diffusers' header, `{"unet.r": 4, ...}`, as a config of peft's for each network."""
     configs: dict[str | None, dict[str, Any]] = {}
     for key, value in header.items():
@@ -334,7 +334,7 @@ def alphas_of(
     return found
 
 
-def check_peft_config(config: Mapping[str, Any], path: str | Path) -> None:
+def check_peft_config(config: Mapping[str, object], path: str | Path) -> None:
     """Raise a `UserError` that names what a config of peft's asks for beyond plain LoRA."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
@@ -344,7 +344,7 @@ def check_peft_config(config: Mapping[str, Any], path: str | Path) -> None:
             raise UserError(f"{path}: {key}: {config[key]}, which is not read: {MERGE_ELSEWHERE}")
 
 
-def pattern_value(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
+def pattern_value(patterns: Mapping[str, object], layer: str, default: object) -> Any:
     """Return what the first of peft's patterns says that fits the end of a layer's name."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", layer):

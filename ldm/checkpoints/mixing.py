@@ -104,7 +104,7 @@ def _shape(value: Tensor | None) -> str:
     return "none (it is missing)" if value is None else "x".join(map(str, value.shape))
 
 
-def _scale(config: Mapping[str, Any]) -> dict[str, Any]:
+def _scale(config: Mapping[str, object]) -> dict[str, Any]:
     return {"scale_factor": RunConfig(config).get("model.params.scale_factor", 1.0)}
 
 

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +41,9 @@ from ldm.files import first_line, give_usual_permissions, tensor_bytes
 from ldm.modules.encoders import tokenizer
 from ldm.util import instantiate_from_config
 
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
 log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
@@ -66,7 +69,9 @@ LIBRARIES = {
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def open_pipeline(folder: Path, given: Mapping[str, Any] | None) -> tuple[State, Mapping[str, Any]]:
+def open_pipeline(
+    folder: Path, given: Mapping[str, object] | None
+) -> tuple[State, Mapping[str, Any]]:
     """Read a pipeline folder: the weights under our names, and the config that they fit.
 
     Args:
@@ -272,7 +277,7 @@ def check_new_folder(folder: Path) -> None:
         raise UserError(f"{folder}: is there already, and is not overwritten")
 
 
-def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> None:
+def save_pipeline(model: LatentDiffusion, params: Mapping[str, Any], folder: str | Path) -> None:
     """Write a `LatentDiffusion` as a folder that `StableDiffusionPipeline.from_pretrained` opens.
 
     Args:
@@ -325,7 +330,7 @@ def save_pipeline(model: Any, params: Mapping[str, Any], folder: str | Path) -> 
         raise UserError(f"{folder}: not written: {first_line(error)}") from error
 
 
-def _write_configs(root: Path, configs: Mapping[str, dict[str, Any]]) -> None:
+def _write_configs(root: Path, configs: Mapping[str, dict[str, object]]) -> None:
     for name, config in configs.items():
         (root / name).mkdir()
         file = "scheduler_config.json" if name == "scheduler" else "config.json"

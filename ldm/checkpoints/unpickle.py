@@ -31,10 +31,10 @@ class Stub:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: Any, value: object) -> None:
         self.items.append((key, value))
 
-    def append(self, value: Any) -> None:
+    def append(self, value: object) -> None:
         self.items.append(value)
 
     def extend(self, values: Iterable[Any]) -> None:
@@ -46,7 +46,7 @@ class Stub:
         return id(self)
 
 
-def is_module(value: Any) -> bool:
+def is_module(value: object) -> bool:
     """Whether something read is a whole pickled `nn.Module`, of which nothing is built."""
     return isinstance(value, Stub) and isinstance(value.state, dict) and "_modules" in value.state
 
@@ -102,7 +102,7 @@ _REPLACED = {
 }
 
 
-def _guarded(value: Any) -> Any:
+def _guarded(value: object) -> Any:
     """A function that is the pickle's own: pickles can set attributes of whatever they name."""
     if isinstance(value, types.FunctionType):
         return lambda *args: value(*args)

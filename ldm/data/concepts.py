@@ -204,12 +204,12 @@ class Concept:
         }
 
 
-def _prompts(dataset: Any) -> list[str]:
+def _prompts(dataset: object) -> list[str]:
     return dataset.prompts if isinstance(dataset, PersonalizedBase) else []
 
 
 def read_concepts(
-    given: Sequence[Mapping[str, Any]] | None, configs: Configs, num_class_images: int
+    given: Sequence[Mapping[str, object]] | None, configs: Configs, num_class_images: int
 ) -> list[Concept]:
     """Return a run's subjects: those of the list, or without one that of the configs.
 

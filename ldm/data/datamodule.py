@@ -32,7 +32,7 @@ CLASS_IMAGE_KEYS = (
 )
 
 
-def _as_is(batch: Any) -> Any:
+def _as_is(batch: object) -> Any:
     return batch
 
 
@@ -294,5 +294,5 @@ def _check_sizes(train: Mapping[str, Any] | None, reg: Mapping[str, Any] | None)
         )
 
 
-def _in_memory(dataset: Any) -> bool:
+def _in_memory(dataset: object) -> bool:
     return isinstance(dataset, ImageFolderDataset) and dataset.in_memory

@@ -68,7 +68,7 @@ class CachedLatents(Dataset):
     """
 
     def __init__(
-        self, path: str | Path, dataset: Mapping[str, Any], classes: Sequence[str] | None = None
+        self, path: str | Path, dataset: Mapping[str, object], classes: Sequence[str] | None = None
     ):
         self.path, self.config, self.classes = Path(path).expanduser(), dataset, classes
         self.source: Any = instantiate_from_config(dataset, "dataset")
@@ -174,7 +174,7 @@ class HasVariants(Protocol):
         """Yield each picture by its file and whether it is mirrored."""
 
 
-def check_encodable(dataset: Any, where: str) -> None:
+def check_encodable(dataset: object, where: str) -> None:
     """Raise a `UserError` if a dataset's examples are not among finitely many pictures."""
     if not isinstance(dataset, HasVariants):
         raise ParameterError("latent_cache", f"{where} is no folder of images; leave it out")
@@ -265,7 +265,7 @@ def digest(module: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def _plain(config: Any) -> Any:
+def _plain(config: object) -> Any:
     return json.loads(json.dumps(config, default=list))
 
 

@@ -94,7 +94,7 @@ class Stream:
         return collated([self[g] for g in positions])
 
 
-def collated(examples: list[dict[str, Any]]) -> Batch:
+def collated(examples: list[dict[str, object]]) -> Batch:
     """Return examples as one batch; raise a `UserError` if their sizes differ."""
     check_same_size(examples)
     return default_collate(examples)

@@ -97,7 +97,11 @@ class _Network:
     """Read pictures in batches with a network, whatever their number and order."""
 
     def __init__(
-        self, network: nn.Module, pixels: Preprocessing, statistics: Any, device: torch.device | str
+        self,
+        network: nn.Module,
+        pixels: Preprocessing,
+        statistics: Sequence[Sequence[float]],
+        device: torch.device | str,
     ):
         self.network = network.to(device).eval().requires_grad_(False)
         self.ready, self.device = preprocess(pixels, *statistics), device

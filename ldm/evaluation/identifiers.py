@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from ldm.errors import UserError
 from ldm.evaluation.intervals import Estimate, estimate
 from ldm.evaluation.vocabularies import LONGEST, Piece, Vocabulary
 from ldm.sampling.text_to_image import Recipe, image_seed, text_to_image
+
+if TYPE_CHECKING:
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 DEFAULT = "sks"
 ALONE = "photo of a {identifier}"  # what the model draws for a word that nothing stands beside
@@ -183,7 +186,9 @@ def known_of(
     return found
 
 
-def drawing(model: Any, recipe: Recipe, precision: str = "full", batch_size: int = 8) -> Draw:
+def drawing(
+    model: LatentDiffusion, recipe: Recipe, precision: str = "full", batch_size: int = 8
+) -> Draw:
     """Return what draws prompts with a model: one noise a number, whatever the prompt."""
 
     def draw(prompts: Sequence[str], noises: Sequence[int]) -> list[Image.Image]:

@@ -67,7 +67,7 @@ class CLIPImages(nn.Module):
         UserError: no image tower in the file, or one of another shape.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any]):
+    def __init__(self, path: str | Path, config: Mapping[str, object]):
         super().__init__()
         state = {
             key.removeprefix("clip.visual."): value.float()

@@ -250,7 +250,7 @@ class AutoencoderKL(pl.LightningModule):
         self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None)
         return logged
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, object], batch_idx: int) -> None:
         """Log losses and image metrics of reconstructions of the mode, so that epochs compare."""
         x = self.get_input(batch)
         reconstruction, posterior = self(x, sample_posterior=False)
@@ -261,7 +261,7 @@ class AutoencoderKL(pl.LightningModule):
 
     @torch.no_grad()
     def log_images(
-        self, batch: Mapping[str, Any], N: int = 8, split: str = "train"
+        self, batch: Mapping[str, object], N: int = 8, split: str = "train"
     ) -> dict[str, Images]:
         """Return up to `N` inputs, their reconstructions, and decoded samples of the prior."""
         x = self.get_input(batch)[:N].to(self.device)

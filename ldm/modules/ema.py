@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,9 @@ class LitEma(nn.Module):
             if parameter.requires_grad:
                 self.register_buffer(self._shadow_name[name], parameter.detach().clone())
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, object], prefix: str, *args: object
+    ) -> None:
         """Load the EMA weights.
 
         `decay` stays the one that was asked for, not that of a checkpoint.

@@ -83,7 +83,7 @@ class EmbeddingManager(nn.Module):
 
     def __init__(
         self,
-        embedder: Any = None,
+        embedder: object = None,
         placeholder_strings: Sequence[str] | None = None,
         initializer_words: Sequence[str] | None = None,
         num_vectors_per_token: int = 1,

@@ -31,7 +31,7 @@ class NamedWeights:
             entrance.register_forward_pre_hook(self._refuse)
         network.register_load_state_dict_post_hook(self._note)
 
-    def _refuse(self, module: nn.Module, inputs: Any) -> None:
+    def _refuse(self, module: nn.Module, inputs: object) -> None:
         if not self.loaded:
             raise ParameterError(
                 "ckpt_path",

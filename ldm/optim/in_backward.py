@@ -22,7 +22,7 @@ class InBackward:
 
     param_groups: list[dict[str, Any]]
 
-    def __init__(self, *args: Any, **options: Any):
+    def __init__(self, *args: object, **options: object):
         super().__init__(*args, **options)
         self._stepping = False
         for index, group in enumerate(self.param_groups):
@@ -31,7 +31,7 @@ class InBackward:
                     lambda p, index=index: self._update(p, index)
                 )
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
         """Run the closure, during whose backward pass every parameter is updated."""
         assert closure is not None, "the parameters are updated while the closure runs"
         self._stepping = True

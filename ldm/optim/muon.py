@@ -51,7 +51,7 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
+        params: Iterable[dict[str, object]],
         lr: float = 1e-3,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
@@ -68,7 +68,7 @@ class Muon(Optimizer):
         super().__init__(params, {**defaults, "muon": False})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], object] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient, once."""
         loss = None
         if closure is not None:

@@ -63,7 +63,7 @@ def shares_state(first: str, second: str) -> bool:
     return one == other
 
 
-def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: Any) -> Optimizer:
+def make_optimizer(name: str, modules: Sequence[Part], lr: float, **adam: object) -> Optimizer:
     """Make an optimizer over the trained parameters of some networks.
 
     Args:
@@ -91,7 +91,7 @@ def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Op
     return kind(groups, **{"fused": fused, **options})
 
 
-def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: Any) -> Optimizer:
+def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: object) -> Optimizer:
     """Make AdamW with moments of 8 bits in blocks (Dettmers et al., 2110.02861).
 
     Its state takes 2 bytes a parameter instead of 8.
@@ -128,5 +128,5 @@ def _named(parts: Sequence[Part]) -> list[Mapping[str, Any]]:
     return mappings or [{"modules": parts}]
 
 
-def _settings(part: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(part: Mapping[str, object]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key != "modules"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ldm.evaluation.protocols import Protocol
 from ldm.evaluation.scores import SCORES, Scored
@@ -25,7 +24,7 @@ def protocol_page(
     rows: Mapping[str, Scored],
     protocol: Protocol,
     sheets: Sequence[tuple[str, Path]],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
 ) -> Page:
     """Return the page of a protocol's results.
 
@@ -77,5 +76,5 @@ def protocol_page(
     return Page(title, f"{len(found)} rows", sections)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else ""

@@ -79,7 +79,7 @@ def read_numbers(folder: Path) -> dict[str, Curve]:
     return {key: sorted(values.items()) for key, values in numbers.items()}
 
 
-def flat(value: Any, key: str = "") -> dict[str, Any]:
+def flat(value: object, key: str = "") -> dict[str, Any]:
     """Return nested mappings as one, its keys dotted; lists stay whole."""
     if not isinstance(value, Mapping) or not value:
         return {key: value} if key else {}
@@ -222,5 +222,5 @@ def _settings_section(run: RunFacts) -> Section:
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "" if value is None else str(value)

@@ -86,7 +86,7 @@ def _pinned(rows: Sequence[Row]) -> Iterator[Text]:
         yield Text(f"Protocol: {protocol}; encoders: {encoders}.")
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -135,7 +135,7 @@ def class_picture(
 PLAN = ".class_images.json"
 
 
-def numbers_to_make(folder: Path, count: int, series: Mapping[str, Any]) -> list[int]:
+def numbers_to_make(folder: Path, count: int, series: Mapping[str, object]) -> list[int]:
     """Return the numbers of `count` new pictures: what the same series lacks, then the next ones.
 
     Args:
@@ -156,7 +156,7 @@ def numbers_to_make(folder: Path, count: int, series: Mapping[str, Any]) -> list
     return [*lacking, *range(behind, behind + count)][:count]
 
 
-def note_plan(folder: Path, numbers: Sequence[int], series: Mapping[str, Any]) -> None:
+def note_plan(folder: Path, numbers: Sequence[int], series: Mapping[str, object]) -> None:
     """Write down which numbers a folder is to have."""
     plan = {"begin": min(numbers), "end": max(numbers) + 1, "series": series}
     text, file = json.dumps(plan), folder / PLAN

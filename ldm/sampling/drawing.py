@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -43,7 +43,7 @@ def draw_pictures(
     pictures: Sequence[Picture],
     draw: Draw,
     say: Callable[[object], object],
-    **how: Any,
+    **how: object,
 ) -> None:
     """Draw a series as the flags say, write it, and show all of it on one sheet.
 

@@ -104,7 +104,7 @@ def infotext(
     return "\n".join(lines).strip()
 
 
-def quoted(value: Any) -> str:
+def quoted(value: object) -> str:
     """Return a field's value as text, in quotation marks if it holds what separates fields."""
     # The web UI quotes in the same way, with JSON.
     text = str(value)

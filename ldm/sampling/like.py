@@ -129,7 +129,7 @@ def digests_of(args: argparse.Namespace) -> dict[str, str]:
     return {name: names["model_sha256"] for name, names in found.items() if len(names) > 1}
 
 
-def _check_files(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> None:
+def _check_files(path: Path, found: Mapping[str, object], args: argparse.Namespace) -> None:
     """Raise a `UserError` if a file that a picture was made from is not there, or not as it was."""
     # A file under the same name may hold something else by now: digests tell.
     now = digests_of(argparse.Namespace(**{name: found.get(name) for name in FILES}))

@@ -39,7 +39,7 @@ def picture_texts(
     model: str | None = None,
     model_sha256: str | None = None,
     index: int = 0,
-    **more: Any,
+    **more: object,
 ) -> dict[str, str]:
     """Return the texts of a picture's PNG file, by key.
 

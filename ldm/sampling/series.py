@@ -132,7 +132,7 @@ def draw_series(
     batches: Sequence[Batch],
     draw: Draw,
     folder: Path | None,
-    how: Mapping[str, Any],
+    how: Mapping[str, object],
     first: int | None = None,
     say: Callable[[str], object] = log.info,
     desc: str = "batches",
@@ -179,7 +179,7 @@ def draw_shares(
     draw: Draw,
     size: int,
     folder: Path | None,
-    how: Mapping[str, Any],
+    how: Mapping[str, object],
     say: Callable[[str], object] = log.info,
 ) -> list[Image.Image]:
     """Draw a series as `draw_series` does, each of several processes a share of it.

@@ -154,7 +154,7 @@ def cells(
 
 
 def labelled_grid(
-    across: Axis, down: Axis, made: Mapping[tuple[Any, Any], Image.Image], title: str
+    across: Axis, down: Axis, made: Mapping[tuple[object, object], Image.Image], title: str
 ) -> Image.Image:
     """Return the pictures in rows and columns, with the values beside them."""
     # One size for all cells, so that rows and columns line up.
@@ -170,7 +170,7 @@ def labelled_grid(
 
 
 def by_checkpoint(
-    found: Mapping[tuple[Any, Any], argparse.Namespace],
+    found: Mapping[tuple[object, object], argparse.Namespace],
 ) -> dict[str, Sequence[tuple[Any, Any]]]:
     """Return the cells of each checkpoint, so that each is loaded once."""
     groups: dict[str, list[tuple[Any, Any]]] = {}

@@ -118,7 +118,7 @@ def _in_process(work: Work, task: Task, results: Connection, device: int | None)
         sys.exit(1)
 
 
-def _raise_interrupt(*_: Any) -> None:
+def _raise_interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -187,7 +187,7 @@ class Submitit:
         folder: Path,
         workers: int = 1,
         cluster: str | None = None,
-        parameters: dict[str, Any] | None = None,
+        parameters: dict[str, object] | None = None,
         in_rounds: bool = False,
     ):
         submitit = _package("submitit", "submitit")

@@ -50,7 +50,7 @@ def grid(space: Mapping[str, Any]) -> Fixed:
     return Fixed([dict(zip(space, chosen)) for chosen in itertools.product(*space.values())])
 
 
-def random(space: Mapping[str, Any], trials: int, seed: int) -> Fixed:
+def random(space: Mapping[str, object], trials: int, seed: int) -> Fixed:
     """Return values drawn at random: trial i of a seed is the same however many there are."""
     for key, given in space.items():
         _check_range(key, given)
@@ -68,7 +68,7 @@ class Optuna:
         file: of the study. One that is there goes on.
     """
 
-    def __init__(self, space: Mapping[str, Any], trials: int, seed: int, file: Path):
+    def __init__(self, space: Mapping[str, object], trials: int, seed: int, file: Path):
         try:
             import optuna
         except ImportError as error:
@@ -113,7 +113,7 @@ class Optuna:
         return kinds.FloatDistribution(low, high, log=is_log)
 
 
-def _check_range(key: str, given: Any) -> None:
+def _check_range(key: str, given: object) -> None:
     """Raise a `UserError` for what is neither a list of values nor a range."""
     if isinstance(given, list) and given:
         return
@@ -141,7 +141,7 @@ def _draw(given: Any, generator: np.random.Generator) -> Any:
     return round(value) if whole else float(f"{value:.6g}")
 
 
-def make_searcher(kind: str, space: Any, trials: int | None, seed: int, file: Path) -> Searcher:
+def make_searcher(kind: str, space: object, trials: int | None, seed: int, file: Path) -> Searcher:
     """Return the searcher of a kind.
 
     Args:

@@ -244,6 +244,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, content: Mapping[str, object]) -> None:
     text = json.dumps(content, indent=1)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -41,12 +41,12 @@ class CLIP(pl.LightningModule):
     def __init__(
         self,
         embed_dim: int,
-        vision_cfg: Mapping[str, Any],
-        text_cfg: Mapping[str, Any],
+        vision_cfg: Mapping[str, object],
+        text_cfg: Mapping[str, object],
         image_key: str = "image",
         caption_key: str = "caption",
         optimizer: str = "adamw",
-        scheduler_config: Mapping[str, Any] | None = None,
+        scheduler_config: Mapping[str, object] | None = None,
         monitor: str | None = None,
     ):
         super().__init__()
@@ -102,7 +102,7 @@ class CLIP(pl.LightningModule):
         _, logged = self.shared_step(batch, "val")
         self.log_dict(logged, batch_size=len(batch[self.caption_key]), sync_dist=True)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, *args: object) -> None:
         # At most 100, as in the paper: beyond it the softmax is too sharp to learn from.
         self.clip.logit_scale.data.clamp_(max=4.6052)
 

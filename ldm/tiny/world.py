@@ -340,7 +340,7 @@ def _numpy_rng(generator: torch.Generator | None) -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
 
 
-def _pick(rng: np.random.Generator, options: Sequence[Any], shares: Array | None = None) -> Any:
+def _pick(rng: np.random.Generator, options: Sequence[object], shares: Array | None = None) -> Any:
     return options[
         int(rng.integers(len(options)) if shares is None else rng.choice(len(options), p=shares))
     ]

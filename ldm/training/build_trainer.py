@@ -17,7 +17,7 @@ from ldm.callbacks.first_step import FirstStepCheck
 from ldm.callbacks.keep_settings import KeepSettings
 from ldm.callbacks.non_finite import StopOnNonFinite
 from ldm.callbacks.run_page import LogSettings, RunPage
-from ldm.callbacks.setup import SetupCallback
+from ldm.callbacks.setup import SetupCallback, callbacks_of
 from ldm.callbacks.stops import InterruptHandler, KeepWholeSteps
 from ldm.config import RunConfig
 from ldm.errors import ParameterError, UserError, under
@@ -91,9 +91,9 @@ def build_trainer(config: RunConfig, run: Run) -> Any:
     return trainer
 
 
-def tell_config(trainer: Any, config: RunConfig) -> None:
+def tell_config(trainer: pl.Trainer, config: RunConfig) -> None:
     """Give the callbacks that save and log the config what it is now."""
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, SetupCallback):
             callback.config = dict(config.content)
         elif isinstance(callback, LogSettings):
@@ -111,7 +111,7 @@ class NoSignals(_SignalConnector):
         pass
 
 
-def check_optimizer(config: RunConfig, trainer: Any) -> None:
+def check_optimizer(config: RunConfig, trainer: pl.Trainer) -> None:
     """Raise a `UserError` for an unknown optimizer, or for what needs all gradients where it keeps
     none.
     """
@@ -138,7 +138,7 @@ def needs_gradients(trainer: Any) -> list[str]:
     return [name for name, given in settings.items() if given]
 
 
-def _switched_off(callback: pl.Callback, arguments: Mapping[str, Any]) -> bool:
+def _switched_off(callback: pl.Callback, arguments: Mapping[str, object]) -> bool:
     """Return whether the Trainer's arguments forbid a callback, which Lightning would refuse to run
     with.
     """

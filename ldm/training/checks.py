@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import pytorch_lightning as pl
 
+from ldm.callbacks.setup import callbacks_of
 from ldm.config import RunConfig
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.errors import UserError, nearest, under
@@ -25,7 +25,9 @@ KNOWN = (
 )  # packages whose callbacks log nothing that is not known here
 
 
-def check_monitors(trainer: Any, model: Any, data: Any, config: RunConfig) -> None:
+def check_monitors(
+    trainer: pl.Trainer, model: pl.LightningModule, data: pl.LightningDataModule, config: RunConfig
+) -> None:
     """Compare the metrics that callbacks watch with those that the model says it logs.
 
     Raises:
@@ -33,7 +35,7 @@ def check_monitors(trainer: Any, model: Any, data: Any, config: RunConfig) -> No
     """
     if not isinstance(model, LatentDiffusion) or not isinstance(data, DataModuleFromConfig):
         return
-    if not all(_is_known(callback) for callback in trainer.callbacks):
+    if not all(_is_known(callback) for callback in callbacks_of(trainer)):
         return  # others log what they like
     has_prior = "reg" in data.datasets or bool(data.num_class_images)
     logged = model.metric_names(has_prior)
@@ -59,11 +61,11 @@ def _is_known(callback: pl.Callback) -> bool:
     return type(callback).__module__.partition(".")[0] in KNOWN
 
 
-def _watched(trainer: Any, config: RunConfig) -> Iterator[tuple[str, str, bool]]:
+def _watched(trainer: pl.Trainer, config: RunConfig) -> Iterator[tuple[str, str, bool]]:
     """Yield the key that names a metric, the metric, and whether its callback is idle without
     it.
     """
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str):
             yield f"{_key_of(callback, config)}.params.monitor", monitor, True
@@ -84,7 +86,7 @@ def _key_of(callback: pl.Callback, config: RunConfig) -> str:
     return kind
 
 
-def _why_no_validation(trainer: Any, data: Any) -> str:
+def _why_no_validation(trainer: pl.Trainer, data: DataModuleFromConfig) -> str:
     """Return why this run never validates; an empty text if it does."""
     if "validation" not in data.datasets:
         return "the config has no data.params.validation"
@@ -111,7 +113,7 @@ def _why_no_validation(trainer: Any, data: Any) -> str:
     return ""
 
 
-def check_preservation(model: Any, data: Any) -> None:
+def check_preservation(model: pl.LightningModule, data: pl.LightningDataModule) -> None:
     """Raise a `UserError` if a run's data is not what its way to keep the prior works with."""
     if not isinstance(model, LatentDiffusion) or not isinstance(data, DataModuleFromConfig):
         return
@@ -120,7 +122,7 @@ def check_preservation(model: Any, data: Any) -> None:
         model.preservation.check_data(has_class_images, data.summary()["unnamed_prompts"])
 
 
-def check_new_words(model: Any, data: Any) -> None:
+def check_new_words(model: pl.LightningModule, data: pl.LightningDataModule) -> None:
     """Raise a `UserError` if the captions hold none of the words that a training is to learn.
 
     Warn of captions without one, from which nothing is learned.

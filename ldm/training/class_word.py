@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,9 @@ from ldm.config import RunConfig
 from ldm.data.personalized import PersonalizedBase
 from ldm.data.reading import load_image
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.data.datamodule import DataModuleFromConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ def without_hub() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def class_word_line(config: RunConfig, data: Any) -> str:
+def class_word_line(config: RunConfig, data: DataModuleFromConfig) -> str:
     """Say which class words fit the subject's photos, and whether the given one does.
 
     It is empty unless `run.class_clip` names a CLIP, see `ldm.tiny.encoders.read_clip`. A CLIP that

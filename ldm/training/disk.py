@@ -7,7 +7,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.checkpoints.export import DTYPES
@@ -16,6 +16,9 @@ from ldm.files import size_text
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.optim.in_backward import SUFFIX
 from ldm.training.memory import STATE_BYTES
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +41,8 @@ class Need:
 
 
 def check_disk(
-    trainer: Any,
-    model: Any,
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
     keeper: CheckpointKeeper | None,
     export: str | None = None,
     step: int = 0,
@@ -76,7 +79,11 @@ def check_disk(
 
 
 def needed(
-    trainer: Any, model: Any, keeper: CheckpointKeeper, export: str | None = None, step: int = 0
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    keeper: CheckpointKeeper,
+    export: str | None = None,
+    step: int = 0,
 ) -> Need:
     """Estimate what a training from `step` on will write.
 

@@ -106,7 +106,7 @@ def in_one_line(choices: Sequence[Choice]) -> str:
     return "; ".join(choice.text for choice in choices if choice.text)
 
 
-def _settled(facts: Facts, key: str, default: Any) -> Choice | None:
+def _settled(facts: Facts, key: str, default: object) -> Choice | None:
     """Return the choice that the config, or the run's first start, has made of a key."""
     given = facts.given.get(key)
     if key == RECOMPUTE and given == AUTO:
@@ -119,7 +119,7 @@ def _settled(facts: Facts, key: str, default: Any) -> Choice | None:
     return Choice(key, default, "", chosen=False) if facts.resumes else None
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from ldm.callbacks.setup import callbacks_of
 from ldm.checkpoints.export import target_of
 from ldm.config import RunConfig
 from ldm.data.concepts import Concept
@@ -31,7 +32,11 @@ KEYS = (LATENTS, OPTIMIZER, RECOMPUTE, LAYOUT)
 
 
 def decide(
-    config: RunConfig, trainer: Any, model: Any, data: Any, resumes: bool
+    config: RunConfig,
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    resumes: bool,
 ) -> tuple[RunConfig, str]:
     """Set what the engine chooses for a run on its model and data, which are built but not used.
 
@@ -39,8 +44,9 @@ def decide(
         the config with what was chosen, under `run.chosen` also which keys that are; and a line for
         the start summary. For other models and data, the config as it is and an empty line.
     """
-    known = isinstance(model, LatentDiffusion) and isinstance(data, DataModuleFromConfig)
-    if not known or not isinstance(model.model.diffusion_model, UNetModel):
+    if not isinstance(model, LatentDiffusion) or not isinstance(data, DataModuleFromConfig):
+        return config, ""
+    if not isinstance(model.model.diffusion_model, UNetModel):
         return config, ""
     choices = engine.choose(facts_of_run(config, trainer, model, data, resumes))
     _apply(choices, model, data)
@@ -50,7 +56,7 @@ def decide(
     return config, engine.in_one_line(choices)
 
 
-def _apply(choices: list[Choice], model: Any, data: Any) -> None:
+def _apply(choices: list[Choice], model: LatentDiffusion, data: DataModuleFromConfig) -> None:
     """Give model and data what was chosen for them."""
     values = {choice.key: choice.value for choice in choices if choice.chosen}
     unet = model.model.diffusion_model
@@ -65,7 +71,11 @@ def _apply(choices: list[Choice], model: Any, data: Any) -> None:
 
 
 def facts_of_run(
-    config: RunConfig, trainer: Any, model: Any, data: Any, resumes: bool = False
+    config: RunConfig,
+    trainer: pl.Trainer,
+    model: LatentDiffusion,
+    data: DataModuleFromConfig,
+    resumes: bool = False,
 ) -> Facts:
     """Collect the facts of a run that is about to start."""
     device = trainer.strategy.root_device
@@ -90,13 +100,13 @@ def facts_of_run(
 GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
 
-def _watchers(trainer: Any) -> list[str]:
+def _watchers(trainer: pl.Trainer) -> list[str]:
     """Return the names of others' callbacks that may read gradients, or change how many add up."""
 
     def reads(kind: type) -> bool:
         return any(getattr(kind, hook) is not getattr(pl.Callback, hook) for hook in GRADIENT_HOOKS)
 
-    kinds = {type(callback) for callback in trainer.callbacks}
+    kinds = {type(callback) for callback in callbacks_of(trainer)}
     others = [kind for kind in kinds if not kind.__module__.startswith("ldm.")]
     accumulates = pl.callbacks.GradientAccumulationScheduler
     found = [kind for kind in others if reads(kind) or issubclass(kind, accumulates)]
@@ -104,7 +114,7 @@ def _watchers(trainer: Any) -> list[str]:
     return sorted(kind.__name__ for kind in found) + more
 
 
-def twin_of(content: Mapping[str, Any]) -> Any:
+def twin_of(content: Mapping[str, object]) -> Any:
     """Build a config's model without memory for its weights, as it will train."""
     with torch.device("meta"):
         twin: Any = instantiate_from_config(target_of(content), "model")
@@ -143,14 +153,14 @@ class Needs:
         return self._found[case]
 
 
-def trained_bytes(model: Any) -> int:
+def trained_bytes(model: LatentDiffusion) -> int:
     """Count the bytes of the trained weights; adapters, which come later, are few."""
     if model.lora:
         return 0
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-def _memory(trainer: Any, model: Any, device: torch.device) -> int | None:
+def _memory(trainer: pl.Trainer, model: LatentDiffusion, device: torch.device) -> int | None:
     """Return the bytes of the device that a training may take, what it has already included."""
     free = memory.available_bytes(device)
     if free is None:
@@ -160,7 +170,9 @@ def _memory(trainer: Any, model: Any, device: torch.device) -> int | None:
     return free // sharing + memory.held_bytes(model, device)
 
 
-def _images(trainer: Any, model: Any, data: Any) -> Images | str:
+def _images(
+    trainer: pl.Trainer, model: LatentDiffusion, data: DataModuleFromConfig
+) -> Images | str:
     """Count what a cache of latents would hold, or say why there can be none."""
     side = getattr(data.datasets.get("train"), "size", None)
     reasons = [why_no_latents(model), *map(_why_not_cacheable, data.concepts)]
@@ -212,7 +224,7 @@ def _variants(flip_p: float) -> int:
     return 2 if 0 < flip_p < 1 else 1
 
 
-def _draws(trainer: Any, data: Any) -> int | None:
+def _draws(trainer: pl.Trainer, data: DataModuleFromConfig) -> int | None:
     """Count the pictures that one process reads in all steps; None without an end."""
     batches = trainer.accumulate_grad_batches * trainer.max_steps
     if trainer.max_steps < 0:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.embeddings import ROWS, read_embeddings
 from ldm.checkpoints.parts import load_parts
@@ -96,7 +98,7 @@ def _with_channels(weights: Checkpoint, config: RunConfig) -> Checkpoint:
     return weights.for_inpainting(wanted)
 
 
-def _known_words(model: Any, weights: Checkpoint) -> list[str]:
+def _known_words(model: nn.Module, weights: Checkpoint) -> list[str]:
     """Return the new words whose vectors are in a file; warn of those that the model has not."""
     known = [key.removeprefix(ROWS) for key in weights.state if key.startswith(ROWS)]
     has = getattr(model, "embedding_manager", None)
@@ -110,9 +112,10 @@ def _known_words(model: Any, weights: Checkpoint) -> list[str]:
     return known
 
 
-def _start_new_words(model: Any, start: Start, known: list[str]) -> str:
+def _start_new_words(model: LatentDiffusion, start: Start, known: list[str]) -> str:
     """Give a model's new words the vectors of a file, or of the words that they start as."""
     manager, parts = model.embedding_manager, []
+    assert manager is not None
     if start.embeddings:
         words = manager.start_as_embeddings(read_embeddings(start.embeddings))
         parts.append(f"{', '.join(words)} as in {start.embeddings}")
@@ -124,7 +127,7 @@ def _start_new_words(model: Any, start: Start, known: list[str]) -> str:
         return "; ".join([*parts, manager.start_as_words(known)])
 
 
-def _write_embeddings(model: Any, start: Start, identifier: str) -> str:
+def _write_embeddings(model: LatentDiffusion, start: Start, identifier: str) -> str:
     from ldm.modules.embedding_manager import EmbeddingManager
 
     manager, report = EmbeddingManager(model.cond_stage_model), ""

@@ -26,7 +26,7 @@ SERVICES = {
 }
 
 
-def make_loggers(given: Any, run: Run) -> Any:
+def make_loggers(given: object, run: Run) -> Any:
     """Make the loggers of a run: its own two, and others that the config names.
 
     Args:
@@ -50,7 +50,7 @@ def make_loggers(given: Any, run: Run) -> Any:
     return own + [_service(name, run) for name in names if name not in OWN]
 
 
-def _service(given: Any, run: Run) -> Any:
+def _service(given: object, run: Run) -> Any:
     if isinstance(given, Mapping):
         return instantiate_from_config(given, WHERE)
     if given not in SERVICES:

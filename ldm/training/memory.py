@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from ldm.modules.diffusionmodules.openaimodel import ResBlock
 from ldm.optim.in_backward import SUFFIX
 from ldm.optim.registry import check_name
 from ldm.training.build_trainer import needs_gradients
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from ldm.data.datamodule import DataModuleFromConfig
 
 GB = 1e9
 CONCERNS = 1e9  # bytes of weights from which on an estimate is worth its seconds
@@ -73,7 +78,7 @@ class Stage:
 
 
 def estimate(
-    model: Any,
+    model: LatentDiffusion,
     optimizer: str,
     samples: int,
     side: int,
@@ -127,7 +132,7 @@ def _most_at_once(stages: Sequence[Stage]) -> int:
 
 
 def forward_stages(
-    model: Any, samples: int, latent_side: int, autocast: torch.dtype | None = None
+    model: LatentDiffusion, samples: int, latent_side: int, autocast: torch.dtype | None = None
 ) -> tuple[list[Stage], int]:
     """Measure what the text encoder and the UNet's blocks keep for the backward pass, in their
     order.
@@ -188,11 +193,11 @@ def _stages(
     kept: list[dict[int, Tensor]] = [{}]
     recomputed = [0]
 
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin(module: nn.Module, args: tuple[object, ...]) -> None:
         entered.append(module)
         kept.append({})
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(module: nn.Module, args: tuple[object, ...]) -> None:
         for value in args:
             if isinstance(value, Tensor):
                 kept[-1][value.untyped_storage()._cdata] = value
@@ -256,7 +261,7 @@ def available_bytes(device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def held_bytes(model: Any, device: torch.device) -> int:
+def held_bytes(model: nn.Module, device: torch.device) -> int:
     """Return the bytes of a model's tensors that take a device's memory already.
 
     Weights on the CPU that are mapped from a file, and that nothing has written to, take none.
@@ -270,7 +275,9 @@ def held_bytes(model: Any, device: torch.device) -> int:
     return min(held, int(fields["RssAnon"].split()[0]) * 1024)
 
 
-def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
+def of_run(
+    trainer: pl.Trainer, model: pl.LightningModule, data: DataModuleFromConfig
+) -> Estimate | None:
     """Estimate a run; None for other models, for images of any size and where memory is of no
     concern.
     """
@@ -292,7 +299,7 @@ def of_run(trainer: Any, model: Any, data: Any) -> Estimate | None:
     return replace(found, shared=found.shared + buckets, weights=found.weights + copied)
 
 
-def outlook(trainer: Any, model: Any, found: Estimate) -> str:
+def outlook(trainer: pl.Trainer, model: LatentDiffusion, found: Estimate) -> str:
     """Put an estimate into words and, if the device has less, what to do about that."""
     device = trainer.strategy.root_device
     available = available_bytes(device)
@@ -303,7 +310,7 @@ def outlook(trainer: Any, model: Any, found: Estimate) -> str:
     return f"{found}, but {there}: it will not fit. {advice(trainer, model)}"
 
 
-def advice(trainer: Any, model: Any) -> str:
+def advice(trainer: pl.Trainer, model: LatentDiffusion) -> str:
     """Say in one line what needs less memory."""
     return f"To need less: {'; '.join(switches(trainer, model))}"
 
@@ -315,7 +322,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def switches(trainer: Any, model: Any) -> list[str]:
+def switches(trainer: pl.Trainer, model: LatentDiffusion) -> list[str]:
     """List what a user can still change to need less memory, the cheapest in time and quality
     first.
     """

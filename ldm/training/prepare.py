@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,15 @@ from ldm.modules.encoders.tokenizer import warn_of_cut
 from ldm.sampling.class_images import check_class, make_class_images
 from ldm.training.memory import is_out_of_memory
 
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
 FIRST_STAGE = "first_stage_model."  # how the keys of an autoencoder's weights begin
 
 
-def check_images(data: Any) -> None:
+def check_images(data: DataModuleFromConfig) -> None:
     """Refuse images that do not decode, and class images that were made for another class.
 
     Raises:
@@ -42,7 +47,12 @@ def check_images(data: Any) -> None:
             check_class(own, prior.class_word, prior.templates)
 
 
-def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None) -> None:
+def prepare(
+    model: Any,
+    data: pl.LightningDataModule,
+    trainer: pl.Trainer,
+    resume_from: Path | None = None,
+) -> None:
     """Make the class images that lack and the latents that are to be cached, and open the data.
 
     Nothing random of the training depends on it.
@@ -68,7 +78,7 @@ def prepare(model: Any, data: Any, trainer: Any, resume_from: Path | None = None
         _cache_latents(model, data, trainer)
 
 
-def _warn_of_cut_captions(model: Any, data: DataModuleFromConfig) -> None:
+def _warn_of_cut_captions(model: nn.Module, data: DataModuleFromConfig) -> None:
     """Quote what the text encoder will not read of the captions."""
     encoder = getattr(model, "cond_stage_model", None)
     if isinstance(encoder, (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder)):
@@ -76,7 +86,7 @@ def _warn_of_cut_captions(model: Any, data: DataModuleFromConfig) -> None:
         warn_of_cut([*found["subject_prompts"], *found["class_prompts"]], encoder.max_length)
 
 
-def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: bool) -> None:
+def _make_files(model: Any, data: DataModuleFromConfig, trainer: pl.Trainer, resumes: bool) -> None:
     """Fill latent caches of whole datasets, and draw the class images that the folder lacks."""
     device = trainer.strategy.root_device
     for dataset in data.datasets.values():
@@ -95,7 +105,11 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: Any, resumes: b
 
 
 def _make_class_images(
-    model: Any, data: DataModuleFromConfig, concept: Concept, device: torch.device, resumes: bool
+    model: LatentDiffusion,
+    data: DataModuleFromConfig,
+    concept: Concept,
+    device: torch.device,
+    resumes: bool,
 ) -> None:
     """Draw the class images that a subject's folder lacks."""
     folder, missing = concept.class_folder, concept.class_images_to_make
@@ -127,7 +141,7 @@ def _make_class_images(
     assert not left, f"{left} class images are still missing in {folder}"
 
 
-def encoder_of(model: Any, device: torch.device) -> Encoder:
+def encoder_of(model: LatentDiffusion, device: torch.device) -> Encoder:
     """Return what encodes images by a model's first stage, which is on `device`, in full
     precision.
     """
@@ -138,7 +152,7 @@ def encoder_of(model: Any, device: torch.device) -> Encoder:
     return Encoder(encode, digest(model.first_stage_model))
 
 
-def _cache_latents(model: Any, data: DataModuleFromConfig, trainer: Any) -> None:
+def _cache_latents(model: LatentDiffusion, data: DataModuleFromConfig, trainer: pl.Trainer) -> None:
     """Encode the subject's and the class's images, in the precision that a step would do it in."""
     device = trainer.strategy.root_device
     folder = Path(data.latent_cache).expanduser() if isinstance(data.latent_cache, str) else None
@@ -167,7 +181,7 @@ def _moved(module: nn.Module, device: torch.device, home: torch.device) -> Itera
         module.to(home)
 
 
-def _load_first_stage(model: Any, checkpoint: Path) -> None:
+def _load_first_stage(model: LatentDiffusion, checkpoint: Path) -> None:
     """Give the first stage its weights before Lightning restores the whole model."""
     state = state_dict_of(read_checkpoint(checkpoint), checkpoint)
     own = {

@@ -97,11 +97,11 @@ def _check_fixed(before: RunConfig, now: RunConfig) -> None:
             raise UserError(f"{path}: {was} in the run, now {given}: {reason}: {INSTEAD}")
 
 
-def _refusal(key: str, was: Any, now: Any) -> str:
+def _refusal(key: str, was: object, now: object) -> str:
     """Return why a param cannot change to another value; an empty text if it can, or has not."""
     if (was or None) == (now or None):
         return ""
-    if key == "optimizer" and not shares_state(was, now):
+    if key == "optimizer" and not shares_state(str(was), str(now)):
         return "it cannot go on from the other's state"
     if key == "text_encoder_lr" and None in (was, now):
         return (
@@ -126,7 +126,7 @@ def _differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
     return found
 
 
-def _leaves(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(content: Mapping[str, object], path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the path and value of everything in nested mappings that is no mapping itself."""
     for key, value in content.items():
         below = f"{path}.{key}" if path else str(key)
@@ -136,5 +136,5 @@ def _leaves(content: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, A
             yield below, value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value)

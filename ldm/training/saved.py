@@ -35,7 +35,7 @@ def _read(run: Run, paths: list[Path]) -> RunConfig:
     return RunConfig(_found(config.content, folders))
 
 
-def _found(value: Any, folders: list[Path], key: str = "") -> Any:
+def _found(value: object, folders: list[Path], key: str = "") -> Any:
     """Return nested containers in which relative paths that are elsewhere are absolute."""
     if isinstance(value, Mapping):
         return {name: _found(inner, folders, str(name)) for name, inner in value.items()}

@@ -5,7 +5,7 @@ not sharded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning.plugins.precision import FSDPPrecision
@@ -26,6 +26,9 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from ldm.util import instantiate_from_config
 
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
 WHERE = "lightning.trainer.strategy"
 OURS = "ldm.training.sharding.FullySharded"
 KINDS = ("FULL_SHARD", "SHARD_GRAD_OP")
@@ -35,7 +38,7 @@ OPTIMIZERS = (
 )  # whose state has the shape of the weights, and may be computed of any part of them
 
 
-def make_strategy(given: Any) -> Any:
+def make_strategy(given: object) -> Any:
     """Return the strategy that the config names: ours for `fsdp`, that of a `target`, else
     Lightning's.
 
@@ -76,7 +79,7 @@ def gathered_together(model: LatentDiffusion) -> set[nn.Module]:
     }
 
 
-def check_shardable(model: Any) -> None:
+def check_shardable(model: pl.LightningModule) -> None:
     """Raise a `UserError` for what needs the whole weights on every process."""
     if not isinstance(model, LatentDiffusion):
         raise UserError(
@@ -233,12 +236,12 @@ class ShardedPrecision(FSDPPrecision):
         dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16
         return torch.autocast(self._strategy.root_device.type, dtype=dtype)
 
-    def clip_grad_by_norm(self, optimizer: Any, clip_val: Any, *_: Any, **__: Any) -> None:
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: Any, *_: object, **__: Any) -> None:
         model = self._strategy.model
         assert isinstance(model, FSDP)
         model.clip_grad_norm_(clip_val)
 
 
-def whole_state(trainer: Any) -> dict[str, Tensor]:
+def whole_state(trainer: pl.Trainer) -> dict[str, Tensor]:
     """Return the model's state dict, on the first process; all have to call this."""
     return trainer.strategy.lightning_module_state_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,11 @@ from ldm.optim.schedules import WarmupDecay
 from ldm.training import memory
 from ldm.training.resume import Resumed
 from ldm.training.run import Run, lost_steps, nothing_saved, relative, resume_command
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from ldm.models.diffusion.ddpm import LatentDiffusion
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
 
@@ -71,7 +76,7 @@ def prompts(texts: list[str], encode: Encode, shown: int = 2) -> str:
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
 
-def text_encoder(model: Any) -> str:
+def text_encoder(model: nn.Module) -> str:
     """Say how the text encoder's training differs from the UNet's."""
     training = getattr(model, "text_training", None)
     parts = []
@@ -82,7 +87,7 @@ def text_encoder(model: Any) -> str:
     return f", text encoder {' '.join(parts)}" if parts else ""
 
 
-def preservation(model: Any) -> str:
+def preservation(model: LatentDiffusion) -> str:
     """Say how the prior is kept, where it is not by class images alone."""
     options = getattr(model, "preservation", None)
     if options is None or options.method == "class_images":
@@ -93,7 +98,9 @@ def preservation(model: Any) -> str:
     return f"{options}{weight}{more}"
 
 
-def subjects(data: Any, found: Mapping[str, Any], encode: Encode) -> dict[str, str]:
+def subjects(
+    data: DataModuleFromConfig, found: Mapping[str, object], encode: Encode
+) -> dict[str, str]:
     """Return the rows about subjects and their classes: two, or two for each of several subjects.
 
     Args:
@@ -118,7 +125,7 @@ def subjects(data: Any, found: Mapping[str, Any], encode: Encode) -> dict[str, s
     return rows
 
 
-def schedule(trainer: Any) -> str:
+def schedule(trainer: pl.Trainer) -> str:
     """Return how the learning rate changes with the steps."""
     for config in trainer.lr_scheduler_configs:
         function = (
@@ -130,9 +137,9 @@ def schedule(trainer: Any) -> str:
 
 
 def start(
-    trainer: Any,
+    trainer: pl.Trainer,
     model: Any,
-    data: Any,
+    data: DataModuleFromConfig,
     run: Run,
     weights: str,
     training: str,
@@ -182,16 +189,16 @@ def start(
 
 
 def end(
-    trainer: Any,
+    trainer: pl.Trainer,
     keeper: CheckpointKeeper | None,
-    timing: TimingCallback,
+    timing: TimingCallback | None,
     prompt: str | None,
     exported: Path | None = None,
     embeddings: Sequence[Path] = (),
 ) -> str:
     """Say what has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done = f"{trainer.global_step} steps"
-    if timing.seconds_per_step:
+    if timing is not None and timing.seconds_per_step:
         done += f", {timing.seconds_per_step:.3g} s a step"
         done += f", {timing.peak_bytes / 1e9:.2f} GB peak memory"
     rows = {"trained": done}

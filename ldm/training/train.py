@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm import signals
 from ldm.callbacks.checkpoints import CheckpointKeeper
-from ldm.callbacks.setup import ChecksRun
+from ldm.callbacks.setup import ChecksRun, callbacks_of
 from ldm.callbacks.timing import TimingCallback
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.embeddings import NAME, write_words
@@ -57,7 +57,12 @@ from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
 from ldm.util import instantiate_from_config
 
+if TYPE_CHECKING:
+    from ldm.data.datamodule import DataModuleFromConfig
+
 log = logging.getLogger(__name__)
+
+Kept = TypeVar("Kept", bound=pl.Callback)
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         first_alone(lambda: None)
 
         # The steps. What ends them early says which step is saved and how to go on.
-        trainer.callbacks.append(_Announcement(run, report, resumed, config, engine))
+        callbacks_of(trainer).append(_Announcement(run, report, resumed, config, engine))
         if run.resume_from:  # not as an argument of fit, which hides it from the callbacks
             trainer.ckpt_path = str(run.resume_from)
             _check_goes_on(model, run.resume_from)
@@ -146,13 +151,15 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     return Trained(model, data, trainer, run)
 
 
-def check_training(model: Any, data: Any, trainer: Any) -> None:
+def check_training(
+    model: pl.LightningModule, data: pl.LightningDataModule, trainer: pl.Trainer
+) -> None:
     """Raise a `UserError` for what would end a training of this model on this data at its start."""
     # Sharding and the callbacks know best what they cannot work with. They are asked here, not in
     # their first step.
     if is_sharded(trainer):
         check_shardable(model)
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ChecksRun):
             callback.check(model, data)
     if isinstance(model, LatentDiffusion):
@@ -168,7 +175,7 @@ def check_training(model: Any, data: Any, trainer: Any) -> None:
                 check_strategy(trainer.strategy)
 
 
-def _check_goes_on(model: Any, path: Path) -> None:
+def _check_goes_on(model: pl.LightningModule, path: Path) -> None:
     """Raise a `UserError` if a checkpoint to go on from holds another model's tensors, or what is
     no number.
     """
@@ -178,7 +185,13 @@ def _check_goes_on(model: Any, path: Path) -> None:
     check_usable(model, state, report.used, path)
 
 
-def _fit(trainer: Any, model: Any, data: Any, run: Run, first: int) -> None:
+def _fit(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    run: Run,
+    first: int,
+) -> None:
     """Train from step `first` on; an error says which step is saved.
 
     If memory runs out, it also says what needs less.
@@ -206,7 +219,7 @@ def _fit(trainer: Any, model: Any, data: Any, run: Run, first: int) -> None:
         torch.set_autocast_cache_enabled(cache)
 
 
-def _as_user_error(error: BaseException, trainer: Any, model: Any) -> str:
+def _as_user_error(error: BaseException, trainer: pl.Trainer, model: pl.LightningModule) -> str:
     """Return the one line that says what a user can do about an error, or nothing."""
     # The model's hooks name a parameter without its path in the config, so the path is added where
     # it is not there.
@@ -229,7 +242,13 @@ def _as_user_error(error: BaseException, trainer: Any, model: Any) -> str:
     return f"stopped, for another process ended: {said}" if said else ""
 
 
-def _finish(trainer: Any, model: Any, data: Any, config: RunConfig, run: Run) -> None:
+def _finish(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    data: DataModuleFromConfig,
+    config: RunConfig,
+    run: Run,
+) -> None:
     """Write the adapters and the export that are asked for, and say what there is now."""
     # Every process takes part in gathering sharded weights; only the first one writes.
     state = whole_state(trainer) if config.export else None
@@ -251,7 +270,7 @@ def _finish(trainer: Any, model: Any, data: Any, config: RunConfig, run: Run) ->
 
 
 def _write_adapters(
-    model: Any,
+    model: pl.LightningModule,
     keeper: CheckpointKeeper | None,
     config: RunConfig,
     run: Run,
@@ -259,15 +278,16 @@ def _write_adapters(
     images: Mapping[str, int],
 ) -> None:
     """Write the adapters of a LoRA run alone, beside its last checkpoint."""
-    if not getattr(model, "lora", None) or keeper is None or not keeper.last_path.exists():
+    lora = getattr(model, "lora", None)
+    if not lora or keeper is None or not keeper.last_path.exists():
         return
     # This small file is what other programs load; the checkpoint is there to go on from.
     path, adapted = keeper.last_path.with_name(summary.LORA), model.state_dict()
     tuned = Checkpoint.of_run(path, adapted, config.content, steps, images)
-    tuned.as_lora(adapters_alone(adapted, model.lora.alpha)).save(path, title=run.folder.name)
+    tuned.as_lora(adapters_alone(adapted, lora.alpha)).save(path, title=run.folder.name)
 
 
-def _write_new_words(model: Any, keeper: CheckpointKeeper | None) -> list[Path]:
+def _write_new_words(model: pl.LightningModule, keeper: CheckpointKeeper | None) -> list[Path]:
     """Write the new words of a model beside its last checkpoint, a file each; return the files."""
     manager = getattr(model, "embedding_manager", None)
     if manager is None or keeper is None or not keeper.last_path.exists():
@@ -299,13 +319,15 @@ def _export(
     return path
 
 
-def _keeper(trainer: Any) -> CheckpointKeeper | None:
+def _keeper(trainer: pl.Trainer) -> CheckpointKeeper | None:
     return _only(trainer, CheckpointKeeper)
 
 
-def _only(trainer: Any, kind: type) -> Any:
+def _only(trainer: pl.Trainer, kind: type[Kept]) -> Kept | None:
     """Return the callback of a kind, or None where the config switched it off."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)
+    return next(
+        (callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None
+    )
 
 
 class _Announcement(pl.Callback):
@@ -318,16 +340,16 @@ class _Announcement(pl.Callback):
         self.engine = engine
         self.parameters = ""
 
-    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before the strategy shards the weights, so that all of them are counted.
         self.parameters = summary.parameters(pl_module)
 
-    def on_fit_start(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             # Of sharded weights, only a part is left to be counted; and adapters are new since
             # `setup`.
             parameters = self.parameters if is_sharded(trainer) else summary.parameters(pl_module)
-            data = trainer.datamodule
+            data = trainer.datamodule  # type: ignore[attr-defined]
             class_word = "" if self.resumed else class_word_line(self.config, data)
             log.info(
                 summary.start(

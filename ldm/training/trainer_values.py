@@ -22,7 +22,7 @@ class Values:
     holds: Callable[[Any], bool]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -93,7 +93,7 @@ TRAINER_VALUES: dict[str, Values] = {
 }
 
 
-def check_trainer_values(arguments: Mapping[str, Any]) -> None:
+def check_trainer_values(arguments: Mapping[str, object]) -> None:
     """Raise a `UserError` for an argument whose value is a mistake that Lightning does not see."""
     for name, values in TRAINER_VALUES.items():
         if name in arguments and not values.holds(arguments[name]):

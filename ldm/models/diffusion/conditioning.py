@@ -53,7 +53,7 @@ def as_mapping(cond: Cond | None, conditioning_key: str) -> dict[str, list[Tenso
     return {name: part for name, part in parts.items() if part}
 
 
-def tensors(cond: Any) -> list[Tensor]:
+def tensors(cond: object) -> list[Tensor]:
     """Return the tensors of a conditioning of any form, in its order."""
     if cond is None:
         return []
@@ -84,7 +84,7 @@ def concat_batches(first: Cond | None, second: Cond | None) -> Any:
     raise ValueError(f"conditionings differ in form: {names}")
 
 
-def _form(cond: Any) -> str:
+def _form(cond: object) -> str:
     length = f" of {len(cond)}" if isinstance(cond, Sequence) else ""
     return f"{type(cond).__name__}{length}"
 
@@ -101,7 +101,7 @@ class DiffusionWrapper(nn.Module):
     `c_adm` to its embedding of classes.
     """
 
-    def __init__(self, unet_config: Mapping[str, Any], conditioning_key: str):
+    def __init__(self, unet_config: Mapping[str, object], conditioning_key: str):
         super().__init__()
         if conditioning_key not in CONDITIONING_KEYS:
             accepted = ", ".join(CONDITIONING_KEYS)

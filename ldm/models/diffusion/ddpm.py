@@ -344,7 +344,7 @@ class LatentDiffusion(LoggedSteps):
         if self.teacher is not None:
             self.teacher.load(checkpoint.get(TEACHER, {}))
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, object]) -> None:
         """Put a copied teacher's weights in: a run that goes on could not make it again."""
         if self.teacher is not None:
             checkpoint[TEACHER] = self.teacher.state()
@@ -368,7 +368,7 @@ class LatentDiffusion(LoggedSteps):
         if self.model_ema:
             self.model_ema(self.model)
 
-    def on_train_batch_end(self, outputs: Any, batch: RawBatch, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: object, batch: RawBatch, batch_idx: int) -> None:
         # Lightning would keep a step's gradients beside the next forward pass's activations.
         if at_step_boundary(self.trainer, batch_idx):
             cast(Optimizer, self.optimizers()).zero_grad()

@@ -41,7 +41,7 @@ class LoggedSteps(CompVisInterface):
         """Return the posterior of a batch's images."""
 
     def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
+        self, batch: object, device: torch.device, dataloader_idx: int
     ) -> Any:
         """Move a batch, but leave the seeds, with which the processor draws, where they are.
 

@@ -34,7 +34,7 @@ def check_words_alone(given: Mapping[str, Any]) -> None:
             )
 
 
-def new_words(config: Mapping[str, Any], encoder: TextEncoder) -> EmbeddingManager:
+def new_words(config: Mapping[str, object], encoder: TextEncoder) -> EmbeddingManager:
     """Return the new words that a config names, which the text encoder reads from now on.
 
     Raises:

@@ -155,7 +155,7 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: bool = False,
         use_checkpoint: bool | str = False,
         channels_last: bool = False,
-        compile: bool | Mapping[str, Any] = False,
+        compile: bool | Mapping[str, object] = False,
         num_classes: int | None = None,
         disable_self_attentions: Sequence[bool] | None = None,
         disable_middle_self_attn: bool = False,
@@ -256,7 +256,7 @@ class UNetModel(nn.Module):
         """Return the weights' precision; code that runs the blocks itself casts its input to it."""
         return next(self.time_embed.parameters()).dtype
 
-    def compile_for_sampling(self, options: bool | Mapping[str, Any] = True) -> None:
+    def compile_for_sampling(self, options: bool | Mapping[str, object] = True) -> None:
         """Let `torch.compile` make the forward pass of sampling, with its arguments if a mapping.
 
         The first call of each size takes minutes; those after it take less time.

@@ -147,7 +147,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.text_model = text_model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         return self.text_model(*args, **kwargs)
 
     @property
@@ -184,7 +184,7 @@ class FrozenCLIPEmbedder(TextEncoder):
         self,
         version: str = CLIP_VIT_L_14,
         max_length: int = 77,
-        text_config: Mapping[str, Any] | None = None,
+        text_config: Mapping[str, object] | None = None,
         use_checkpoint: bool = False,
         ckpt_path: str | None = None,
     ):
@@ -248,7 +248,7 @@ class FrozenOpenCLIPEmbedder(TextEncoder):
         arch: str = "ViT-H-14",
         max_length: int = 77,
         layer: str = "penultimate",
-        text_config: Mapping[str, Any] | None = None,
+        text_config: Mapping[str, object] | None = None,
         use_checkpoint: bool = False,
     ):
         super().__init__()
@@ -354,7 +354,7 @@ def _build_text_model(version: str, text_config: Mapping[str, Any] | None) -> An
         raise ParameterError("text_config", " ".join(str(error).split())) from error
 
 
-def _build_open_clip_text(arch: str, text_config: Mapping[str, Any] | None) -> Any:
+def _build_open_clip_text(arch: str, text_config: Mapping[str, object] | None) -> Any:
     from open_clip import get_model_config, list_models
     from open_clip.model import CLIP
 

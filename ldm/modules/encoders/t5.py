@@ -58,7 +58,7 @@ class FrozenT5Embedder(TextEncoder):
         self,
         version: str = T5_LARGE,
         max_length: int = 77,
-        text_config: Mapping[str, Any] | None = None,
+        text_config: Mapping[str, object] | None = None,
         tokenizer: str | None = None,
     ):
         super().__init__()
@@ -115,7 +115,7 @@ class FrozenT5Embedder(TextEncoder):
         return self.transformer.shared
 
 
-def words_of(encoder: Any) -> Encode:
+def words_of(encoder: object) -> Encode:
     """Return what gives the ids of a text's words to a text encoder, T5's or CLIP's."""
     if isinstance(encoder, FrozenT5Embedder):
         return encoder.encode_words
@@ -123,7 +123,9 @@ def words_of(encoder: Any) -> Encode:
     return lambda text: encode_with(text, added)
 
 
-def _without_second_name(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _without_second_name(
+    module: nn.Module, state: dict[str, object], prefix: str, _: object
+) -> None:
     state.pop(prefix + TWICE, None)
 
 

@@ -37,7 +37,7 @@ class Plate:
     def chance(self, p: float) -> bool:
         return bool(self.rng.random() < p)
 
-    def choice(self, *options: Any) -> Any:
+    def choice(self, *options: object) -> Any:
         return options[self.rng.integers(len(options))]
 
     def gradient(self, top: Paint, bottom: Paint, *, start: float = 0.0, end: float = 1.0) -> None:
