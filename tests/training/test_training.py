@@ -5,6 +5,7 @@ run.
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 import main
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
+from ldm.training import summary
 from tests.support import golden
 from tests.support.runs import (
     SIZE,
@@ -369,3 +371,8 @@ def test_one_command_starts_two_processes(workspace):
     assert process.returncode == 0, output
     assert "x 2 processes" in output
     assert checkpoint(workspace.run("ddp"))["global_step"] == 1, "one run folder for all ranks"
+
+
+def test_the_end_of_a_run_without_its_clock_is_said():
+    trainer = SimpleNamespace(global_step=3)
+    assert "trained  3 steps" in summary.end(trainer, None, None, None)
