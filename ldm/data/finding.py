@@ -121,11 +121,18 @@ def walk(root: str | Path) -> Iterator[tuple[Path, list[Path]]]:
         seen.add(_identity(folder))
         files = []
         for entry in _entries(folder):
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(Path(entry.path))
-            # A link to a file that is gone is listed, so that reading it says so.
-            elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
-                files.append(Path(entry.path))
+            path = Path(entry.path)
+            # A link that leads to itself is one to nothing; an entry would raise for it.
+            if entry.is_symlink():
+                if os.path.isdir(path):
+                    links.append(path)
+                # A link to a file that is gone is listed, so that reading it says so.
+                elif os.path.isfile(path) or not os.path.exists(path):
+                    files.append(path)
+            elif entry.is_dir():
+                folders.append(path)
+            elif entry.is_file():
+                files.append(path)
         yield folder, files
 
 

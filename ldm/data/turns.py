@@ -26,7 +26,8 @@ class Turns:
             possible.
 
     Raises:
-        UserError: a weight that is not positive or has more than two decimals, or no `turn`.
+        UserError: a weight that is not positive or has more than two decimals, or a `turn` that
+            the weights do not divide into whole examples.
     """
 
     def __init__(self, weights: Sequence[float], turn: int | None = None):
@@ -38,12 +39,12 @@ class Turns:
         if turn is not None:
             check_counts(turn=turn)
         counts = [round(weight * DIGITS) for weight in weights]
-        shared = math.gcd(*counts)
-        counts = [count // shared for count in counts]
         if turn is None:
+            shared = math.gcd(*counts)
+            counts = [count // shared for count in counts]
             self._places = _evenly(counts) if sum(counts) <= LONGEST else []
         else:
-            blocks = [max(1, round(weight * turn)) for weight in weights]
+            blocks = _blocks(counts, turn)
             self._places = _in_blocks(blocks) if sum(blocks) <= LONGEST else []
         if not self._places:
             raise ParameterError("turn", f"more than {LONGEST} examples until turns repeat")
@@ -71,6 +72,15 @@ def _evenly(counts: Sequence[int]) -> list[int]:
         earned[richest] -= sum(counts)
         places.append(richest)
     return places
+
+
+def _blocks(counts: Sequence[int], turn: int) -> list[int]:
+    """Return how many examples of each come in a row; `counts` are the weights in hundredths."""
+    unit = DIGITS // math.gcd(DIGITS, *counts)
+    if turn % unit:
+        problem = f"expected a multiple of {unit}, so that turn x weight is whole, got {turn}"
+        raise ParameterError("turn", problem)
+    return [count * turn // DIGITS for count in counts]
 
 
 def _in_blocks(sizes: Sequence[int]) -> list[int]:

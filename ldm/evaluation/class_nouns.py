@@ -124,4 +124,4 @@ def suggest(
     texts = F.normalize(clip.texts([TEMPLATE.format(word) for word in words]).float(), dim=-1)
     shares = (clip.scale * images @ texts.T).softmax(-1).mean(0).tolist()
     order = sorted(zip(words, shares), key=lambda pair: -pair[1])
-    return Suggestion(dict(order), given)
+    return Suggestion(dict(order), given or None)

@@ -111,7 +111,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         return list(read.encode(word, add_special_tokens=False).ids)
 
     words = read.get_vocab(with_added_tokens=False)
-    begins = {word: word[1:] for word in words if word[0] in (WORD_START, "Ġ") and len(word) > 1}
+    begins = {word: word[1:] for word in words if word[:1] in (WORD_START, "Ġ") and len(word) > 1}
     ends = {word: word.removesuffix(WORD_END) for word in words if word.endswith(WORD_END)}
     if not begins and not ends:
         raise UserError(

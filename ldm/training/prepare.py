@@ -83,7 +83,8 @@ def _warn_of_cut_captions(model: nn.Module, data: DataModuleFromConfig) -> None:
     encoder = getattr(model, "cond_stage_model", None)
     if isinstance(encoder, (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder)):
         found = data.summary()
-        warn_of_cut([*found["subject_prompts"], *found["class_prompts"]], encoder.max_length)
+        texts = [*found["subject_prompts"], *found["class_prompts"]]
+        warn_of_cut(texts, encoder.max_length, encoder.all_added_words())
 
 
 def _make_files(model: Any, data: DataModuleFromConfig, trainer: pl.Trainer, resumes: bool) -> None:

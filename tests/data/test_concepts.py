@@ -47,6 +47,7 @@ def joint(concepts, **params):
     ([0.5, 0.25, 0.25], None, [0, 1, 2, 0]),
     ([1, 1], 3, [0, 0, 0, 1, 1, 1, 0]),
     ([2, 1], 2, [0, 0, 0, 0, 1, 1, 0]),
+    ([1, 0.25], 4, [0, 0, 0, 0, 1, 0]),
 ])  # fmt: skip
 def test_whose_turn_it_is(weights, turn, first):
     turns = Turns(weights, turn)
@@ -160,6 +161,7 @@ def changed(roots, second, **params):
     ({"weight": 0.333}, {}, r"concepts\[1\].weight: expected two decimals at most, got 0.333"),
     ({"wait": 1}, {}, r"concepts\[1\].wait: unknown key .*'weight'"),
     ({}, {"turn": 0}, "turn: expected 1 or more, got 0"),
+    ({"weight": 0.3}, {"turn": 1}, "turn: expected a multiple of 10, so that turn x weight is"),
 ])  # fmt: skip
 def test_lists_that_are_refused(roots, second, params, message):
     paths = {

@@ -89,6 +89,7 @@ def test_links_in_circles_end(tmp_path):
     root = folder(tmp_path / "photos", 1)
     (tmp_path / "outside.png").write_bytes(encoded(picture(), "PNG"))
     (root / "self").symlink_to(".")
+    (root / "own").symlink_to("own")
     (root / "up").symlink_to("..")
     (root / "sub").mkdir()
     (root / "sub" / "back").symlink_to(root)

@@ -49,6 +49,7 @@ def test_the_noun_of_the_photos_comes_first():
         ("animal", "dog", False),
         ("dog", "corgi dog", False),
         ("dog", "xylophone", True),
+        ("dog", "", False),
     ],
 )
 def test_a_given_word_is_doubted_when_another_is_far_likelier(noun, given, is_doubtful):

@@ -138,3 +138,17 @@ def test_what_trains_the_model_does_not_go_with_words_alone(more):
     (name,) = more
     with pytest.raises(UserError, match=f"{name}: personalization_config trains new words alone"):
         build(**more)
+
+
+@pytest.mark.parametrize(
+    "words, end, lost",
+    [
+        (73, "<my-dog>", ""),
+        (74, "<my-dog>", "<my-dog>"),
+        (75, "dog with <my-dog> toy", "dog with <my-dog> toy"),
+        (75, "dog", "dog"),
+    ],
+)
+def test_what_is_cut_off_is_quoted_with_its_new_words(words, end, lost):
+    added = {"<my-dog>": [FIRST_NEW, FIRST_NEW + 1]}
+    assert tokenizer.lost_text("a " * words + end, 77, added) == lost

@@ -70,3 +70,14 @@ def test_what_is_wrong_with_the_words_is_said(words, tmp_path):
         EmbeddingManager(embedder())
     with pytest.raises(UserError, match=r"version: cannot load the folder"):
         embedder(version=str(tmp_path), text_config=None)
+
+
+def test_a_hub_name_without_words_is_one_line(monkeypatch):
+    def refused(*_, **__):
+        raise OSError("no/such is not a valid model identifier\nand more")
+
+    monkeypatch.setattr("transformers.utils.cached_file", refused)
+    with pytest.raises(
+        UserError, match=r"cannot load that of 'no/such': no/such is not.*local file$"
+    ):
+        embedder(version="no/such")(["a dog"])

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ldm.errors import ParameterError, nearest
+from ldm.files import first_line
 from ldm.modules.encoders.modules import TextEncoder, check_text_config
 from ldm.modules.encoders.tokenizer import encode_with
 
@@ -170,7 +171,11 @@ def _file_of_words(version: str, given: str | None) -> Path | None:
     from transformers.utils import cached_file
 
     for name in WORDS:
-        found = cached_file(version, name, _raise_exceptions_for_missing_entries=False)
+        try:
+            found = cached_file(version, name, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:  # no such name, or one that needs a login
+            problem = f"cannot load that of '{version}': {first_line(error)}: name a local file"
+            raise ParameterError("tokenizer", problem) from error
         if found:
             return Path(found)
     return None

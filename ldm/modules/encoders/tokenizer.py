@@ -71,9 +71,24 @@ def groups_with(text: str, added: Mapping[str, Sequence[int]]) -> list[list[int]
 def lost_text(
     text: str, max_length: int = 77, added: Mapping[str, Sequence[int]] | None = None
 ) -> str:
-    """Return the end of a text that is cut off, as its tokens read; "" if all of the text fits."""
-    lost = encode_with(text, added or {})[max_length - 2 :]
-    return _bpe().decode([token for token in lost if token < START]).strip()
+    """Return the end of a text that is cut off, as its tokens read; "" if all of the text fits.
+
+    A word that was added is lost as a whole where some of its ids are.
+    """
+    words = {tuple(ids): word for word, ids in (added or {}).items()}
+    length, parts, tokens = 0, [], []
+    for group in groups_with(text, added or {}):
+        length += len(group)
+        if length <= max_length - 2:
+            continue
+        word = words.get(tuple(group))
+        if word is None:
+            tokens += [token for token in group if token < START]
+        else:
+            parts += [_bpe().decode(tokens), word]
+            tokens = []
+    parts.append(_bpe().decode(tokens))
+    return " ".join(part.strip() for part in parts if part.strip())
 
 
 def warn_of_cut(
