@@ -39,7 +39,9 @@ KINDS: dict[str, list[str]] = {
     "view": list(VIEWS),
     "accessory": list(ACCESSORIES),
 }
-FITTED_TO = 8000  # renderings that the judges learn from
+FITTED_TO = 6000  # renderings that the judges learn from, and of each word so many
+OF_EACH_WORD = 120
+LOOKED_AT = 20
 CEILING = 1500  # renderings that they are tried on
 PER_WORD = 8  # pictures that are asked for with each word
 
@@ -64,16 +66,45 @@ def make_attribute_judge(encoders: Mapping[str, Encoder]) -> Recognizer:
 
 
 def fit_attribute_judge(
-    judge: Recognizer, train: World, reconstruct: Reconstruct, count: int = FITTED_TO
+    judge: Recognizer,
+    train: World,
+    reconstruct: Reconstruct,
+    count: int = FITTED_TO,
+    each: int = OF_EACH_WORD,
 ) -> None:
-    """Fit a judge to `count` renderings of the whole world, half of them through the decoder."""
-    images, found = renderings(train, count, "attributes")
+    """Fit a judge to `count` renderings of the whole world, half of them through the decoder.
+
+    Few pictures show a bow tie: `each` word is in so many of them.
+    """
+    images, found = renderings(train, with_each_word(train, count, each), "attributes")
     images[::2] = features_of(reconstruct, images[::2]).clamp(-1, 1)
     targets = {
         kind: torch.tensor([labels.index(value) for value in found[kind]])
         for kind, labels in judge.labels.items()
     }
     judge.fit(judge.features(images), targets)
+
+
+def with_each_word(world: World, count: int, each: int) -> list[int]:
+    """Return the numbers of `count` pictures, `each` or more of every word, as far as `LOOKED_AT`
+    times as many pictures have it.
+
+    The first pictures that show a word are taken, then the first of the others.
+    """
+    lacking = {(kind, word): each for kind, words in KINDS.items() for word in words}
+    chosen: list[int] = []
+    for number in range(LOOKED_AT * count):
+        if len(chosen) == count or not any(lacking.values()):
+            break
+        shown = world.describe(generator("attributes", number))
+        words = [(kind, getattr(shown, kind)) for kind in KINDS if getattr(shown, kind)]
+        if any(lacking[word] for word in words):
+            chosen.append(number)
+            for word in words:
+                lacking[word] = max(0, lacking[word] - 1)
+    taken = set(chosen)
+    others = (number for number in range(LOOKED_AT * count) if number not in taken)
+    return sorted([*chosen, *islice(others, count - len(chosen))])
 
 
 def classes_by_word(world: World, tries: int = 3000) -> dict[tuple[str, str], list[str]]:

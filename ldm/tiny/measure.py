@@ -54,11 +54,14 @@ class Judges:
         return self.recognizer.recognise(self.recognizer.features(images), name)
 
 
-def renderings(world: World, count: int, key: str) -> tuple[Tensor, dict[str, list[str]]]:
-    """Draw `count` pictures of a world with labels; another `key` gives others. Return the
-    pictures (count, 3, size, size) in [-1, 1] and their labels.
+def renderings(
+    world: World, numbers: int | Sequence[int], key: str
+) -> tuple[Tensor, dict[str, list[str]]]:
+    """Draw pictures of a world with labels: so many, or those of the numbers; another `key` gives
+    others. Return the pictures (count, 3, size, size) in [-1, 1] and their labels.
     """
-    examples = [world.example(0, generator(key, number)) for number in range(count)]
+    chosen = range(numbers) if isinstance(numbers, int) else numbers
+    examples = [world.example(0, generator(key, number)) for number in chosen]
     pictures = torch.stack([torch.as_tensor(example["image"]) for example in examples])
     images = pictures.permute(0, 3, 1, 2).contiguous()
     labels = {}

@@ -6,6 +6,7 @@ from PIL import Image
 from torch import nn
 
 from ldm.evaluation.metrics import Recognizer
+from ldm.rng import generator
 from ldm.tiny.attributes import (
     KINDS,
     PER_WORD,
@@ -15,6 +16,7 @@ from ldm.tiny.attributes import (
     measure_applications,
     measure_attributes,
     prompt_with,
+    with_each_word,
 )
 from ldm.tiny.measure import SIZE, measure_decoder
 from ldm.tiny.world import World
@@ -108,6 +110,17 @@ def test_a_judge_learns_from_renderings(toys):
     images = torch.stack([torch.as_tensor(world[i]["image"]) for i in range(20)])
     found = fitted.recognise(fitted.features(images.permute(0, 3, 1, 2)), "view")
     assert set(found) <= {"", *KINDS["view"]} and len(found) == 20
+
+
+def test_every_word_is_in_enough_of_the_pictures_that_a_judge_learns_from(toys):
+    world = World(toys, labels=True)
+    numbers = with_each_word(world, 600, each=5)
+    assert len(set(numbers)) == 600 and numbers == sorted(numbers)
+    shown = [world.describe(generator("attributes", number)) for number in numbers]
+    counts = {word: sum(getattr(s, kind) == word for s in shown) for kind, word in WORDS}
+    assert min(counts.values()) >= 5
+    # A world without heads has nothing that wears a hat, and the search ends.
+    assert len(with_each_word(World(toys, classes=["vase"], labels=True), 30, each=5)) == 30
 
 
 def test_the_decoder_is_measured_in_decibels(toys):
