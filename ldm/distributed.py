@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
+    from subprocess import Popen
+
     import pytorch_lightning as pl
+    from torch.distributed import Store
 
 POLL = 0.1  # seconds between two looks whether another process is ready
 DECIDED, FAILED = "decided: ", "failed"  # how the first process's answers begin
@@ -45,7 +48,7 @@ def _environment() -> Any | None:
 
 
 @cache
-def _store(address: str, port: int, rank: int, size: int) -> Any:
+def _store(address: str, port: int, rank: int, size: int) -> Store:
     """Return where the processes leave notes for each other; torch's process group uses it, too."""
     from torch.distributed import rendezvous
 
@@ -77,7 +80,7 @@ def agreed(decide: Callable[[], str]) -> str:
     return decided
 
 
-def _answer(store: Any, question: str) -> str:
+def _answer(store: Store, question: str) -> str:
     """Wait for the first process, however long it takes, and return what it has decided."""
     try:
         while not store.check([question]):
@@ -184,7 +187,7 @@ def failure_of_others() -> str:
     return ""
 
 
-def _group_store() -> Any | None:
+def _group_store() -> Store | None:
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -192,7 +195,7 @@ def _group_store() -> Any | None:
     return distributed.distributed_c10d._get_default_store()
 
 
-def take_children(trainer: pl.Trainer) -> list[Any]:
+def take_children(trainer: pl.Trainer) -> list[Popen[bytes]]:
     """Return the processes that Lightning has started, and have it watch them no more.
 
     It would kill this process as soon as one of them has failed.
@@ -203,7 +206,7 @@ def take_children(trainer: pl.Trainer) -> list[Any]:
     return children
 
 
-def end_children(children: Iterable[Any], patience: float = 5.0) -> None:
+def end_children(children: Iterable[Popen[bytes]], patience: float = 5.0) -> None:
     """Wait for processes that end by themselves, and kill those that do not."""
     deadline = time.monotonic() + patience
     for child in children:

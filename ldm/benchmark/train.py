@@ -17,6 +17,7 @@ from PIL import Image
 
 from ldm.benchmark.clock import ClockCallback, StepClock
 from ldm.benchmark.reference import REFERENCES, accumulated
+from ldm.callbacks.setup import callbacks_of
 from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoints.export import target_of
 from ldm.config import RunConfig
@@ -84,7 +85,7 @@ def _clocked_training(config: Mapping[str, object], settings: Settings) -> StepC
         trained = train(
             RunConfig(config), Run(Path(folder) / "run", "benchmark"), Start(settings.weights)
         )
-    callbacks: list[Any] = trained.trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trained.trainer)
     return next(callback.clock for callback in callbacks if isinstance(callback, ClockCallback))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from ldm.callbacks.fixed_loss import FixedLoss
+from ldm.callbacks.setup import callbacks_of
 from ldm.errors import ParameterError, UserError
 
 log = logging.getLogger(__name__)
@@ -90,5 +91,5 @@ class StopOnFixedLoss(pl.Callback):
 
 
 def _fixed_loss(trainer: pl.Trainer) -> FixedLoss | None:
-    found = [c for c in trainer.callbacks if isinstance(c, FixedLoss)]  # type: ignore[attr-defined]
+    found = [c for c in callbacks_of(trainer) if isinstance(c, FixedLoss)]
     return found[0] if found else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
 import torch
@@ -226,7 +226,7 @@ def _rate(optimizer: Optimizer) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def _has_gradient(parameter: nn.Parameter, optimizers: Iterable[Any]) -> bool:
+def _has_gradient(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> bool:
     """Return whether a gradient has arrived, also one that AdamW has used and freed since."""
     if parameter.grad is not None:
         return bool(parameter.grad.any())

@@ -7,8 +7,11 @@ from inspect import signature
 from typing import Any
 
 import pytorch_lightning as pl
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.callbacks.setup import callbacks_of
 
 # Entries of a parameter group that are no settings: they have to fit the state that was restored.
 NOT_SETTINGS = ("params", "fused", "foreach", "capturable", "differentiable")
@@ -31,7 +34,7 @@ class KeepSettings(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Note the arguments of the callbacks, which Lightning restores first."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         self._callbacks = [(callback, _arguments(callback)) for callback in callbacks]
 
     def on_load_checkpoint(
@@ -71,7 +74,7 @@ class _Schedule:
     """The settings of a schedule: the full rates, and the attributes of the functions of a step."""
 
     scheduler: LambdaLR
-    rates: list[Any]
+    rates: list[float | Tensor]
     functions: list[dict[str, Any]]
 
     @classmethod
@@ -87,7 +90,7 @@ class _Schedule:
             if attributes:
                 vars(function).clear()
                 vars(function).update(attributes)
-        rates: list[Any] = [
+        rates: list[float | Tensor] = [
             rate * function(step) for rate, function in zip(self.rates, scheduler.lr_lambdas)
         ]
         for group, rate in zip(scheduler.optimizer.param_groups, rates):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from ldm.callbacks.csv_log import CsvLog
 from ldm.callbacks.image_logger import ImageLogger
+from ldm.callbacks.setup import callbacks_of
 from ldm.reports.index import write_index
 from ldm.reports.runs import RUNNING, flat, write_run_page
 
@@ -49,7 +49,7 @@ class RunPage(pl.Callback):
 
     def _follow(self, trainer: pl.Trainer) -> None:
         """Write the page if pictures have been logged since it was written."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         loggers = [c for c in callbacks if isinstance(c, ImageLogger)]
         drawn = max((logger.drawn_at for logger in loggers), default=-1)
         if drawn > self._written:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ldm import distributed, signals
 from ldm.callbacks.checkpoints import keeper_of
@@ -111,7 +112,7 @@ class InterruptHandler(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._hook: Any = None
+        self._hook: RemovableHandle | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signals.be_patient()

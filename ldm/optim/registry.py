@@ -106,7 +106,7 @@ def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: object) ->
     return kind(_trained(modules), **{"weight_decay": 0.01, **options})
 
 
-def _trained(modules: Sequence[Part]) -> list[Any]:
+def _trained(modules: Sequence[Part]) -> list[nn.Parameter] | list[dict[str, Any]]:
     """Return the trained parameters of networks, or the parameter groups of named parts."""
     if any(isinstance(part, Mapping) for part in modules):
         return [

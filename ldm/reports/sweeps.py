@@ -71,7 +71,7 @@ def _table(rows: Sequence[Row], runs: Mapping[str, Path]) -> Table:
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in PINNED))
     shown = []
     for row in rows:
-        cells: list[Any] = [_cell(row.get(column)) for column in columns]
+        cells: list[str | Link] = [_cell(row.get(column)) for column in columns]
         run = runs.get(str(row["trial"]))
         if run is not None and (run / PAGE).is_file():
             cells[0] = Link(str(row["trial"]), f"{run.parent.name}/{run.name}/{PAGE}")

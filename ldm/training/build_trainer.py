@@ -54,7 +54,7 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=f"(?i){message}")
 
 
-def build_trainer(config: RunConfig, run: Run) -> Any:
+def build_trainer(config: RunConfig, run: Run) -> pl.Trainer:
     """Build the Trainer of a run.
 
     Raises:

@@ -132,9 +132,13 @@ class Needs:
         estimate: of the model as it is now; None where memory is of no concern.
     """
 
-    def __init__(self, build: Callable[[], Any], estimate: Callable[[Any], Estimate | None]):
+    def __init__(
+        self,
+        build: Callable[[], LatentDiffusion],
+        estimate: Callable[[LatentDiffusion], Estimate | None],
+    ):
         self._build, self._estimate = build, estimate
-        self._twin: Any = None
+        self._twin: LatentDiffusion | None = None
         self._found: dict[tuple[bool | str, str], Estimate | None] = {}
 
     def __call__(self, recomputed: bool | str, optimizer: str) -> int:

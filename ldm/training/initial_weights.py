@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from ldm.errors import UserError, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.training import summary
 from ldm.util import get_obj_from_str, instantiate_from_config
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class Start:
     init_word: str | None = None
 
 
-def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[Any, str]:
+def build_model(config: RunConfig, start: Start, resumes: bool) -> tuple[pl.LightningModule, str]:
     """Return the model with its initial weights, and a line that says where they are from.
 
     The checkpoint is read once, and no weight is initialised that it will overwrite.
