@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -228,25 +230,34 @@ def _watching() -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(read, over), name="signals", daemon=True)
+    watcher = threading.Thread(target=_watch, args=(read,), name="signals", daemon=True)
     watcher.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        over.set()
         os.close(write)  # ends the thread
         watcher.join()
 
 
-def _watch(read: int, over: threading.Event) -> None:
+def _watch(read: int) -> None:
+    first, pending = 0.0, deque[tuple[int, float]]()  # stop signals, and when they came
     with open(read, "rb", buffering=0) as numbers:
-        while byte := numbers.read(1):
-            number, arrived, again = byte[0], time.monotonic(), bool(_state.stop)
-            if number not in STOPS or over.wait(STUCK):
+        while True:
+            left = max(0.0, pending[0][1] + STUCK - time.monotonic()) if pending else None
+            ready, _, _ = select.select([read], [], [], left)
+            if ready:
+                byte = numbers.read(1)
+                if not byte:
+                    return
+                if byte[0] in STOPS:
+                    pending.append((byte[0], time.monotonic()))
+                    first = first or pending[0][1]
                 continue
-            # The backward pass of a large model is one long call: only a second signal ends it.
+            # The main thread had its time. The backward pass of a large model is one long call:
+            # only a second signal ends it, of which no handler has heard either.
+            number, arrived = pending.popleft()
+            again = arrived - first >= ONE_WISH
             if _state.heard_at < arrived - ONE_WISH and (again or not _state.patient):
                 _end_stuck_process(number)
 

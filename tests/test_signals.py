@@ -83,16 +83,24 @@ def test_a_worker_leaves_signals_to_the_process_that_started_it():
         assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
 
 
-def test_a_call_that_never_returns_does_not_keep_a_process_alive(tmp_path, monkeypatch):
-    """Such as one that waits for a process which is gone: no handler runs in it."""
-    done = tmp_path / "done"
+@pytest.mark.parametrize("patient", [False, True])
+def test_a_call_that_never_returns_does_not_keep_a_process_alive(tmp_path, monkeypatch, patient):
+    """Such as one that waits for a process which is gone: no handler runs in it.
+
+    A backward pass does return, so a patient command is ended by the second signal alone.
+    """
+    done, survived = tmp_path / "done", tmp_path / "survived"
     monkeypatch.setattr(signals, "STUCK", 0.2)
     monkeypatch.setattr(signals, "ONE_WISH", 0.1)
     if (worker := os.fork()) == 0:
         with signals.handled(), signals.last_act(done.touch):
+            signals.be_patient(patient)
             signal.signal(signal.SIGTERM, lambda *_: None)  # as if the handler did not run
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
+            time.sleep(0.5 if patient else 10)  # longer than one signal would take
+            survived.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 143
-    assert done.exists()
+    assert done.exists() and survived.exists() is patient
