@@ -12,7 +12,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -21,6 +21,7 @@ from ldm.commands import exit_status
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
 from ldm.sampling.contact_sheet import Entry, contact_sheet
+from ldm.tiny.applications import applications, world_word
 from ldm.tiny.miniature import (
     BASE_CONFIG,
     BASE_WEIGHTS,
@@ -36,7 +37,7 @@ from ldm.tiny.miniature import (
     subject_names,
 )
 
-SHOWN = 5  # pictures in a row of the sheet
+SHOWN = 6  # pictures in a row of the sheet
 SCENES = (
     "in the snow",
     "on the beach",
@@ -45,7 +46,6 @@ SCENES = (
     "on top of a wooden floor",
     "at night",
 )
-COLOURS = ("red", "purple")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,18 +78,17 @@ def sheet_rows(
 ) -> list[tuple[str, Sequence[Entry]]]:
     """Draw the rows of the sheet: the photos, the subject and its class, before and after."""
     subject, of_class = f"photo of a sks {class_word}", f"photo of a {class_word}"
-    colours = [colour for colour in COLOURS for _ in range(SHOWN // 2)]
 
-    def captioned(captions: Sequence[str], prompt: str) -> list[Entry]:
-        return list(zip(captions, tuned([prompt.format(caption) for caption in captions])))
+    def captioned(prompts: Mapping[str, str]) -> list[Entry]:
+        return list(zip(prompts, tuned(list(prompts.values()))))
 
     return [
-        ("the subject's photos", list(photos[: SHOWN + 1])),
-        (subject, tuned([subject] * (SHOWN + 1))),
-        (f"{subject} ...", captioned(SCENES, f"{subject} {{}}")),
-        ("in other colours", captioned(colours, f"photo of a {{}} sks {class_word}")),
-        (f"{of_class}, before", base([of_class] * (SHOWN + 1))),
-        (f"{of_class}, after", tuned([of_class] * (SHOWN + 1))),
+        ("the subject's photos", list(photos[:SHOWN])),
+        (subject, tuned([subject] * SHOWN)),
+        (f"{subject} ...", captioned({scene: f"{subject} {scene}" for scene in SCENES})),
+        *[(title, captioned(asked)) for title, asked in applications(class_word).items()],
+        (f"{of_class}, before", base([of_class] * SHOWN)),
+        (f"{of_class}, after", tuned([of_class] * SHOWN)),
     ]
 
 
@@ -127,8 +126,10 @@ def demo(args: argparse.Namespace) -> None:
     if cascade:
         check_cascade()
     photos, outdir = photos_of(args.subject), Path(args.outdir)
-    class_word = args.class_word or class_word_of(photos)
+    class_word, other_word = world_word(args.class_word or class_word_of(photos))
     pictures = [load_image(path) for path in find_images(photos)]
+    if other_word:
+        print(other_word, flush=True)
     say(f"{len(pictures)} photos of a {class_word}; class images and training\n")
     more = ["--max_steps", str(args.steps)] if args.steps else []
     more += ["model.params.reg_weight=0"] if args.without_prior else []

@@ -123,9 +123,10 @@ def test_the_demo(tmp_path, monkeypatch, capsys):
     ]
     assert demo.main(command) == 0
     said = capsys.readouterr().out
-    assert "photos of a mug" in said and "scripts/stable_txt2img.py" in said
+    assert "calls a mug 'bowl'" in said and "photos of a bowl" in said
+    assert "scripts/stable_txt2img.py" in said
     assert Image.open(tmp_path / "out" / "mug.png").width > 600
-    assert len(list((tmp_path / "out" / "class_images" / "mug").glob("*.png"))) == 2
+    assert len(list((tmp_path / "out" / "class_images" / "bowl").glob("*.png"))) == 2
 
 
 def test_a_demo_without_a_subject(caplog):

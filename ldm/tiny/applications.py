@@ -1,0 +1,109 @@
+"""What the demo asks of a subject: the paper's applications, in words that the world knows.
+
+Also which class words it knows: the miniature has seen 24 kinds of things and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ldm.config import load_config, to_plain
+from ldm.tiny.attributes import prompt_with
+from ldm.tiny.miniature import ROOT
+from ldm.tiny.views import WITH_A_BACK, WITH_A_SIDE
+
+LDM_CONFIG = ROOT / "configs/tiny/ldm.yaml"
+# What people call things, and the world's word for it.
+SAME = {
+    "automobile": "car",
+    "bag": "backpack",
+    "bunny": "rabbit",
+    "cup": "bowl",
+    "hound": "dog",
+    "kitten": "cat",
+    "kitty": "cat",
+    "mug": "bowl",
+    "plushie": "stuffed animal",
+    "pot": "teapot",
+    "puppy": "dog",
+    "rucksack": "backpack",
+    "shoe": "sneaker",
+    "spectacles": "glasses",
+    "sunglasses": "glasses",
+    "teddy": "stuffed animal",
+    "tin": "can",
+    "trainer": "sneaker",
+}
+WEARERS = {
+    "bear", "cat", "dog", "fox", "owl", "panda", "penguin", "rabbit", "robot", "stuffed animal",
+}  # fmt: skip
+STYLES = (
+    "pencil sketch",
+    "watercolor painting",
+    "stained glass window",
+    "pixel art",
+    "woodblock print",
+    "oil painting",
+)
+PROPERTIES = ("red", "purple", "golden", "stone", "striped", "spotted")
+ACCESSORIES = (
+    "wearing a red hat",
+    "wearing a black top hat",
+    "wearing a golden crown",
+    "wearing a purple wizard hat",
+    "wearing sunglasses",
+    "wearing a bow tie",
+)
+
+
+def known_classes() -> list[str]:
+    """Return the class words that the miniature was trained with."""
+    train = to_plain(load_config([LDM_CONFIG]))["data"]["params"]["train"]["params"]
+    return sorted(train["dataset"]["params"]["classes"])
+
+
+def world_word(class_word: str) -> tuple[str, str]:
+    """Return the world's word for a class word, and one line for the user; "" where it is known.
+
+    A word that is neither known nor another name of a known thing stays as it is.
+    """
+    known = known_classes()
+    plain = class_word.strip().lower()
+    if class_word in known:
+        return class_word, ""
+    if plain in known or plain in SAME:
+        word = SAME.get(plain, plain)
+        return word, f"the miniature calls a {class_word} '{word}', so '{word}' is the class word"
+    return class_word, (
+        f"the miniature has never seen a '{class_word}': expect other shapes. "
+        f"It knows {', '.join(known)}"
+    )
+
+
+def views_of(class_word: str) -> Sequence[str]:
+    """Return the views that tell something of a class: a vase looks the same from behind."""
+    views = ["from above", "close-up", "far away"]
+    if class_word in WITH_A_BACK:
+        views.insert(0, "from behind")
+    if class_word in WITH_A_SIDE:
+        views = ["facing left", "facing right", *views]
+    return views
+
+
+def applications(class_word: str) -> Mapping[str, Mapping[str, str]]:
+    """Return the rows of the demo's sheet: title -> caption -> prompt of the subject.
+
+    Scenes are not among them; things without a head wear nothing.
+    """
+    noun = f"sks {class_word}"
+    asked: dict[str, tuple[str, Sequence[str]]] = {
+        "art renditions": ("style", STYLES),
+        "views": ("view", views_of(class_word)),
+        "other properties": ("material", PROPERTIES),
+    }
+    if class_word in WEARERS:
+        asked["accessories"] = ("accessory", ACCESSORIES)
+    return {
+        title: {word: prompt_with(kind, word, noun) for word in words}
+        for title, (kind, words) in asked.items()
+    }
