@@ -7,7 +7,7 @@ from ldm.tiny.accessories import ACCESSORIES
 from ldm.tiny.colours import COLOURS
 from ldm.tiny.materials import MATERIALS, PATTERNS
 from ldm.tiny.styles import STYLES
-from ldm.tiny.views import VIEWS, WITH_A_BACK
+from ldm.tiny.views import VIEWS
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,3 @@ def test_what_is_asked_for_is_in_the_world(class_word):
     assert {word for row in rows.values() for word in row} <= words
     assert all(f"sks {class_word}" in prompt for row in rows.values() for prompt in row.values())
     assert ("accessories" in rows) == (class_word in applications.WEARERS)
-    assert ("from behind" in rows["views"]) == (class_word in WITH_A_BACK)
