@@ -34,9 +34,6 @@ SAME = {
     "tin": "can",
     "trainer": "sneaker",
 }
-WEARERS = {
-    "bear", "cat", "dog", "fox", "owl", "panda", "penguin", "rabbit", "robot", "stuffed animal",
-}  # fmt: skip
 STYLES = (
     "pencil sketch",
     "watercolor painting",
@@ -47,7 +44,6 @@ STYLES = (
 )
 VIEWS = ("close-up", "far away")
 PROPERTIES = ("red", "purple", "golden", "silver", "stone", "spotted")
-ACCESSORIES = ("wearing a red hat", "wearing a santa hat", "wearing a black top hat")
 
 
 def known_classes() -> list[str]:
@@ -77,7 +73,7 @@ def world_word(class_word: str) -> tuple[str, str]:
 def applications(class_word: str) -> Mapping[str, Mapping[str, str]]:
     """Return the rows of the demo's sheet: title -> caption -> prompt of the subject.
 
-    Scenes are not among them; things without a head wear nothing.
+    Scenes are not among them.
     """
     noun = f"sks {class_word}"
     asked: dict[str, tuple[str, Sequence[str]]] = {
@@ -85,8 +81,6 @@ def applications(class_word: str) -> Mapping[str, Mapping[str, str]]:
         "views": ("view", VIEWS),
         "other properties": ("material", PROPERTIES),
     }
-    if class_word in WEARERS:
-        asked["accessories"] = ("accessory", ACCESSORIES)
     return {
         title: {word: prompt_with(kind, word, noun) for word in words}
         for title, (kind, words) in asked.items()

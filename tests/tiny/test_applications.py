@@ -3,7 +3,6 @@
 import pytest
 
 from ldm.tiny import applications
-from ldm.tiny.accessories import ACCESSORIES
 from ldm.tiny.colours import COLOURS
 from ldm.tiny.materials import MATERIALS, PATTERNS
 from ldm.tiny.styles import STYLES
@@ -26,14 +25,13 @@ def test_a_class_word_becomes_the_worlds_own(word, expected, said):
 
 def test_every_other_name_stands_for_a_known_thing():
     known = set(applications.known_classes())
-    assert set(applications.SAME.values()) <= known and known >= applications.WEARERS
+    assert set(applications.SAME.values()) <= known
     assert not known & set(applications.SAME)
 
 
 @pytest.mark.parametrize("class_word", applications.known_classes())
 def test_what_is_asked_for_is_in_the_world(class_word):
     rows = applications.applications(class_word)
-    words = {*STYLES, *VIEWS, *COLOURS, *MATERIALS, *PATTERNS, *ACCESSORIES}
+    words = {*STYLES, *VIEWS, *COLOURS, *MATERIALS, *PATTERNS}
     assert {word for row in rows.values() for word in row} <= words
     assert all(f"sks {class_word}" in prompt for row in rows.values() for prompt in row.values())
-    assert ("accessories" in rows) == (class_word in applications.WEARERS)
