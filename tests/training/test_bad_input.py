@@ -243,7 +243,7 @@ def test_numbers_with_no_sense_are_refused_by_name(refused, override, says):
 
 def test_fields_that_the_text_model_refuses(refused):
     path = "model.params.cond_stage_config.params.text_config"
-    assert refused(f"{path}.hidden_size=-1").startswith(f"error: {path}: ")
+    assert refused(f"{path}.num_attention_heads=3").startswith(f"error: {path}: ")
 
 
 def test_one_folder_for_both_needs_no_class_images_where_the_prior_weighs_nothing(
