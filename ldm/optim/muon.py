@@ -68,7 +68,9 @@ class Muon(Optimizer):
         super().__init__(params, {**defaults, "muon": False})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """Update every parameter that has a gradient, once."""
         loss = None
         if closure is not None:
