@@ -5,7 +5,6 @@ Each check returns `found`, a phrase, and `passes`.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ldm.benchmark.train import Settings as Training
 from ldm.checkpoints.export import target_of
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.config import RunConfig
-from ldm.host import CUDA
+from ldm.host import CUDA, environment_with
 from ldm.training.run import Run
 from ldm.training.train import train
 from ldm.util import instantiate_from_config
@@ -148,13 +147,13 @@ def in_backward(world: World, precision: str) -> Found:
 def one_process_group(world: World) -> Found:
     """Compare DDP over one process with no DDP, bit by bit; on CUDA it is NCCL's.
 
-    Lightning's DDP takes as many threads as the processor has cores where this variable is not set,
+    Lightning's DDP takes as many threads as the processor has cores where the variable is not set,
     and sums over more threads are rounded otherwise.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     alone = world.trained("alone", DETERMINISTIC)
     try:
-        group = world.trained("group", {**DETERMINISTIC, "lightning.trainer.strategy": "ddp"})
+        with environment_with({"OMP_NUM_THREADS": str(torch.get_num_threads())}):
+            group = world.trained("group", {**DETERMINISTIC, "lightning.trainer.strategy": "ddp"})
         backend = torch.distributed.get_backend()
     finally:
         if torch.distributed.is_initialized():
