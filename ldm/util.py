@@ -17,7 +17,6 @@ from ldm.errors import ParameterError, UserError, nearest, under
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-
 log = logging.getLogger(__name__)
 
 # What has moved, modules and single targets: a YAML or a saved run may still name the old place.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ldm.config import load_config, to_plain
-from ldm.tiny.attributes import prompt_with
+from ldm.tiny.captions import prompt_with
 from ldm.tiny.miniature import ROOT
 
 LDM_CONFIG = ROOT / "configs/tiny/ldm.yaml"
@@ -47,7 +47,7 @@ PROPERTIES = ("red", "purple", "golden", "silver", "stone", "spotted")
 
 
 def known_classes() -> list[str]:
-    """Return the class words that the miniature was trained with."""
+    """Return the class words that the miniature was trained with, in alphabetical order."""
     train = to_plain(load_config([LDM_CONFIG]))["data"]["params"]["train"]["params"]
     return sorted(train["dataset"]["params"]["classes"])
 

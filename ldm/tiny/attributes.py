@@ -25,7 +25,7 @@ from ldm.evaluation.metrics import (
 )
 from ldm.rng import generator
 from ldm.tiny.accessories import ACCESSORIES
-from ldm.tiny.captions import MASS, with_article
+from ldm.tiny.captions import prompt_with
 from ldm.tiny.materials import MATERIALS, PATTERNS
 from ldm.tiny.measure import SIZE, Draw, Reconstruct, renderings
 from ldm.tiny.styles import STYLES
@@ -39,23 +39,11 @@ KINDS: dict[str, list[str]] = {
     "view": list(VIEWS),
     "accessory": list(ACCESSORIES),
 }
-FITTED_TO = 6000  # renderings that the judges learn from, and of each word so many
-OF_EACH_WORD = 120
-LOOKED_AT = 20
+FITTED_TO = 6000  # renderings that the judges learn from
+OF_EACH_WORD = 120  # of them, at least so many that show each word
+SEARCHED = 20  # how many pictures are looked at for one that is taken
 CEILING = 1500  # renderings that they are tried on
 PER_WORD = 8  # pictures that are asked for with each word
-
-
-def prompt_with(kind: str, word: str, noun: str) -> str:
-    """Return a prompt that asks for a word of a kind: "photo of a golden sks dog"."""
-    thing = with_article(noun)
-    if kind == "style":
-        return f"{word if word in MASS else with_article(word)} of {thing}"
-    if kind == "material":
-        return f"photo of {with_article(f'{word} {noun}')}"
-    if word == "close-up":
-        return f"a close-up photo of {thing}"
-    return f"photo of {thing} {word}"
 
 
 def make_attribute_judge(encoders: Mapping[str, Encoder]) -> Recognizer:
@@ -74,7 +62,7 @@ def fit_attribute_judge(
 ) -> None:
     """Fit a judge to `count` renderings of the whole world, half of them through the decoder.
 
-    Few pictures show a bow tie: `each` word is in so many of them.
+    Few pictures show a bow tie, so those that do are sought: `each` for every word.
     """
     images, found = renderings(train, with_each_word(train, count, each), "attributes")
     images[::2] = features_of(reconstruct, images[::2]).clamp(-1, 1)
@@ -86,14 +74,14 @@ def fit_attribute_judge(
 
 
 def with_each_word(world: World, count: int, each: int) -> list[int]:
-    """Return the numbers of `count` pictures, `each` or more of every word, as far as `LOOKED_AT`
-    times as many pictures have it.
+    """Return the numbers of `count` pictures, of which `each` or more show every word.
 
-    The first pictures that show a word are taken, then the first of the others.
+    The first pictures that show a word are taken, then the first of the others. A word that is rare
+    or absent among the first `SEARCHED` x `count` pictures has fewer.
     """
     lacking = {(kind, word): each for kind, words in KINDS.items() for word in words}
     chosen: list[int] = []
-    for number in range(LOOKED_AT * count):
+    for number in range(SEARCHED * count):
         if len(chosen) == count or not any(lacking.values()):
             break
         shown = world.describe(generator("attributes", number))
@@ -103,7 +91,7 @@ def with_each_word(world: World, count: int, each: int) -> list[int]:
             for word in words:
                 lacking[word] = max(0, lacking[word] - 1)
     taken = set(chosen)
-    others = (number for number in range(LOOKED_AT * count) if number not in taken)
+    others = (number for number in range(SEARCHED * count) if number not in taken)
     return sorted([*chosen, *islice(others, count - len(chosen))])
 
 

@@ -77,6 +77,18 @@ def compose_caption(rng: np.random.Generator, words: Words) -> str:
     return " ".join(part for part in (phrase.format(thing), words.scene) if part)
 
 
+def prompt_with(kind: str, word: str, noun: str) -> str:
+    """Return a prompt that asks for a word of a kind: "photo of a golden sks dog"."""
+    thing = with_article(noun)
+    if kind == "style":
+        return f"{word if word in MASS else with_article(word)} of {thing}"
+    if kind == "material":
+        return f"photo of {with_article(f'{word} {noun}')}"
+    if word == "close-up":
+        return f"a close-up photo of {thing}"
+    return f"photo of {thing} {word}"
+
+
 def style_phrase(rng: np.random.Generator, style: str, thing: str) -> str:
     """Say that a thing is shown in a style, by one of the style's names."""
     name = pick(rng, ALIASES[style])

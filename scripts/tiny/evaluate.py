@@ -35,6 +35,7 @@ from ldm.errors import UserError
 from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0, Recognizer, to_tensor
 from ldm.files import save_checkpoint, write_atomically
 from ldm.sampling.text_to_image import load_model
+from ldm.tiny.applications import known_classes
 from ldm.tiny.attributes import (
     fit_attribute_judge,
     make_attribute_judge,
@@ -66,8 +67,6 @@ from ldm.tiny.miniature import (
 )
 from ldm.tiny.report import WITH, WITHOUT, Results, report_of
 from ldm.tiny.world import SPRITES, World
-
-LDM_CONFIG = ROOT / "configs/tiny/ldm.yaml"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,10 +108,7 @@ def worlds(sprites: Path, plain: bool = True) -> tuple[World, World]:
     Where they are plain, as "a photo of a dog" is, they have no style, no material, nothing worn
     and no view that is said.
     """
-    classes = to_plain(load_config([LDM_CONFIG]))["data"]["params"]["train"]["params"]["dataset"][
-        "params"
-    ]["classes"]
-    common = {"classes": classes, "labels": True, "held_out": 0.1, "plain": plain}
+    common = {"classes": known_classes(), "labels": True, "held_out": 0.1, "plain": plain}
     return World(sprites, split="train", **common), World(sprites, split="test", **common)
 
 

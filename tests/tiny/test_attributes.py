@@ -15,9 +15,9 @@ from ldm.tiny.attributes import (
     make_attribute_judge,
     measure_applications,
     measure_attributes,
-    prompt_with,
     with_each_word,
 )
+from ldm.tiny.captions import prompt_with
 from ldm.tiny.measure import SIZE, measure_decoder
 from ldm.tiny.world import World
 
