@@ -25,7 +25,7 @@ from ldm.config import load_yaml, to_plain
 from ldm.errors import UserError, nearest
 from ldm.evaluation.dreambench import read_dataset
 from ldm.evaluation.protocols import PROTOCOLS
-from ldm.studies.dreambench import METHODS, PAGE, TABLE, Bench, run_bench
+from ldm.studies.dreambench import METHODS, PAGE, TABLE, Bench, Method, run_bench
 from ldm.studies.flags import add_engine, engine_of
 from ldm.studies.scoring import Scoring
 
@@ -57,9 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def methods_of(given: Sequence[str], common: list[str]) -> dict[str, list[str]]:
-    """Return the words of the training command for each method."""
-    found: dict[str, list[str]] = {}
+def methods_of(given: Sequence[str]) -> dict[str, Method]:
+    """Return the methods by name."""
+    found: dict[str, Method] = {}
     for text in given or ["dreambooth"]:
         name, equals, words = text.partition("=")
         if not equals and name not in METHODS:
@@ -68,7 +68,7 @@ def methods_of(given: Sequence[str], common: list[str]) -> dict[str, list[str]]:
             raise UserError(f"--method {name}: unknown{hint}; known are {known}; or NAME=FLAGS")
         if not name.replace("-", "").replace("_", "").isalnum() or name in found:
             raise UserError(f"--method {text}: expected a name of its own, of letters and digits")
-        found[name] = [*common, *(shlex.split(words) if equals else METHODS[name])]
+        found[name] = Method(shlex.split(words)) if equals else METHODS[name]
     return found
 
 
@@ -82,9 +82,9 @@ def bench_of(args: argparse.Namespace, rest: list[str]) -> Bench:
     scoring = Scoring.of(given, "score")
     subjects = read_dataset(args.dataset, args.subjects)
     common = ["--actual_resume", str(args.ckpt), *rest]
-    methods = methods_of(args.method, common)
+    methods = methods_of(args.method)
     scoring.load()  # an encoder that is not there shows now, not after the trainings
-    return Bench(subjects, methods, args.seeds, scoring, args.identifier)
+    return Bench(subjects, methods, common, args.seeds, scoring, args.ckpt, args.identifier)
 
 
 def dreambench(args: argparse.Namespace, rest: list[str]) -> None:

@@ -30,9 +30,11 @@ class Subject:
     photos: Path
     templates: tuple[str, ...]
 
-    def prompts(self, identifier: str) -> list[str]:
-        """Return its prompts: "a sks dog in the snow"."""
-        return [template.format(identifier, self.class_word) for template in self.templates]
+    def prompts(self, identifier: str, noun: str | None = None) -> list[str]:
+        """Return its prompts, "a sks dog in the snow", or with another noun; either may be ""."""
+        named = self.class_word if noun is None else noun
+        texts = (template.format(identifier, named) for template in self.templates)
+        return [" ".join(text.split()) for text in texts]
 
 
 def read_dataset(root: Path, names: list[str] | None = None) -> list[Subject]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,27 +26,66 @@ from ldm.studies.training import trained
 
 log = logging.getLogger(__name__)
 
-# What a method changes of the base config, as words of the training command. {identifier} and
-# {class_word} are the subject's.
-METHODS: dict[str, list[str]] = {
-    "dreambooth": [],
-    "no-prior": ["model.params.reg_weight=0"],
-    "lora": [
-        "model.params.lora={rank: 8, alpha: 8.0}",
-        "model.params.use_ema=false",
-        "model.base_learning_rate=1.0e-4",
-    ],
+
+@dataclass(frozen=True)
+class Method:
+    """What a method changes.
+
+    Args:
+        arguments: words of the training command. {identifier} and {class_word} are the subject's.
+        noun: the class noun in captions and prompts, instead of the subject's; "" for none.
+        trains: whether there is a training at all; without one the base model draws the class.
+    """
+
+    arguments: Sequence[str] = ()
+    noun: str | None = None
+    trains: bool = True
+
+    def words(self, subject: Subject, identifier: str, common: Sequence[str]) -> list[str]:
+        """Return the words of the training command for a subject, without its photos."""
+        noun = self.noun or subject.class_word
+        words = ["--class_word", noun]
+        for text in (*common, *self.arguments):
+            words.append(text.replace("{class_word}", noun).replace("{identifier}", identifier))
+        return words
+
+    def prompts(self, subject: Subject, identifier: str) -> list[str]:
+        """Return the subject's prompts, in the words that the method's model has learned."""
+        return subject.prompts(identifier if self.trains else "", self.noun)
+
+    def seeds(self, given: Sequence[int]) -> Sequence[int]:
+        """Return the seeds of its trainings; without a training all pictures are the same."""
+        return given if self.trains else given[:1]
+
+
+METHODS: dict[str, Method] = {
+    "base": Method(trains=False),
+    "dreambooth": Method(),
+    "no-prior": Method(["model.params.reg_weight=0"]),
+    "lora": Method(
+        [
+            "model.params.lora={rank: 8, alpha: 8.0}",
+            "model.params.use_ema=false",
+            "model.base_learning_rate=1.0e-4",
+        ]
+    ),
     # The identifier is a new word, so that all methods have the same prompts.
-    "textual_inversion": [
-        "model.params.personalization_config={target: ldm.modules.embedding_manager."
-        "EmbeddingManager, params: {placeholder_strings: ['{identifier}']}}",
-        "model.params.unfreeze_model=false",
-        "model.params.use_ema=false",
-        "model.params.preservation=none",
-        "model.base_learning_rate=5.0e-3",
-        "--init_word",
-        "{class_word}",
-    ],
+    "textual_inversion": Method(
+        [
+            "model.params.personalization_config={target: ldm.modules.embedding_manager."
+            "EmbeddingManager, params: {placeholder_strings: ['{identifier}']}}",
+            "model.params.unfreeze_model=false",
+            "model.params.use_ema=false",
+            "model.params.preservation=none",
+            "model.base_learning_rate=5.0e-3",
+            "--init_word",
+            "{class_word}",
+        ]
+    ),
+    # The paper's Table 4. Without a noun the prior is that of the right class; with the wrong one
+    # it is that of the wrong class, as the mistake would make it.
+    "no-noun": Method(["data.params.train.params.templates=photo of a {identifier}"], noun=""),
+    "wrong-noun": Method(noun="can"),
 }
 TABLE, SCORES_FILE, PAGE = "table.md", "scores.csv", "index.html"
 SHEET_SUBJECTS, SHEET_PROMPTS = 6, 6
@@ -58,17 +97,20 @@ class Bench:
 
     Args:
         subjects: of the dataset.
-        methods: the words of the training command for each method, without the subject's.
+        methods: by name.
+        common: words of the training command that all methods have.
         seeds: a training of each subject and method for each.
         scoring: how pictures are drawn and scored.
         identifier: the rare word of the prompts.
     """
 
     subjects: list[Subject]
-    methods: dict[str, list[str]]
+    methods: dict[str, Method]
+    common: list[str]
     seeds: list[int]
     scoring: Scoring
-    identifier: str = "sks"
+    ckpt: Path
+    identifier: str = IDENTIFIER
 
 
 def run_bench(bench: Bench, outdir: Path, engine: Engine, alone: bool = True) -> dict[str, Scored]:
@@ -97,36 +139,41 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine, alone: bool = True) ->
 
 def tasks(bench: Bench, outdir: Path, alone: bool) -> Iterator[Task]:
     """Yield a task for each method, seed and subject that has no scores yet."""
-    for method, arguments in bench.methods.items():
-        for seed in bench.seeds:
+    for name, method in bench.methods.items():
+        for seed in method.seeds(bench.seeds):
             for subject in bench.subjects:
-                task = _task(bench, outdir, method, seed, subject)
-                shared = subject.class_word.replace(" ", "_")
-                folder = outdir / "class_images" / (shared if alone else f"{shared}-{task['name']}")
-                words = [*("--data_root", str(subject.photos)), "--class_word", subject.class_word]
-                words += ["--reg_data_root", str(folder), "--seed", str(seed)]
-                words += [_filled(text, bench.identifier, subject) for text in arguments]
-                if bench.identifier != IDENTIFIER:
-                    words.append(f"data.params.train.params.identifier={bench.identifier}")
+                task = _task(bench, outdir, name, seed, subject)
                 if _scores(task, bench) is None:
-                    yield {**task, "arguments": words}
+                    words = _training(bench, outdir, method, seed, subject, task, alone)
+                    yield {**task, "arguments": words if method.trains else []}
 
 
-def _filled(text: str, identifier: str, subject: Subject) -> str:
-    filled = text.replace("{identifier}", identifier)
-    return filled.replace("{class_word}", subject.class_word)
+def _training(
+    bench: Bench, outdir: Path, method: Method, seed: int, subject: Subject, task: Task, alone: bool
+) -> list[str]:
+    """Return the words of the training command for a task."""
+    noun = method.noun or subject.class_word
+    shared = noun.replace(" ", "_")
+    folder = outdir / "class_images" / (shared if alone else f"{shared}-{task['name']}")
+    words = ["--data_root", str(subject.photos), "--reg_data_root", str(folder)]
+    words += ["--seed", str(seed), *method.words(subject, bench.identifier, bench.common)]
+    if bench.identifier != IDENTIFIER:
+        words.append(f"data.params.train.params.identifier={bench.identifier}")
+    return words
 
 
-def _task(bench: Bench, outdir: Path, method: str, seed: int, subject: Subject) -> Task:
+def _task(bench: Bench, outdir: Path, name: str, seed: int, subject: Subject) -> Task:
     return {
-        "name": f"{method}-{subject.name}-{seed}",
+        "name": f"{name}-{subject.name}-{seed}",
         "runs": str(outdir / "runs"),
-        "result": str(outdir / "scores" / method / f"{subject.name}-{seed}.json"),
+        "ckpt": str(bench.ckpt.resolve()),
+        "result": str(outdir / "scores" / name / f"{subject.name}-{seed}.json"),
         # As scripts/evaluate.py reads them: --images images/METHOD --real dataset.
-        "images": str(outdir / "images" / method / subject.name / f"seed{seed}"),
-        "of_class": str(outdir / "class" / method / subject.name / f"seed{seed}"),
+        "images": str(outdir / "images" / name / subject.name / f"seed{seed}"),
+        "of_class": str(outdir / "class" / name / subject.name / f"seed{seed}"),
         "photos": str(subject.photos),
-        "prompts": subject.prompts(bench.identifier),
+        "prompts": bench.methods[name].prompts(subject, bench.identifier),
+        "texts": subject.prompts(bench.identifier),
         "class_prompt": f"a photo of a {subject.class_word}",
         "identifier": bench.identifier,
         "scoring": asdict(bench.scoring),
@@ -136,16 +183,20 @@ def _task(bench: Bench, outdir: Path, method: str, seed: int, subject: Subject) 
 def run_subject(task: Task) -> dict[str, float]:
     """Train, draw and score one subject, each as far as it is not done."""
     runs, name = Path(task["runs"]), task["name"]
-    run = trained(name, runs, task["arguments"], runs / f"{name}.run")
+    checkpoint = Path(task["ckpt"])
+    if task["arguments"]:
+        run = trained(name, runs, task["arguments"], runs / f"{name}.run")
+        checkpoint = run / "checkpoints/last.ckpt"
     scoring = Scoring.of(task["scoring"], "score")
     scores = scoring.score(
-        run / "checkpoints/last.ckpt",
+        checkpoint,
         Path(task["photos"]),
         task["prompts"],
         task["class_prompt"],
         Path(task["images"]),
         Path(task["of_class"]),
         task["identifier"],
+        task["texts"],
     )
     content = {"scoring": task["scoring"], "prompts": task["prompts"], "scores": scores}
     text = json.dumps(content)
@@ -171,14 +222,14 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
         photos = [load_image(path) for path in find_images(subject.photos)]
         own: dict[str, object] = {"subject": subject.name, "seed": ""}
         rows[REAL].rows.append(own | score_real(photos, encoders))
-    for method in bench.methods:
-        rows[method] = Scored(rules.name, encoders.hashes)
-        for seed in bench.seeds:
+    for name, method in bench.methods.items():
+        rows[name] = Scored(rules.name, encoders.hashes)
+        for seed in method.seeds(bench.seeds):
             for subject in bench.subjects:
-                found = _scores(_task(bench, outdir.resolve(), method, seed, subject), bench)
+                found = _scores(_task(bench, outdir.resolve(), name, seed, subject), bench)
                 if found is not None:
                     row: dict[str, object] = {"subject": subject.name, "seed": str(seed)}
-                    rows[method].rows.append(row | found)
+                    rows[name].rows.append(row | found)
     rows = {name: scored for name, scored in rows.items() if scored.rows}
     text = score_table(rows, rules)
     write_atomically(outdir / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
@@ -186,7 +237,8 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
     write_atomically(outdir / SCORES_FILE, lambda path: _write_csv(path, rows, pinned))
     sheets = [(method, _sheet(bench, outdir, method)) for method in bench.methods if method in rows]
     settings: Mapping[str, Any] = {
-        **{f"method {name}": " ".join(words) for name, words in bench.methods.items()},
+        **{f"method {name}": " ".join(method.arguments) for name, method in bench.methods.items()},
+        "flags of all methods": " ".join(bench.common),
         "subjects": ", ".join(subject.name for subject in bench.subjects),
         "seeds": ", ".join(map(str, bench.seeds)),
         **asdict(bench.scoring),
@@ -210,7 +262,7 @@ def _sheet(bench: Bench, outdir: Path, method: str) -> Path:
     for subject in bench.subjects[:SHEET_SUBJECTS]:
         folder = outdir / "images" / method / subject.name / f"seed{bench.seeds[0]}"
         photo = ("a photo", load_image(find_images(subject.photos)[0]))
-        prompts = subject.prompts(bench.identifier)
+        prompts = bench.methods[method].prompts(subject, bench.identifier)
         firsts = sorted(folder.glob("*-0.png"))[:SHEET_PROMPTS]
         rows.append((subject.name, [photo, *zip(prompts, map(load_image, firsts))]))
     path = outdir / f"{method}.png"

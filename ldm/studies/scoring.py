@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm.config import IDENTIFIER
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
 from ldm.evaluation.encoders import Encoders, load_encoders
@@ -90,17 +91,23 @@ class Scoring:
         class_prompt: str,
         folder: Path,
         class_folder: Path,
-        identifier: str = "sks",
+        identifier: str = IDENTIFIER,
+        texts: Sequence[str] | None = None,
     ) -> dict[str, float]:
-        """Draw a checkpoint's pictures into folders, as far as they are missing; score them."""
+        """Draw a checkpoint's pictures into folders, as far as they are missing; score them.
+
+        Args:
+            texts: what the pictures of each prompt should show, for CLIP-T; by default the prompt.
+        """
         many = self.images or self.rules().images or 4
+        shown = [text for text in texts or prompts for _ in range(many)]
         wanted = series(prompts, many, folder)
         of_class = series([class_prompt], self.class_images, class_folder)
         draw(checkpoint, [*wanted, *of_class], self.recipe, self.batch_size, self.device)
         group = Group(
             folder.name,
             [load_image(picture.path) for picture in wanted],
-            [picture.prompt for picture in wanted],
+            shown,
             [load_image(path) for path in find_images(photos)],
             [load_image(picture.path) for picture in of_class],
         )

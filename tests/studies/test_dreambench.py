@@ -9,8 +9,10 @@ import pytest
 
 import ldm.studies.drawing
 from ldm.config import RunConfig, load_config, to_plain
+from ldm.sampling.metadata import read_recipe
 from ldm.studies.dreambench import tasks
 from ldm.training.cli import parse_args, with_flags
+from ldm.util import instantiate_from_config
 from scripts import dreambench, evaluate
 from tests.support.dreambench import make_dataset
 from tests.support.pages import read_page
@@ -129,8 +131,42 @@ def test_textual_inversion_learns_the_identifier_as_a_new_word(workspace, base_m
 
 
 def test_a_method_of_ones_own_is_flags_of_the_training():
-    found = dreambench.methods_of(["lora", "slow=--max_steps 5 a.b=1"], ["--gpus", "0,"])
-    assert found["slow"] == ["--gpus", "0,", "--max_steps", "5", "a.b=1"]
-    assert found["lora"][:2] == ["--gpus", "0,"] and found["lora"][2].startswith(
-        "model.params.lora"
-    )
+    found = dreambench.methods_of(["lora", "slow=--max_steps 5 a.b='{c: 1, d: 2}'"])
+    assert found["slow"].arguments == ["--max_steps", "5", "a.b={c: 1, d: 2}"]
+    assert found["lora"].arguments[0].startswith("model.params.lora")
+
+
+@pytest.mark.parametrize(
+    "method, class_word, caption, prompt",
+    [
+        ("dreambooth", "dog", "photo of a sks dog", "a sks dog in the snow"),
+        ("no-noun", "dog", "photo of a sks", "a sks in the snow"),
+        ("wrong-noun", "can", "photo of a sks can", "a sks can in the snow"),
+    ],
+)
+def test_the_class_noun_of_a_method(
+    workspace, base_model, tmp_path, method, class_word, caption, prompt
+):
+    """The paper's Table 4: captions and prompts change alike; what is scored stays the subject."""
+    flags = command(workspace, base_model, tmp_path, "--method", method, "--subjects", "dog")
+    bench = dreambench.bench_of(*dreambench.build_parser().parse_known_args(flags))
+    (task,) = tasks(bench, tmp_path, alone=True)
+    assert task["prompts"][0] == prompt and task["texts"][0] == "a sks dog in the snow"
+    assert task["class_prompt"] == "a photo of a dog"
+    given = parse_args([word for word in task["arguments"] if word != "-t"])
+    words = with_flags(RunConfig(to_plain(load_config(given.base, given.overrides))), given)
+    photos = instantiate_from_config(words.get("data.params.train"))
+    assert photos[0]["caption"] == caption
+    assert given.class_word == class_word
+
+
+def test_the_base_model_draws_the_class_and_is_not_trained(
+    workspace, base_model, tmp_path, in_this_process, capsys
+):
+    more = ["--method", "base", "--subjects", "dog", "--seeds", "1", "2"]
+    assert dreambench.main(command(workspace, base_model, tmp_path, *more)) == 0
+    assert in_this_process == [] and "| base |" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "out/scores.csv").open()))
+    assert [row["seed"] for row in rows if row["method"] == "base"] == ["1"]
+    (picture, *_) = sorted((tmp_path / "out/images/base/dog/seed1").glob("*.png"))
+    assert read_recipe(picture)["prompt"] == "a dog in the snow"
