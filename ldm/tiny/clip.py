@@ -14,9 +14,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from ldm.modules.encoders.names import transformers_to_open_clip
 from ldm.modules.encoders.tokenizer import END, tokenize
 from ldm.optim.registry import make_optimizer
 from ldm.optim.schedules import with_schedule
+
+# The prefixes of what the miniature's text encoder does not hold.
+OF_CLIP_ALONE = ("clip.visual.", "clip.text_projection", "clip.logit_scale")
+LEARNS_WITH_FROZEN_TEXT = tuple(prefix.removeprefix("clip.") for prefix in OF_CLIP_ALONE)
 
 Images = Float[Tensor, "b 3 h w"]
 Embeddings = Float[Tensor, "b d"]
@@ -32,6 +37,8 @@ class CLIP(pl.LightningModule):
         image_key, caption_key: a batch's entries for the images, (b, h, w, 3) in [-1, 1], and their
         captions. optimizer, scheduler_config: as of `LatentDiffusion`.
         monitor: the metric that names the best checkpoint.
+        freeze_text: keep the text tower as it is; its projection still learns. For the tower of a
+            text encoder that a model is conditioned by (`with_text_encoder`).
 
     The learning rate is the attribute `learning_rate`, which the training command sets.
     """
@@ -48,6 +55,7 @@ class CLIP(pl.LightningModule):
         optimizer: str = "adamw",
         scheduler_config: Mapping[str, object] | None = None,
         monitor: str | None = None,
+        freeze_text: bool = False,
     ):
         super().__init__()
         from open_clip.loss import ClipLoss
@@ -62,6 +70,9 @@ class CLIP(pl.LightningModule):
         self.context_length = self.clip.context_length
         self.image_key, self.caption_key, self.monitor = image_key, caption_key, monitor
         self.optimizer, self.scheduler_config = optimizer, scheduler_config
+        if freeze_text:
+            for name, weight in self.clip.named_parameters():
+                weight.requires_grad_(name.startswith(LEARNS_WITH_FROZEN_TEXT))
 
     def encode_image(self, images: Images) -> Embeddings:
         """Unit vectors of images in [-1, 1]."""
@@ -109,3 +120,22 @@ class CLIP(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, [self.clip], self.learning_rate)
         return with_schedule(optimizer, self.scheduler_config)
+
+
+def with_text_encoder(
+    state: Mapping[str, Tensor], diffusion: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return weights of `CLIP` with the text encoder of a diffusion model's weights as their tower.
+
+    Args:
+        state: weights of `CLIP`, of which the text tower may be missing.
+        diffusion: weights of Stable Diffusion, with `cond_stage_model.transformer.*`.
+    """
+    prefix = "cond_stage_model.transformer."
+    encoder = {
+        key.removeprefix(prefix): value
+        for key, value in diffusion.items()
+        if key.startswith(prefix)
+    }
+    tower = transformers_to_open_clip(encoder)
+    return {**state, **{f"clip.{key}": value for key, value in tower.items()}}
