@@ -112,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a checkpoint with new words, or an embedding file, these alone: .safetensors for "
         "diffusers, or .pt in this layout (default: %(const)s)",
     )
-    parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
+    parser.add_argument(
+        "--only", metavar="PREFIX", nargs="+", default=[], help="tensors whose names start so"
+    )
     return parser
 
 

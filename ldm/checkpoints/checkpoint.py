@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -268,14 +268,17 @@ class Checkpoint:
     def _has_new_words(self) -> bool:
         return any(key.startswith(NEW_WORDS) for key in self.state)
 
-    def only(self, prefix: str) -> Checkpoint:
-        """Return the tensors whose names start with `prefix`; raises a `UserError` if there are
-        none.
+    def only(self, prefixes: Sequence[str]) -> Checkpoint:
+        """Return the tensors whose names start with one of the prefixes.
+
+        Raises:
+            UserError: no tensor starts with one of them.
         """
-        state = {key: value for key, value in self.state.items() if key.startswith(prefix)}
-        if not state:
-            raise UserError(f"--only {prefix}: no tensor of {self.path} starts so")
-        return self.with_state(state)
+        for prefix in prefixes:
+            if not any(key.startswith(prefix) for key in self.state):
+                raise UserError(f"--only {prefix}: no tensor of {self.path} starts so")
+        chosen = tuple(prefixes)
+        return self.with_state({k: v for k, v in self.state.items() if k.startswith(chosen)})
 
     def as_lora(self, state: Mapping[str, Tensor]) -> Checkpoint:
         """Return a LoRA file's tensors, with what is known about the training and the kind of model

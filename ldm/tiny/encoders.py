@@ -21,22 +21,24 @@ from ldm.evaluation.class_nouns import ImageText
 from ldm.evaluation.encoders import Clip, Encoders, weights_hash
 from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0, features_of, to_tensor
 from ldm.evaluation.protocols import PAPER
-from ldm.tiny.clip import CLIP
-from ldm.tiny.miniature import CLIP_CONFIG, CLIP_IMAGES
+from ldm.tiny.clip import CLIP, with_text_encoder
+from ldm.tiny.miniature import CLIP_CONFIG, CLIP_IMAGES, WEIGHTS
 
 log = logging.getLogger(__name__)
 
 SIDE = 64
 WORLD_CONFIG = PROJECT / "configs/tiny/ldm.yaml"
-TEXT = "clip.text_projection"  # without it, a file of the CLIP has no text tower
+MINIATURE = "miniature"  # names the CLIP that ships
+TEXT = "clip.text_projection"  # without it, a file of the CLIP reads no words
+TRANSFORMER = "clip.token_embedding.weight"
 
 
 def miniature_encoders(clip_file: str | Path | None = None) -> Encoders:
     """Load EfficientNet-Lite0 in DINO's and LPIPS's place, and the miniature's CLIP.
 
     Args:
-        clip_file: a checkpoint of `ldm.tiny.clip.CLIP`; of the image tower alone, which is what
-            ships, CLIP-T cannot be computed.
+        clip_file: a checkpoint of `ldm.tiny.clip.CLIP`, by default the one that ships; of an image
+            tower alone, CLIP-T cannot be computed.
     """
     path = Path(clip_file or CLIP_IMAGES)
     config = to_plain(load_config([CLIP_CONFIG]))["model"]
@@ -79,13 +81,14 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> ImageTex
     """Return the towers of a CLIP.
 
     Args:
-        given: a checkpoint of the miniature's CLIP, the weights of open_clip's ViT-B-32, or a name
-            that open_clip knows, `architecture/weights`; the weights may be a file.
+        given: `miniature` for the one that ships, another checkpoint of the miniature's CLIP, the
+            weights of open_clip's ViT-B-32, or a name that open_clip knows,
+            `architecture/weights`; the weights may be a file.
 
     Raises:
         UserError: it is not there, or has no text tower.
     """
-    path = Path(given)
+    path = CLIP_IMAGES if given == MINIATURE else Path(given)
     if not path.exists():
         return _towers(Clip(str(given), device=device))
     content = read_checkpoint(path) if path.is_file() else {}
@@ -119,7 +122,13 @@ def miniature_nouns() -> list[str]:
 
 
 def _texts(state: dict[str, Tensor], config: dict[str, Any]) -> Any:
-    """Return the text tower of a CLIP as a function of texts."""
+    """Return the text tower of a CLIP as a function of texts.
+
+    Weights without the tower's transformer were trained with that of the miniature, which does not
+    ship twice.
+    """
+    if TRANSFORMER not in state:
+        state = with_text_encoder(state, state_dict_of(read_checkpoint(WEIGHTS), WEIGHTS))
     clip = CLIP(**config["params"])
     clip.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
     clip.eval().requires_grad_(False)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY = "run.class_clip"
-MINIATURE = "miniature"  # stands for the CLIP that comes along with the miniature
 MOST = 8  # photos that are looked at: a start should not become slower with a large folder
 
 
@@ -50,13 +49,11 @@ def class_word_line(config: RunConfig, data: DataModuleFromConfig) -> str:
     # Read only now: most starts do without.
     from ldm.evaluation.class_nouns import suggest
     from ldm.tiny.encoders import read_clip
-    from ldm.tiny.miniature import CLIP_IMAGES
 
-    clip = CLIP_IMAGES if name == MINIATURE else name
     try:
         # A network draws its first weights from the global generator, which is the training's.
         with torch.random.fork_rng(devices=[]), without_hub():
-            towers = read_clip(clip)
+            towers = read_clip(name)
         pictures = [load_image(path) for path in photos.paths[:MOST]]
         found = suggest(pictures, towers, photos.class_word)
     except UserError as error:

@@ -12,8 +12,8 @@ from ldm.errors import UserError
 from ldm.evaluation.class_nouns import NOUNS, ImageText, all_nouns, suggest
 from ldm.tiny.clip import CLIP
 from ldm.tiny.encoders import read_clip
-from ldm.tiny.miniature import CLIP_CONFIG, CLIP_IMAGES
-from scripts import suggest_class
+from ldm.tiny.miniature import CLIP_CONFIG
+from scripts import convert, suggest_class
 from tests.support.runs import Workspace, same
 
 
@@ -100,9 +100,13 @@ def test_the_miniatures_clip_is_asked_about_what_it_knows(clip):
     )
 
 
-def test_a_file_without_a_text_tower_and_an_unknown_name_are_refused():
+def test_a_file_without_a_text_tower_and_an_unknown_name_are_refused(clip, tmp_path):
+    tower = tmp_path / "tower.safetensors"
+    assert (
+        convert.main(["--ckpt", str(clip), "--output", str(tower), "--only", "clip.visual."]) == 0
+    )
     with pytest.raises(UserError, match="image tower of the miniature's CLIP alone"):
-        read_clip(CLIP_IMAGES)
+        read_clip(tower)
     with pytest.raises(UserError, match="open_clip knows no such architecture"):
         read_clip("no-such-file.bin")
 
@@ -122,5 +126,5 @@ def test_a_training_says_whether_the_class_word_fits_and_does_not_change(clip, w
 
 def test_a_training_goes_on_without_the_clip(workspace, caplog):
     caplog.set_level(logging.INFO)
-    workspace.train("without", "--max_steps", "1", "run.class_clip=miniature")
+    workspace.train("without", "--max_steps", "1", "run.class_clip=no-such-file.bin")
     assert re.search("class word +'dog', not compared with the photos: ", caplog.text)

@@ -25,7 +25,7 @@ def world(sprites, length=6, **params):
     }
 
 
-def trained(tmp_path, target, params, dataset, batch_size, steps):
+def trained(tmp_path, target, params, dataset, batch_size, steps, more=()):
     """Train a model by the command, at a rate of 1e-3; return the run's folder."""
     yaml = {
         "model": {"base_learning_rate": 1e-3, "target": target, "params": params},
@@ -36,6 +36,7 @@ def trained(tmp_path, target, params, dataset, batch_size, steps):
         "lightning": {"trainer": {"max_steps": steps, "enable_progress_bar": False}},
     }
     OmegaConf.save(yaml, base := tmp_path / "trained.yaml")
-    assert main.main(["--base", str(base), "-t", "-l", str(tmp_path / "logs"), "-n", "it"]) == 0
+    command = ["--base", str(base), "-t", "-l", str(tmp_path / "logs"), "-n", "it", *more]
+    assert main.main(command) == 0
     (run,) = tmp_path.glob("logs/*_it")
     return run

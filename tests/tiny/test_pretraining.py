@@ -14,7 +14,7 @@ from ldm.models.diffusion.parameterization import PARAMETERIZATIONS
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import tokenize
-from ldm.tiny.clip import CLIP
+from ldm.tiny.clip import CLIP, OF_CLIP_ALONE, with_text_encoder
 from ldm.training.prepare import encoder_of
 from scripts import convert
 from tests.support import runs
@@ -199,6 +199,31 @@ def test_clip_trains_through_the_command(sprites, tmp_path):
     load_parts(embedder)
     learned = read_checkpoint(checkpoint)["state_dict"]["clip.token_embedding.weight"]
     assert torch.equal(embedder.transformer.text_model.embeddings.token_embedding.weight, learned)
+
+
+def test_clip_learns_beside_a_text_encoder_that_stays(sprites, tmp_path):
+    """The encoder of a diffusion model comes back bit for bit, and the rest learns."""
+    torch.manual_seed(0)
+    before = CLIP(**CLIP_PARAMS).state_dict()
+    encoder = FrozenCLIPEmbedder(text_config=TEXT_FIELDS).state_dict()
+    diffusion = {f"cond_stage_model.{key}": value for key, value in encoder.items()}
+    start = with_text_encoder(before, diffusion)
+    assert start.keys() == before.keys()
+    save_file(start, tmp_path / "start.safetensors")
+    params = {**CLIP_PARAMS, "freeze_text": True}
+    more = ["--actual_resume", str(tmp_path / "start.safetensors")]
+    dataset = world(sprites, size=32)
+    run = trained(tmp_path, "ldm.tiny.clip.CLIP", params, dataset, 4, 2, more)
+    learned = read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"]
+    for key, value in learned.items():
+        stays = not key.startswith(OF_CLIP_ALONE)
+        assert torch.equal(value, start[key]) == stays, key
+    part = tmp_path / "part.safetensors"
+    flags = ["--ckpt", str(run / "checkpoints/last.ckpt"), "--output", str(part)]
+    assert convert.main([*flags, "--only", *OF_CLIP_ALONE]) == 0
+    kept = load_file(part)
+    assert kept.keys() == {key for key in learned if key.startswith(OF_CLIP_ALONE)}
+    assert with_text_encoder(kept, diffusion).keys() == learned.keys()
 
 
 # Cached latents
