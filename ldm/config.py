@@ -41,6 +41,8 @@ SEED = 23
 LARGEST_SEED = 2**32 - 1  # numpy's
 IDENTIFIER = "sks"
 EXPORTS = ("fp32", "fp16", "bf16")  # what `run.export` may be
+# Keys whose values are files or folders, which may be relative to where the run was started.
+PATHS = ("data_root", "reg_data_root", "latent_cache", "ckpt_path")
 
 
 # Reading and writing

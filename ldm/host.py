@@ -186,10 +186,16 @@ def environment() -> dict[str, str]:
     found = {"processor": cpu_model(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    found |= {name: version(name) for name in PACKAGES}
+    found |= _versions()
     return {**found, "python": platform.python_version(), "dreambooth-ldm": __version__}
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+@functools.cache
 def cpu_model() -> str:
     """Return the processor's name, with its instruction set."""
     import torch

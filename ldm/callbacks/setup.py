@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from ldm.config import save_yaml
 from ldm.files import write_atomically
+from ldm.host import environment
 
 
 class RunFolder(Protocol):
@@ -75,3 +76,4 @@ class SetupCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         checkpoint["config"] = self.config
+        checkpoint["environment"] = environment()

@@ -42,6 +42,7 @@ from ldm.checkpoints.pipeline_folder import open_pipeline, save_pipeline
 from ldm.checkpoints.reading import read_checkpoint, refuse_single_shard, state_dict_of
 from ldm.config import RunConfig, load_config, to_plain
 from ldm.errors import UserError, under
+from ldm.host import environment
 from ldm.modules.adapters import lora_options
 from ldm.util import instantiate_from_config
 
@@ -110,6 +111,8 @@ class Checkpoint:
             facts = said
         else:
             facts = training_facts(own, content.get("global_step"))
+            if facts and "environment" in content:
+                facts["environment"] = content["environment"]
         adapters = _adapters_in(own)
         if adapters is None:
             adapters = _adapters_in(given)
@@ -130,7 +133,10 @@ class Checkpoint:
         Args:
             images: how many the run has, `subject_images` and `class_images`.
         """
-        return cls(path, state, config, training_facts(config, steps, images), _adapters_in(config))
+        facts = training_facts(config, steps, images)
+        if facts:
+            facts["environment"] = environment()
+        return cls(path, state, config, facts, _adapters_in(config))
 
     # Looking
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm import __version__
 from ldm.checkpoints.finite import first_not_finite
 from ldm.checkpoints.headers import header, save_with_hash
-from ldm.config import RunConfig
+from ldm.config import PATHS, RunConfig
 from ldm.data.prompts import captions_from_templates
 from ldm.errors import UserError
 from ldm.files import save_checkpoint, tensor_bytes, write_atomically
@@ -71,6 +71,33 @@ def shared_config(config: Mapping[str, object] | None, keeps_words: bool = False
     return {"model": {**model, "params": params}}
 
 
+def recipe_of(config: Mapping[str, object]) -> dict[str, Any]:
+    """Return the config of a run without where its files are, which is nobody else's affair.
+
+    `scripts/replay.py` trains again from it. What the run started from is not in it.
+    """
+    asked = RunConfig(config)
+    recipe = {name: asked.section(name) for name in ("model", "data", "lightning")}
+    chosen = {key: asked.get(f"run.{key}") for key in ("seed", "scale_lr", "export")}
+    recipe["run"] = {key: value for key, value in chosen.items() if value is not None}
+    return {name: without_places(section) for name, section in recipe.items() if section}
+
+
+def without_places(value: Any) -> Any:
+    """Return nested containers without the files and folders that they name."""
+    if isinstance(value, list):
+        return [without_places(inner) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    kept = {}
+    for key, inner in value.items():
+        if key not in PATHS or not isinstance(inner, str):
+            kept[key] = without_places(inner)
+        elif key == "latent_cache":
+            kept[key] = True  # there was one, in a folder
+    return kept
+
+
 def target_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config's model, for `instantiate_from_config`."""
     return {key: value for key, value in config["model"].items() if key != "base_learning_rate"}
@@ -114,6 +141,7 @@ def training_facts(
         "lora": params.get("lora"),
         "seed": asked.get("run.seed"),
         "base_model": asked.get("run.base_model"),
+        "recipe": recipe_of(config),
         "software": f"dreambooth-ldm {__version__}",
     }
     return {key: value for key, value in facts.items() if value is not None}

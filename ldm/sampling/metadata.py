@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.checkpoints.export import sha256
+from ldm.host import environment
 from ldm.sampling.infotext import infotext
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def picture_texts(
     # The first entry is for other programs, which know its form. Ours is complete.
     everything = {"prompt": prompt, **asdict(recipe), "negative_prompt": negative_prompt}
     everything |= {"index": index, "model": model, "model_sha256": model_sha256, **more}
+    everything["environment"] = environment()
     return {
         INFOTEXT: infotext(prompt, recipe, negative_prompt, model, model_sha256, index),
         OURS: json.dumps(everything, ensure_ascii=False),

@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.config import RunConfig, load_config, to_plain
+from ldm.config import PATHS, RunConfig, load_config, to_plain
 from ldm.training.run import Run
-
-# Keys whose values are files or folders, which may be relative to where the run was started.
-PATHS = ("data_root", "latent_cache", "ckpt_path")
 
 
 def saved_config(run: Run) -> RunConfig:
@@ -26,9 +23,17 @@ def first_config(run: Run) -> RunConfig:
 
 
 def _read(run: Run, paths: list[Path]) -> RunConfig:
-    config = RunConfig(to_plain(load_config(paths)))
+    return with_files_found(RunConfig(to_plain(load_config(paths))), run.folder)
+
+
+def with_files_found(config: RunConfig, folder: Path) -> RunConfig:
+    """Return a run's config with the files and folders that it names where they are now.
+
+    Args:
+        folder: of the run.
+    """
     # A relative path is one from where the run was started; a workspace may have moved as a whole.
-    folders = [Path.cwd(), run.folder.resolve().parent.parent]
+    folders = [Path.cwd(), folder.resolve().parent.parent]
     started = config.get("run.working_folder")
     if started is not None:
         folders.insert(0, Path(started))

@@ -2,19 +2,31 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from ldm.checkpoints.reading import read_checkpoint
 from ldm.errors import UserError
 from ldm.host import environment
 from ldm.reports.runs import SUMMARY
 from ldm.sampling.text_to_image import Recipe
 from ldm.studies.drawing import draw, series
-from ldm.studies.replay import changes_since, compare_pictures, compare_weights, replay_run
+from ldm.studies.replay import (
+    changes_since,
+    compare_pictures,
+    compare_weights,
+    recipe_in_file,
+    replay_file,
+    replay_run,
+)
 from scripts import replay
+from tests.training.test_exactness import WORDS
 
 
 def test_a_run_is_made_again_to_the_bit(workspace, base_model, tmp_path, capsys, caplog):
@@ -34,7 +46,65 @@ def test_a_run_is_made_again_to_the_bit(workspace, base_model, tmp_path, capsys,
         replay_run(run, tmp_path, run / "checkpoints/last.ckpt")
 
 
-def test_a_picture_is_drawn_when_it_is_missing_and_is_then_the_same(base_model, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def exported(workspace, base_model):
+    """A run that adapts the base model, and what it wrote beside its checkpoints."""
+    more = ["--actual_resume", str(base_model), "--export", "fp16", "--max_steps", "3"]
+    lora = ["model.params.lora={rank: 2}", "model.params.use_ema=false"]
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=2"
+    return workspace.train("adapted", *more, *lora, every)
+
+
+@pytest.mark.parametrize(
+    "name", ["*-fp16.safetensors", "lora.safetensors", "last.ckpt", "*=2.ckpt"]
+)
+def test_a_file_of_weights_says_how_it_is_made_again(
+    workspace, base_model, exported, tmp_path, name, capsys, caplog
+):
+    """Far from its run: of the folders, an export keeps nothing; a checkpoint all."""
+    (path,) = (exported / "checkpoints").glob(name.replace("=", "=*"))
+    file = shutil.copy(path, tmp_path / path.name)
+    flags = [file, "--ckpt", base_model]
+    if path.suffix != ".ckpt":
+        assert str(workspace.path) not in Path(file).read_bytes()[:100_000].decode(errors="replace")
+        assert replay.main(list(map(str, flags))) == 1
+        assert "give --data_root DIR and --reg_data_root DIR" in caplog.text
+        flags += ["--data_root", workspace.photos, "--reg_data_root", workspace.class_images]
+    assert replay.main(list(map(str, flags))) == 0
+    assert "now: the same" in capsys.readouterr().out
+    assert "the machine and the packages are the same as then" in caplog.text
+
+
+def test_a_file_of_other_weights_is_not_the_same(workspace, base_model, exported, tmp_path, capsys):
+    (path,) = (exported / "checkpoints").glob("*-fp16.safetensors")
+    content = read_checkpoint(path, mapped=False)
+    key = "model.diffusion_model.out.2.bias"
+    content[key] = content[key] + 0.5
+    torch.save(content, tmp_path / "other.ckpt")
+    flags = [str(tmp_path / "other.ckpt"), "--ckpt", str(base_model)]
+    flags += ["--data_root", str(workspace.photos), "--reg_data_root", str(workspace.class_images)]
+    assert replay.main(flags) == 1
+    assert f"not the same: {key} differs by up to 0.5" in capsys.readouterr().out
+
+
+def test_new_words_are_made_again_from_their_runs_folder(workspace, base_model, capsys):
+    run = workspace.train("words", *WORDS, "--actual_resume", str(base_model), "--max_steps", "2")
+    file = run / "checkpoints/learned_embeds.safetensors"
+    assert recipe_in_file(file) is None
+    assert replay.main([str(file), "--ckpt", str(base_model)]) == 0
+    assert "now: the same" in capsys.readouterr().out
+
+
+def test_weights_that_were_mixed_are_refused(tmp_path):
+    content = {"state_dict": {"a": torch.zeros(1)}, "training": {"recipe": {}, "mixed": {}}}
+    torch.save(content, tmp_path / "mixed.ckpt")
+    with pytest.raises(UserError, match="was mixed with other weights after its training"):
+        replay_file(tmp_path / "mixed.ckpt", tmp_path)
+
+
+def test_a_picture_is_drawn_when_it_is_missing_and_is_then_the_same(
+    base_model, tmp_path, capsys, caplog
+):
     wanted = series(["a dog", "a cat"], 2, tmp_path)
     recipe = Recipe(steps=2, height=32, width=32)
     assert draw(base_model, wanted, recipe, batch_size=3) == 4
@@ -45,9 +115,10 @@ def test_a_picture_is_drawn_when_it_is_missing_and_is_then_the_same(base_model, 
     assert draw(base_model, wanted, recipe, batch_size=3) == 2
     assert [picture.path.read_bytes() for picture in wanted] == before
     assert draw(tmp_path / "nowhere.ckpt", wanted, recipe) == 0  # no model is needed for none
-    # Its file says how to draw it again.
+    # Its file says how to draw it again, and on what machine it was drawn.
     assert replay.main([str(wanted[2].path)]) == 0
     assert "now: the same" in capsys.readouterr().out
+    assert "the machine and the packages are the same as then" in caplog.text
 
 
 def test_a_difference_is_named(tmp_path):
@@ -77,7 +148,7 @@ def test_what_changed_since_is_said():
     [
         ("", "no such file or folder"),
         ("folder", "it is no run's folder"),
-        ("x.safetensors", "holds the model's config and not the training's"),
+        ("x.safetensors", "x.safetensors: holds no recipe of a training"),
     ],
 )
 def test_what_cannot_be_made_again_is_one_line(tmp_path, caplog, make, message):
@@ -85,7 +156,7 @@ def test_what_cannot_be_made_again_is_one_line(tmp_path, caplog, make, message):
     if make == "folder":
         path.mkdir()
     elif make:
-        path.write_bytes(b"x")
+        save_file({"a": torch.zeros(1)}, path)
     caplog.set_level(logging.INFO)
     assert replay.main([str(path)]) == 1
     assert message in caplog.text
