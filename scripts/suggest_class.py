@@ -1,13 +1,14 @@
 """Suggest a class word for photos, with a CLIP.
 
     python scripts/suggest_class.py photos/ --clip ViT-B-32/openai
-    python scripts/suggest_class.py photos/ --clip clip.safetensors --class_word dog
+    python scripts/suggest_class.py models/tiny/subjects/dog --clip miniature --class_word cat
     python scripts/suggest_class.py photos/ --clip ViT-L-14/clip-vit-large.bin --nouns dog wolf fox
 
-CLIP compares the photos with "a photo of a NOUN" for about a hundred nouns. The shares are those of
-its softmax, averaged over the photos. A given word looks wrong if another noun is more than five
-times as likely, unless one is a kind of the other. main.py does the same at its start with
-run.class_clip=NAME.
+CLIP compares the photos with "a photo of a NOUN" for about a hundred nouns. `miniature` is the
+small CLIP that comes along: it needs no network, and it knows the 24 classes of the miniature's
+world alone. The shares are those of CLIP's softmax, averaged over the photos. A given word looks
+wrong if another noun is more than five times as likely, unless one is a kind of the other. main.py
+does the same at its start with run.class_clip=NAME.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         metavar="NAME",
         help="a CLIP that open_clip knows, such as ViT-B-32/openai; a file of ViT-B-32's weights; "
-        "or a checkpoint of the miniature's CLIP",
+        "`miniature`, the one that comes along; or another checkpoint of the miniature's CLIP",
     )
     add("--class_word", help="the word that you have in mind, to compare")
     add("--nouns", nargs="+", metavar="NOUN", help="compare with these instead")

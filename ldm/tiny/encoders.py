@@ -54,15 +54,15 @@ def miniature_encoders(clip_file: str | Path | None = None) -> Encoders:
         return (features(first) - features(second)).norm(dim=-1)
 
     state = state_dict_of(read_checkpoint(path), path)
-    said = _texts(state, config) if TEXT in state else None
-    if said is None:
+    clip = _with_words(state, config) if TEXT in state else None
+    if clip is None:
         log.info("%s: the image tower alone, so there is no CLIP-T", path)
     hashes = {
         "DINO": f"EfficientNet-Lite0 {weights_hash(efficient)}",
-        "CLIP": f"miniature {weights_hash(images)}",
+        "CLIP": f"miniature {weights_hash(clip or images)}",
         "LPIPS": f"EfficientNet-Lite0 {weights_hash(efficient)}",
     }
-    return Encoders(features, shown, said, distance, hashes)
+    return Encoders(features, shown, clip.encode_text if clip else None, distance, hashes)
 
 
 def image_tower(given: str | None, side: int, device: torch.device | str = "cpu") -> Any:
@@ -107,7 +107,7 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> ImageTex
         return features_of(images, to_tensor(pictures, SIDE))
 
     scale = float(state["clip.logit_scale"].exp())
-    return ImageText(shown, _texts(state, config), scale, miniature_nouns())
+    return ImageText(shown, _with_words(state, config).encode_text, scale, miniature_nouns())
 
 
 def _towers(clip: Clip) -> ImageText:
@@ -121,20 +121,14 @@ def miniature_nouns() -> list[str]:
     return list(RunConfig(to_plain(load_config([WORLD_CONFIG]))).get(classes))
 
 
-def _texts(state: dict[str, Tensor], config: dict[str, Any]) -> Any:
-    """Return the text tower of a CLIP as a function of texts.
+def _with_words(state: dict[str, Tensor], config: dict[str, Any]) -> CLIP:
+    """Return a CLIP whose weights hold at least its image tower and the projection of texts.
 
-    Weights without the tower's transformer were trained with that of the miniature, which does not
-    ship twice.
+    Weights without the text tower's transformer were trained with that of the miniature, which does
+    not ship twice.
     """
     if TRANSFORMER not in state:
         state = with_text_encoder(state, state_dict_of(read_checkpoint(WEIGHTS), WEIGHTS))
     clip = CLIP(**config["params"])
     clip.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
-    clip.eval().requires_grad_(False)
-
-    def said(texts: Sequence[str]) -> Tensor:
-        with torch.no_grad():
-            return clip.encode_text(texts)
-
-    return said
+    return clip.eval().requires_grad_(False)
