@@ -28,8 +28,8 @@ from ldm.tiny.miniature import (
     SR_CONFIG,
     SR_WEIGHTS,
     WEIGHTS,
-    CascadePainter,
-    Painter,
+    CascadeSampler,
+    PromptSampler,
     check_cascade,
     class_word_of,
     dreambooth,
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def sheet_rows(
-    photos: Sequence[Image.Image], class_word: str, tuned: Painter, base: Painter
+    photos: Sequence[Image.Image], class_word: str, tuned: PromptSampler, base: PromptSampler
 ) -> list[tuple[str, Sequence[Entry]]]:
     """Draw the rows of the sheet: the photos, the subject and its class, before and after."""
     subject, of_class = f"photo of a sks {class_word}", f"photo of a {class_word}"
@@ -92,7 +92,7 @@ def sheet_rows(
     ]
 
 
-Tuned = tuple[Painter, Painter, list[str]]
+Tuned = tuple[PromptSampler, PromptSampler, list[str]]
 
 
 def tune(photos: Path, class_word: str, outdir: Path, more: Sequence[str]) -> Tuned:
@@ -100,7 +100,7 @@ def tune(photos: Path, class_word: str, outdir: Path, more: Sequence[str]) -> Tu
     class_images = outdir / "class_images" / class_word
     checkpoint = dreambooth(photos, class_word, class_images, outdir / "logs", more, print)
     command = ["scripts/stable_txt2img.py", "--ckpt", str(checkpoint)]
-    return Painter(checkpoint), Painter(WEIGHTS), command
+    return PromptSampler(checkpoint), PromptSampler(WEIGHTS), command
 
 
 def tune_cascade(photos: Path, class_word: str, outdir: Path, more: Sequence[str]) -> Tuned:
@@ -112,7 +112,7 @@ def tune_cascade(photos: Path, class_word: str, outdir: Path, more: Sequence[str
     without_weight = [word for word in more if "reg_weight" not in word]
     large = dreambooth(photos, class_word, None, logs, without_weight, print, SR_WEIGHTS, SR_CONFIG)
     command = ["scripts/cascade_txt2img.py", "--base_ckpt", str(base), "--sr_ckpt", str(large)]
-    return CascadePainter(base, large), CascadePainter(BASE_WEIGHTS, SR_WEIGHTS), command
+    return CascadeSampler(base, large), CascadeSampler(BASE_WEIGHTS, SR_WEIGHTS), command
 
 
 def demo(args: argparse.Namespace) -> None:

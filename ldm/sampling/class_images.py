@@ -141,12 +141,13 @@ def numbers_to_make(folder: Path, count: int, series: Mapping[str, object]) -> l
     Args:
         series: what the pictures are a function of, besides their numbers.
     """
-    # New numbers come behind all that are taken, so that no caption meets another picture.
+    # New numbers come after all that are taken. A caption file that is left of a picture must not
+    # become that of another one.
     behind = next_number(folder)
     lacking: list[int] = []
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        # A run was cut short here. Its gaps are filled first, by the same pictures.
+        # A run was stopped here before its end. Draw the pictures that it lacks first.
         if plan["series"] == series:
             begin, end = int(plan["begin"]), int(plan["end"])
             lacking = sorted(set(range(begin, end)) - taken_numbers(folder))

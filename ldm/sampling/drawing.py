@@ -26,8 +26,10 @@ def text_drawing(model: LatentDiffusion, precision: str) -> Draw:
 
 
 def drawing_with(draw: Callable[..., list[Image.Image]]) -> Draw:
-    """Return what draws a batch of pictures with a function of prompts, seeds, a recipe and a
-    negative prompt, in this order.
+    """Return what draws a batch of pictures with `draw`.
+
+    Args:
+        draw: a function of prompts, seeds, a recipe and a negative prompt, in this order.
     """
 
     def draw_batch(batch: Sequence[Picture]) -> list[Image.Image]:

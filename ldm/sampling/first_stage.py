@@ -63,7 +63,7 @@ def _without_overflow(
     # Try as it is. One that has overflowed once would do so again, so it is remembered.
     if autoencoder not in _IN_FULL:
         found = compute(x if is_cast else x.to(kind))
-        # What came in as no number is not the autoencoder's fault, nor is it mended by precision.
+        # Input that is not finite is not the autoencoder's fault. More precision would not help.
         if not halved or torch.isfinite(found).all() or not torch.isfinite(x).all():
             return found
         log.warning("half precision overflows in this autoencoder: it computes in float32 now")

@@ -105,8 +105,8 @@ def redraw(
     guide = guide_of(model, recipe)
     texts = read_prompts(model, prompts, negative_prompt, recipe, guide).beside(beside)
 
-    # Noise hides the details. As much of it is added as the first step that is taken expects; with
-    # all of the steps there is nothing but noise.
+    # Noise hides the details. The first step that is taken decides how much: with all of the steps
+    # there is nothing but noise.
     random = SampleRandom(seeds, model.device)
     noise = random.randn(x0.shape)
     first = torch.full((len(x0),), steps - 1, device=model.device)

@@ -49,7 +49,7 @@ def accessory(words: str) -> Callable[[Draw], Draw]:
 
 @functools.cache
 def variant(words: str, number: int) -> Accessory:
-    """Return one of the drawings of an accessory; the same one in every process."""
+    """Return one of the drawings of an accessory. A number means the same one in every process."""
     return ACCESSORIES[words](np.random.default_rng([number, *words.encode()]))
 
 
@@ -59,19 +59,15 @@ def worn(rng: np.random.Generator, words: str) -> Accessory:
 
 
 def wearable(anchors: Mapping[str, Sequence[float]], camera: str | None) -> list[str]:
-    """Return the accessories that a sprite can wear: glasses and ties only where its face is seen.
+    """Return the accessories that a sprite can wear.
 
-    Nothing is worn by a thing without a head, or seen from above.
+    Glasses and ties need a face that is seen. A thing without a head wears nothing, and neither
+    does a thing seen from above.
     """
     if camera == "above":
         return []
-    hidden = {
-        "away": ("eyes", "neck"),
-        "back": ("eyes", "neck"),
-        "side": ("eyes", "neck"),
-        "turned": ("eyes", "neck"),
-    }
-    seen = set(anchors) - set(hidden.get(camera or "", ()))
+    hidden = ("eyes", "neck") if camera in ("away", "back", "side", "turned") else ()
+    seen = set(anchors) - set(hidden)
     return [words for words in ACCESSORIES if variant(words, 0).anchor in seen]
 
 
@@ -88,7 +84,7 @@ def finished(sketch: Sketch) -> Image.Image:
 def arc(
     x: float, y: float, rx: float, ry: float, start: float, end: float
 ) -> list[tuple[float, float]]:
-    """Return points along an ellipse, its angles in turns."""
+    """Return points along an ellipse. Angles are in turns: 1 is the whole way round."""
     angles = np.linspace(2 * math.pi * start, 2 * math.pi * end, 24)
     return [(x + rx * math.cos(t), y + ry * math.sin(t)) for t in angles.tolist()]
 
@@ -99,7 +95,8 @@ def arc(
 @accessory("wearing a red hat")
 def red_hat(rng: np.random.Generator) -> Accessory:
     """Draw a red hat with a brim and a dark band."""
-    sketch, red = Sketch(1.4, 0.9), ("#d8232f", "#c81e2c", "#e23a34", "#d0262a")[rng.integers(4)]
+    sketch = Sketch(1.4, 0.9)
+    red = ("#d8232f", "#c81e2c", "#e23a34", "#d0262a")[rng.integers(4)]
     sketch.disc(0.7, 0.68, 0.66, 0.16, shade(red, 0.72))
     sketch.disc(0.7, 0.64, 0.66, 0.15, red)
     sketch.polygon([(0.32, 0.64), *arc(0.7, 0.34, 0.34, 0.3, 0.5, 1.0), (1.08, 0.64)], red)
@@ -133,7 +130,8 @@ def santa_hat(rng: np.random.Generator) -> Accessory:
 @accessory("wearing a black top hat")
 def top_hat(rng: np.random.Generator) -> Accessory:
     """Draw a tall black hat with a coloured band."""
-    sketch, band = Sketch(1.2, 1.1), ("#b3202c", "#6a2fa0", "#d0a52e", "#e8e8ea")[rng.integers(4)]
+    sketch = Sketch(1.2, 1.1)
+    band = ("#b3202c", "#6a2fa0", "#d0a52e", "#e8e8ea")[rng.integers(4)]
     sketch.disc(0.6, 0.94, 0.56, 0.13, "#0b0b0e")
     sketch.polygon([(0.27, 0.14), (0.93, 0.14), (0.88, 0.92), (0.32, 0.92)], "#1b1b21")
     sketch.disc(0.6, 0.15, 0.33, 0.08, "#34343d")
@@ -168,7 +166,8 @@ def crown(rng: np.random.Generator) -> Accessory:
 @accessory("wearing a purple wizard hat")
 def wizard_hat(rng: np.random.Generator) -> Accessory:
     """Draw a tall pointed purple hat with stars."""
-    sketch, purple = Sketch(1.4, 1.4), ("#6a2fb0", "#7a38c4", "#5c2a9c", "#7030a8")[rng.integers(4)]
+    sketch = Sketch(1.4, 1.4)
+    purple = ("#6a2fb0", "#7a38c4", "#5c2a9c", "#7030a8")[rng.integers(4)]
     sketch.disc(0.7, 1.22, 0.66, 0.14, shade(purple, 0.7))
     sketch.disc(0.7, 1.19, 0.66, 0.13, purple)
     sketch.polygon([(0.3, 1.2), (0.55, 0.5), (0.84, 0.06), (0.86, 0.55), (1.1, 1.2)], purple)
@@ -216,7 +215,8 @@ def pink_glasses(rng: np.random.Generator) -> Accessory:
 @accessory("wearing a bow tie")
 def bow_tie(rng: np.random.Generator) -> Accessory:
     """Draw a bow tie in a bright colour."""
-    sketch, colour = Sketch(1.0, 0.6), ("#d8232f", "#2050d0", "#161619", "#d8232f")[rng.integers(4)]
+    sketch = Sketch(1.0, 0.6)
+    colour = ("#d8232f", "#2050d0", "#161619", "#d8232f")[rng.integers(4)]
     for side in (-1, 1):
         wing = [
             (0.5, 0.3),
@@ -239,10 +239,10 @@ def rainbow_scarf(rng: np.random.Generator) -> Accessory:
     end = 0.36 if left else 0.94
     for k, colour in enumerate(colours):
         x = 0.12 + 1.06 * k / 6
-        around = [(x, 0.12), (x + 1.06 / 6, 0.12), (x + 1.06 / 6, 0.42), (x, 0.42)]
-        sketch.polygon(
-            [(px, py + 0.13 * math.sin(math.pi * (px - 0.12) / 1.06)) for px, py in around], colour
-        )
+        corners = [(x, 0.12), (x + 1.06 / 6, 0.12), (x + 1.06 / 6, 0.42), (x, 0.42)]
+        # The scarf hangs lowest in its middle.
+        sagging = [(px, py + 0.13 * math.sin(math.pi * (px - 0.12) / 1.06)) for px, py in corners]
+        sketch.polygon(sagging, colour)
         sketch.box(end - 0.13, 0.42 + 0.085 * k, end + 0.13, 0.42 + 0.085 * (k + 1), colour)
     for x in np.linspace(end - 0.11, end + 0.11, 5):
         sketch.line([(float(x), 0.92), (float(x), 0.99)], colours[0], 0.02)

@@ -1,7 +1,7 @@
 """What the demo asks of a subject: the paper's applications, in words that the miniature knows.
 
-Words that it has not learned well are left out; `docs/results.md` has the share of each. Here is
-also which class words it knows: it has seen 24 kinds of things and no others.
+Words that it has not learned well are left out. `docs/results.md` says how often it shows each.
+This file also says which class words the miniature knows: it has seen 24 kinds of things.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ def known_classes() -> list[str]:
 
 
 def world_word(class_word: str) -> tuple[str, str]:
-    """Return the world's word for a class word, and one line for the user; "" where it is known.
+    """Return the world's word for a class word, and one line for the user.
 
-    A word that is neither known nor another name of a known thing stays as it is.
+    The line is "" where the word is known. A word that is neither known nor another name of a
+    known thing stays as it is.
     """
     known = known_classes()
-    plain = class_word.strip().lower()
     if class_word in known:
         return class_word, ""
+    plain = class_word.strip().lower()
     if plain in known or plain in SAME:
         word = SAME.get(plain, plain)
         return word, f"the miniature calls a {class_word} '{word}', so '{word}' is the class word"

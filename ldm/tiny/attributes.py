@@ -27,12 +27,12 @@ from ldm.rng import generator
 from ldm.tiny.accessories import ACCESSORIES
 from ldm.tiny.captions import prompt_with
 from ldm.tiny.materials import MATERIALS, PATTERNS
-from ldm.tiny.measure import SIZE, Draw, Reconstruct, renderings
+from ldm.tiny.measure import SIZE, Draw, Reconstruct, accuracy_by, renderings
 from ldm.tiny.styles import STYLES
 from ldm.tiny.views import VIEWS
 from ldm.tiny.world import World
 
-# Kind -> its words. A judge can also answer "", which is none of them.
+# Kind -> its words. A judge can also answer "", which means none of them.
 KINDS: dict[str, list[str]] = {
     "style": list(STYLES),
     "material": [*MATERIALS, *PATTERNS],
@@ -40,10 +40,10 @@ KINDS: dict[str, list[str]] = {
     "accessory": list(ACCESSORIES),
 }
 FITTED_TO = 6000  # renderings that the judges learn from
-OF_EACH_WORD = 120  # of them, at least so many that show each word
-SEARCHED = 20  # how many pictures are looked at for one that is taken
-CEILING = 1500  # renderings that they are tried on
-PER_WORD = 8  # pictures that are asked for with each word
+OF_EACH_WORD = 120  # renderings among them, at least, that show each word
+SEARCHED = 20  # pictures that are looked at, at most, for each one that is taken
+CEILING = 1500  # renderings that the judges are tried on
+PER_WORD = 8  # samples for each word
 
 
 def make_attribute_judge(encoders: Mapping[str, Encoder]) -> Recognizer:
@@ -62,7 +62,8 @@ def fit_attribute_judge(
 ) -> None:
     """Fit a judge to `count` renderings of the whole world, half of them through the decoder.
 
-    Few pictures show a bow tie, so those that do are sought: `each` for every word.
+    Few pictures show a bow tie. Those that do are searched for, until there are `each` of every
+    word.
     """
     images, found = renderings(train, with_each_word(train, count, each), "attributes")
     images[::2] = features_of(reconstruct, images[::2]).clamp(-1, 1)
@@ -76,9 +77,10 @@ def fit_attribute_judge(
 def with_each_word(world: World, count: int, each: int) -> list[int]:
     """Return the numbers of `count` pictures, of which `each` or more show every word.
 
-    The first pictures that show a word are taken, then the first of the others. A word that is rare
-    or absent among the first `SEARCHED` x `count` pictures has fewer.
+    The first pictures that show a word are taken, then the first of the others. A word has fewer
+    where it is rare or absent among the first `SEARCHED` x `count` pictures.
     """
+    # How many pictures of each word are still to be found.
     lacking = {(kind, word): each for kind, words in KINDS.items() for word in words}
     chosen: list[int] = []
     for number in range(SEARCHED * count):
@@ -90,15 +92,17 @@ def with_each_word(world: World, count: int, each: int) -> list[int]:
             chosen.append(number)
             for word in words:
                 lacking[word] = max(0, lacking[word] - 1)
+
+    # Fill up with the first pictures of any content.
     taken = set(chosen)
     others = (number for number in range(SEARCHED * count) if number not in taken)
     return sorted([*chosen, *islice(others, count - len(chosen))])
 
 
 def classes_by_word(world: World, tries: int = 3000) -> dict[tuple[str, str], list[str]]:
-    """Return (kind, word) -> the classes that the world shows it with, among `tries` pictures.
+    """Return (kind, word) -> the classes that the world shows with it, among `tries` pictures.
 
-    A teapot has no side that looks left, and wears no hat.
+    Not every class goes with every word: a teapot has no side that looks left, and wears no hat.
     """
     classes: dict[tuple[str, str], list[str]] = {}
     for number in range(tries):
@@ -131,14 +135,13 @@ def measure_attributes(
         ]
         found = _recognised(judge, to_tensor(draw(prompts), SIZE), kind)
         measured[kind] = accuracy(found, wanted)
-        measured[f"by {kind}"] = {
-            word: accuracy([f for f, w in zip(found, wanted) if w == word], [word] * PER_WORD)
-            for word in words
-        }
+        measured[f"by {kind}"] = accuracy_by(wanted, found)
+
         # The ceiling: what the judge finds in renderings that do have something of the kind.
         shown = [number for number, word in enumerate(labels[kind]) if word]
         answers = judge.recognise(features[shown], kind)
-        measured[f"{kind}, unseen designs"] = accuracy(answers, [labels[kind][i] for i in shown])
+        true_words = [labels[kind][number] for number in shown]
+        measured[f"{kind}, unseen designs"] = accuracy(answers, true_words)
     return measured
 
 
@@ -153,14 +156,18 @@ def measure_applications(
 ) -> dict[str, Any]:
     """Measure a subject in every style, material, view and accessory.
 
-    "style" is the share of pictures in which the judge finds what was asked for; "style, NAME gap
-    closed" says how far the subject came from the class's pictures for the same prompts to the
-    photos' likeness among each other.
-
     Args:
         base, tuned: draw with the model before and after.
         photos: (n, 3, h, w) in [-1, 1].
         words: kind -> what is asked for; None for all of the world's.
+
+    Returns:
+        For each kind, such as "style":
+        "style": share of the subject's pictures in which the judge finds what was asked for.
+        "style, base": the same for the class's pictures by the base model.
+        "style, NAME gap closed": the encoder NAME's measure of how like the photos the subject is.
+        0 is the likeness of the class's pictures for the same prompts, 1 that of the photos among
+        each other.
     """
     measured: dict[str, Any] = {}
     for kind, asked in (words or KINDS).items():
@@ -170,17 +177,16 @@ def measure_applications(
         measured[kind] = accuracy(_recognised(judge, after, kind), wanted)
         measured[f"{kind}, base"] = accuracy(_recognised(judge, before, kind), wanted)
         for name, encoder in encoders.items():
-            real, reached, start = (
-                features_of(encoder, middle(images)) for images in (photos, after, before)
-            )
-            measured[f"{kind}, {name} gap closed"] = gap_closed(
-                similarity(reached, real), similarity(start, real), similarity_within(real)
-            )
+            real = features_of(encoder, middle(photos))
+            reached = similarity(features_of(encoder, middle(after)), real)
+            start = similarity(features_of(encoder, middle(before)), real)
+            closed = gap_closed(reached, start, similarity_within(real))
+            measured[f"{kind}, {name} gap closed"] = closed
     return measured
 
 
 def _asked(draw: Draw, kind: str, wanted: Sequence[str], noun: str) -> Tensor:
-    """Draw a noun with each word."""
+    """Draw a noun with each word; return the pictures (n, 3, size, size)."""
     return to_tensor(draw([prompt_with(kind, word, noun) for word in wanted]), SIZE)
 
 

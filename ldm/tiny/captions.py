@@ -26,7 +26,7 @@ STYLED = (
     ("{thing} in the style of {style}", 0.15),
     ("{thing}, {style}", 0.10),
 )
-# How a view is said: a phrase around the thing, and the words behind it.
+# How a caption says a view: a phrase around the thing, and the words after it.
 VIEWED = {
     "facing left": (("{}", "facing left"),),
     "facing right": (("{}", "facing right"),),
@@ -39,7 +39,7 @@ VIEWED = {
 
 @dataclass(frozen=True)
 class Words:
-    """What a caption says of a picture; "" for what it leaves out."""
+    """What a caption says of a picture. What it leaves out is ""."""
 
     class_word: str
     scene: str = ""
@@ -51,7 +51,7 @@ class Words:
 
 
 def with_article(noun: str) -> str:
-    """Return "a dog", "an owl", "a unicorn"; a plural as it is."""
+    """Return a noun with its article: "a dog", "an owl", "a unicorn". A plural has none."""
     if noun.split()[-1] in PLURAL:
         return noun
     vowel = noun[0] in "aeiou" and not noun.startswith("uni")
@@ -63,18 +63,23 @@ def compose_caption(rng: np.random.Generator, words: Words) -> str:
     adjectives = [word for word in (words.material, words.colour) if word]
     thing = with_article(" ".join([*adjectives, words.class_word]))
 
-    # What it wears and from where it is seen stand right behind the thing, or the view stands
-    # before it.
+    # The thing is followed by what it wears and by the view. Some views come before the thing.
     ways = VIEWED[words.view] if words.view else (("{}", ""),)
+    if words.style and words.view:
+        # "a close-up photo" would not go with "a watercolor painting": the view comes after.
+        ways = tuple(way for way in ways if way[1])
+    phrase, view = pick(rng, ways)
+    thing = joined(thing, words.accessory, view)
     if words.style:
-        ways = tuple(way for way in ways if way[1] or not words.view)
-    before, behind = pick(rng, ways)
-    thing = " ".join(part for part in (thing, words.accessory, behind) if part)
-    if words.style:
-        scenic = " ".join(part for part in (thing, words.scene) if part)
-        return style_phrase(rng, words.style, scenic)
-    phrase = before if before != "{}" else chosen(rng, PHOTO)
-    return " ".join(part for part in (phrase.format(thing), words.scene) if part)
+        return style_phrase(rng, words.style, joined(thing, words.scene))
+    if phrase == "{}":
+        phrase = chosen(rng, PHOTO)
+    return joined(phrase.format(thing), words.scene)
+
+
+def joined(*parts: str) -> str:
+    """Join phrases with spaces; leave out the empty ones."""
+    return " ".join(part for part in parts if part)
 
 
 def prompt_with(kind: str, word: str, noun: str) -> str:
@@ -90,7 +95,7 @@ def prompt_with(kind: str, word: str, noun: str) -> str:
 
 
 def style_phrase(rng: np.random.Generator, style: str, thing: str) -> str:
-    """Say that a thing is shown in a style, by one of the style's names."""
+    """Say that a thing is shown in a style, under one of the style's names."""
     name = pick(rng, ALIASES[style])
     noun = name if name in MASS else with_article(name)
     return chosen(rng, STYLED).format(style=noun, thing=thing)

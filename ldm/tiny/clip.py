@@ -1,5 +1,6 @@
-"""A small CLIP: trained here by contrast, its text tower conditions the miniature and its image
-tower measures it.
+"""A small CLIP, which this project trains by contrast.
+
+Its text tower conditions the miniature, and its image tower measures the miniature's pictures.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class CLIP(pl.LightningModule):
         embed_dim: dimensions of the space that pictures and captions share.
         vision_cfg, text_cfg: open_clip's; a list of `layers` makes the image tower a ResNet.
         image_key, caption_key: a batch's entries for the images, (b, h, w, 3) in [-1, 1], and their
-        captions. optimizer, scheduler_config: as of `LatentDiffusion`.
+            captions.
+        optimizer, scheduler_config: as of `LatentDiffusion`.
         monitor: the metric that names the best checkpoint.
         freeze_text: keep the text tower as it is; its projection still learns. For the tower of a
             text encoder that a model is conditioned by (`with_text_encoder`).
@@ -75,14 +77,14 @@ class CLIP(pl.LightningModule):
                 weight.requires_grad_(name.startswith(LEARNS_WITH_FROZEN_TEXT))
 
     def encode_image(self, images: Images) -> Embeddings:
-        """Unit vectors of images in [-1, 1]."""
+        """Return unit vectors of images in [-1, 1]."""
         return F.normalize(self.clip.encode_image(images), dim=-1)
 
     def encode_text(self, captions: Sequence[str]) -> Embeddings:
-        """Unit vectors of captions."""
+        """Return unit vectors of captions."""
         clip: Any = self.clip
         tokens = tokenize(captions, self.context_length).to(self.device)
-        # What follows the first end token is never read, the attention being causal.
+        # The attention is causal, so nothing reads what follows the first end token. Cut it off.
         ends = (tokens == END).int().argmax(1)
         n = int(ends.max()) + 1
         x = clip.token_embedding(tokens[:, :n]) + clip.positional_embedding[:n]
@@ -92,8 +94,9 @@ class CLIP(pl.LightningModule):
     def shared_step(
         self, batch: Mapping[str, Any], prefix: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The symmetric contrastive loss of a batch, and how often a picture's caption is the
-        nearest.
+        """Return the symmetric contrastive loss of a batch, and what to log of it.
+
+        The accuracy is how often the nearest caption to a picture is its own.
         """
         images = rearrange(batch[self.image_key], "b h w c -> b c h w").contiguous()
         captions = list(batch[self.caption_key])

@@ -28,7 +28,7 @@ COLOURS = {
 
 @functools.cache
 def _ramp(colour: str) -> Float[Array, "256 3"]:
-    """Return the colour for every tone, dark to light."""
+    """Return a colour word's red, green and blue, 0 to 255, for every tone from dark to light."""
     shadow, middle, light = (rgb(c) * 255 for c in COLOURS[colour])
     t = np.linspace(0, 2, 256)[:, None]
     lower = shadow + (middle - shadow) * t
@@ -37,19 +37,23 @@ def _ramp(colour: str) -> Float[Array, "256 3"]:
 
 
 def recoloured(pixels: UInt8[Array, "h w 4"], colour: str) -> UInt8[Array, "h w 4"]:
-    """Give a sprite one colour; its light and dark stay, and so do the whites of a sprite that has
-    colours.
+    """Give a sprite one colour and keep its light and dark.
+
+    Where most of a sprite has colours, its white places, such as eyes, stay white.
     """
     straight = pixels[..., :3].astype(np.float32)
     visible = pixels[..., 3] > 127
     if not visible.any():
         return pixels
+    # The colour follows the brightness; the sprite's middle brightness becomes the middle tone.
     luma = straight @ np.array([0.3, 0.59, 0.11], np.float32)
     low, middle, high = np.percentile(luma[visible], (3, 50, 97))
     dark = np.maximum((luma - low) / max(middle - low, 40) - 1, -1)
     bright = np.minimum((luma - middle) / max(high - middle, 40), 1)
     tone = np.clip(127.5 + 127.5 * np.where(luma < middle, dark, bright), 0, 255)
     toned = _ramp(colour)[tone.astype(np.uint8)]
+
+    # Keep what is bright and has no colour.
     value = straight.max(-1)
     saturation = (value - straight.min(-1)) / np.maximum(value, 1)
     if (saturation[visible] > 0.25).mean() > 0.5:

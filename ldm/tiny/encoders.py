@@ -1,5 +1,6 @@
-"""The miniature's own encoders, for the protocol `miniature`: its scores compare with nothing
-else.
+"""The miniature's own encoders, for the protocol `miniature`.
+
+Its scores compare with each other alone: no paper measures with these encoders.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def miniature_encoders(clip_file: str | Path | None = None) -> Encoders:
     """Load EfficientNet-Lite0 in DINO's and LPIPS's place, and the miniature's CLIP.
 
     Args:
-        clip_file: a checkpoint of `ldm.tiny.clip.CLIP`, by default the one that ships; of an image
-            tower alone, CLIP-T cannot be computed.
+        clip_file: a checkpoint of `ldm.tiny.clip.CLIP`, by default the one that ships. With an
+            image tower alone, CLIP-T cannot be computed.
     """
     path = Path(clip_file or CLIP_IMAGES)
     config = to_plain(load_config([CLIP_CONFIG]))["model"]
@@ -66,8 +67,12 @@ def miniature_encoders(clip_file: str | Path | None = None) -> Encoders:
 
 
 def image_tower(given: str | None, side: int, device: torch.device | str = "cpu") -> Any:
-    """Return a CLIP's image tower, as a function of pictures: the given one, or by the pictures'
-    side the miniature's or the paper's.
+    """Return a CLIP's image tower, as a function of pictures.
+
+    Args:
+        given: a CLIP as `read_clip` takes it. None chooses by the pictures: the miniature's for
+            small ones, the paper's for larger ones.
+        side: of the pictures, in pixels.
     """
     if given is not None:
         return read_clip(given, device).images
@@ -81,9 +86,9 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> ImageTex
     """Return the towers of a CLIP.
 
     Args:
-        given: `miniature` for the one that ships, another checkpoint of the miniature's CLIP, the
-            weights of open_clip's ViT-B-32, or a name that open_clip knows,
-            `architecture/weights`; the weights may be a file.
+        given: `miniature` for the one that ships, another checkpoint of the miniature's CLIP, a
+            file of open_clip's ViT-B-32, or a name that open_clip knows, `architecture/weights`.
+            These weights may be a file, too.
 
     Raises:
         UserError: it is not there, or has no text tower.
@@ -111,12 +116,13 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> ImageTex
 
 
 def _towers(clip: Clip) -> ImageText:
+    """Return both towers of one of open_clip's models."""
     network: Any = clip.network
     return ImageText(clip, clip.text, float(network.logit_scale.exp()))
 
 
 def miniature_nouns() -> list[str]:
-    """Return the classes that the miniature was trained on: its CLIP knows no other nouns."""
+    """Return the classes that the miniature was trained on. Its CLIP knows no other nouns."""
     classes = "data.params.train.params.dataset.params.classes"
     return list(RunConfig(to_plain(load_config([WORLD_CONFIG]))).get(classes))
 

@@ -1,9 +1,8 @@
-"""Materials and patterns: what a thing is made of, or what is printed on it. The scene stays as it
-is.
+"""Materials and patterns: what a thing is made of, or what is printed on it.
 
-`MATERIALS` replace a thing's colours, `PATTERNS` keep them and so go together with a colour word.
-Both map the word of a caption to a function `(pixels, rng) -> pixels` on straight RGBA bytes `(h,
-w, 4)`.
+`MATERIALS` replace a thing's colours. `PATTERNS` keep them, and so go together with a colour word.
+Both map the word of a caption to a function `(pixels, rng) -> pixels`. Pixels are a sprite's RGBA
+bytes `(h, w, 4)`, not premultiplied.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def entry(table: dict[str, Finish], word: str) -> Callable[[Finish], Finish]:
 
 
 def tones(pixels: Array) -> Array:
-    """Return a sprite's light and dark (h, w) from 0 to 1, its middle tone at 0.5."""
+    """Return a sprite's brightness (h, w) from 0 to 1, its median at 0.5."""
     grey = pixels[..., :3].astype(np.float32) @ np.array([0.3, 0.59, 0.11], np.float32)
     visible = pixels[..., 3] > 127
     if not visible.any():
@@ -47,14 +46,17 @@ def tones(pixels: Array) -> Array:
 
 
 def ramp(tone: Array, *colours: tuple[float, float, float]) -> Array:
-    """Map tones from 0 to 1 to the colours, evenly spaced, as (h, w, 3) from 0 to 255."""
+    """Return a colour (h, w, 3), 0 to 255, for every tone from 0 to 1.
+
+    The colours given are evenly spaced over the tones, the first at 0 and the last at 1.
+    """
     places = np.linspace(0, 1, len(colours))
     table = np.array(colours, np.float32)
     return np.stack([np.interp(tone, places, table[:, k]) for k in range(3)], -1)
 
 
 def with_colour(pixels: Array, colour: Array, alpha: Array | None = None) -> Array:
-    """Return the sprite in new colours (h, w, 3), and with a new alpha where given."""
+    """Return the sprite in new colours (h, w, 3), and with a new alpha (h, w) if it is given."""
     opacity = pixels[..., 3] if alpha is None else alpha
     return np.dstack([np.clip(colour, 0, 255), opacity]).astype(np.uint8)
 
@@ -63,7 +65,12 @@ def with_colour(pixels: Array, colour: Array, alpha: Array | None = None) -> Arr
 def grain(
     seed: int, across: float = 1.0, along: float = 1.0, slope: float = 1.2, size: int = 256
 ) -> Array:
-    """Return periodic noise (size, size) of deviation 1, stretched along an axis."""
+    """Return periodic noise (size, size) of mean 0 and deviation 1.
+
+    Args:
+        across, along: stretch the noise; more than 1 makes it finer on that axis.
+        slope: a larger one makes the noise coarser.
+    """
     fy, fx = np.meshgrid(np.fft.fftfreq(size) * along, np.fft.fftfreq(size) * across, indexing="ij")
     frequency = np.hypot(fx, fy)
     frequency[0, 0] = np.inf
@@ -75,16 +82,15 @@ def grain(
 def window(rng: Random, field: Array, shape: tuple[int, ...]) -> Array:
     """Cut a piece of the given shape from a periodic field, at a random place."""
     top, left = rng.integers(len(field), size=2)
-    rows, columns = (
-        (top + np.arange(shape[0])) % len(field),
-        (left + np.arange(shape[1])) % len(field),
-    )
+    rows = (top + np.arange(shape[0])) % len(field)
+    columns = (left + np.arange(shape[1])) % len(field)
     return field[rows[:, None], columns]
 
 
 def rim(alpha: Array, width: int) -> Array:
     """Return 1 at the outline of a sprite, falling to 0 `width` pixels inside."""
     inside = alpha.astype(np.float32) / 255
+    # Two box filters blur the sprite: it is darker the nearer its outline is.
     soft = inside
     for _ in range(2):
         total = np.cumsum(np.pad(soft, ((width, width), (0, 0)), mode="constant"), 0)
@@ -99,23 +105,21 @@ def rim(alpha: Array, width: int) -> Array:
 
 @entry(MATERIALS, "wooden")
 def wooden(pixels: Array, rng: Random) -> Array:
-    """Carve the thing from wood, with its rings."""
+    """Make the thing of wood, with its rings."""
     height, width = pixels.shape[:2]
     y, x = np.mgrid[:height, :width] / max(height, width)
     bend = window(rng, grain(1, slope=2.2), (height, width))
     rings = np.sin(2 * np.pi * (6.5 * (y + 0.25 * (x - 0.5) ** 2) + 0.28 * bend))
     tone = tones(pixels)
     base = ramp(tone, (62, 33, 14), (170, 108, 58), (226, 176, 118))
-    return with_colour(
-        pixels,
-        base
-        * (1 + 0.17 * rings + 0.03 * window(rng, grain(2, 0.3, 3.0), (height, width)))[..., None],
-    )
+    fibres = window(rng, grain(2, 0.3, 3.0), (height, width))
+    brightness = 1 + 0.17 * rings + 0.03 * fibres
+    return with_colour(pixels, base * brightness[..., None])
 
 
 @entry(MATERIALS, "golden")
 def golden(pixels: Array, rng: Random) -> Array:
-    """Cast the thing in gold: dark edges and bright reflections."""
+    """Make the thing of gold: dark edges and bright reflections."""
     return _metal(
         pixels, rng, (74, 40, 2), (168, 112, 8), (238, 184, 34), (255, 226, 92), (255, 250, 214)
     )
@@ -123,19 +127,13 @@ def golden(pixels: Array, rng: Random) -> Array:
 
 @entry(MATERIALS, "silver")
 def silver(pixels: Array, rng: Random) -> Array:
-    """Cast the thing in silver."""
-    return _metal(
-        pixels,
-        rng,
-        (38, 42, 50),
-        (104, 112, 124),
-        (172, 180, 190),
-        (222, 228, 234),
-        (255, 255, 255),
-    )
+    """Make the thing of silver."""
+    greys = ((38, 42, 50), (104, 112, 124), (172, 180, 190), (222, 228, 234), (255, 255, 255))
+    return _metal(pixels, rng, *greys)
 
 
 def _metal(pixels: Array, rng: Random, *colours: tuple[float, float, float]) -> Array:
+    """Make the thing of a metal of these colours, dark to light, which reflects in waves."""
     height, width = pixels.shape[:2]
     y = np.arange(height)[:, None] / height
     bend = window(rng, grain(3, slope=2.4), (height, width))
@@ -146,7 +144,7 @@ def _metal(pixels: Array, rng: Random, *colours: tuple[float, float, float]) -> 
 
 @entry(MATERIALS, "stone")
 def stone(pixels: Array, rng: Random) -> Array:
-    """Hew the thing from grey, speckled stone."""
+    """Make the thing of grey stone with specks and cracks."""
     shape = pixels.shape[:2]
     rough = window(rng, grain(4, slope=0.7), shape)
     blotches = window(rng, grain(5, slope=1.9), shape)
@@ -158,7 +156,7 @@ def stone(pixels: Array, rng: Random) -> Array:
 
 @entry(MATERIALS, "glass")
 def glass(pixels: Array, rng: Random) -> Array:
-    """Blow the thing from pale glass: the scene shows through, the outline shines."""
+    """Make the thing of pale glass: the scene shows through, the outline shines."""
     tone, alpha = tones(pixels), pixels[..., 3].astype(np.float32)
     edge = rim(pixels[..., 3], 6)
     height, width = pixels.shape[:2]
@@ -189,9 +187,8 @@ def striped(pixels: Array, rng: Random) -> Array:
 def spotted(pixels: Array, rng: Random) -> Array:
     """Print round spots in staggered rows."""
     height, width = pixels.shape[:2]
-    y, x = np.mgrid[:height, :width] / max(height, width) * rng.uniform(5.0, 6.0) + rng.uniform(
-        0, 1, (2, 1, 1)
-    )
+    across = rng.uniform(5.0, 6.0)  # spots along the longer side
+    y, x = np.mgrid[:height, :width] / max(height, width) * across + rng.uniform(0, 1, (2, 1, 1))
     row = np.floor(y)
     distance = np.hypot((x + 0.5 * (row % 2)) % 1 - 0.5, y - row - 0.5)
     return _printed(pixels, np.clip((0.31 - distance) * 14, 0, 1))
@@ -201,15 +198,16 @@ def spotted(pixels: Array, rng: Random) -> Array:
 def checkered(pixels: Array, rng: Random) -> Array:
     """Print a chequerboard."""
     height, width = pixels.shape[:2]
-    y, x = np.mgrid[:height, :width] / max(height, width) * rng.uniform(
-        3.2, 4.0
-    ) * np.pi + rng.uniform(0, 3, (2, 1, 1))
+    across = rng.uniform(3.2, 4.0)  # fields along the longer side
+    place = np.mgrid[:height, :width] / max(height, width) * across * np.pi
+    y, x = place + rng.uniform(0, 3, (2, 1, 1))
     return _printed(pixels, np.clip(9 * np.sin(x) * np.sin(y) + 0.5, 0, 1))
 
 
 def _printed(pixels: Array, cover: Array) -> Array:
-    """Print where `cover` is 1: dark on a light thing, white on a dark one; its colours stay
-    between.
+    """Print on the thing where `cover` (h, w) is 1; its own colours stay where it is 0.
+
+    The ink is dark on a light thing and white on a dark one.
     """
     straight = pixels[..., :3].astype(np.float32)
     visible = pixels[..., 3] > 127

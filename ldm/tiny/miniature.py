@@ -1,4 +1,4 @@
-"""The embedded default: where it lies, and DreamBooth on it as a user would run it."""
+"""The miniature: where its files are, and DreamBooth on it as a user would run it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SMALL = replace(RECIPE, height=32, width=32)
 
 
 def subject_names() -> list[str]:
-    """The subjects that ship with the project."""
+    """Return the names of the subjects that ship with the project."""
     return sorted(path.name for path in SUBJECTS.iterdir() if path.is_dir())
 
 
 def photos_of(subject: str) -> Path:
-    """The folder of a subject that ships with the project, or of the user's own photos.
+    """Return the folder of a subject that ships with the project, or of the user's own photos.
 
     Raises:
         UserError: there is neither.
@@ -52,7 +52,7 @@ def photos_of(subject: str) -> Path:
 
 
 def class_word_of(photos: Path) -> str:
-    """The class noun that a folder is named after: `dog2` holds photos of a dog."""
+    """Return the class noun that a folder is named after: `dog2` holds photos of a dog."""
     return photos.resolve().name.rstrip("0123456789")
 
 
@@ -66,12 +66,12 @@ def dreambooth(
     weights: Path = WEIGHTS,
     config: Path | None = None,
 ) -> Path:
-    """Fine-tune the miniature on photos with the training command; the last checkpoint.
+    """Fine-tune the miniature on photos with the training command; return the last checkpoint.
 
     Args:
-        class_images: where the class images are, or go; None for a training without them.
+        class_images: where the class images are, or where they are put; None to train without them.
         more: further words of the command line.
-        say: gets the command line; None also silences the training.
+        say: is called with the command line; None also silences the training.
         weights: the miniature to start from.
         config: of the training; by default the latent miniature's.
 
@@ -79,27 +79,17 @@ def dreambooth(
         UserError: the training failed.
     """
     before = _folders(logdir)
-    command = [
-        *[
-            sys.executable,
-            str(ROOT / "main.py"),
-            "--base",
-            str(config or CONFIG),
-            "-t",
-            "--actual_resume",
-            str(weights),
-        ],
-        *[
-            "--data_root",
-            str(photos),
-            *(["--reg_data_root", str(class_images)] if class_images else []),
-            "--class_word",
-            class_word,
-        ],
-        *["--logdir", str(logdir), *more],
-    ]
+    # The command line, as a user would write it.
+    words = ["--base", str(config or CONFIG), "-t", "--actual_resume", str(weights)]
+    words += ["--data_root", str(photos)]
+    if class_images:
+        words += ["--reg_data_root", str(class_images)]
+    words += ["--class_word", class_word, "--logdir", str(logdir), *more]
     if say:
-        say(f"$ {shlex.join(['python', 'main.py', *command[2:]])}\n")
+        say(f"$ {shlex.join(['python', 'main.py', *words])}\n")
+
+    # The training runs as a process of its own. Its run folder is the one that was not there.
+    command = [sys.executable, str(ROOT / "main.py"), *words]
     result = subprocess.run(command, stderr=None if say else subprocess.PIPE, text=True)
     if result.returncode:
         tail = f": {result.stderr.strip().splitlines()[-1]}" if result.stderr else ""
@@ -109,12 +99,14 @@ def dreambooth(
 
 
 def _folders(parent: Path) -> set[Path]:
+    """Return the folders in a folder; none where it does not exist."""
     return {path for path in parent.glob("*") if path.is_dir()}
 
 
-class Painter:
-    """Pictures of prompts by one checkpoint, each a function of its prompt, its number and the
-    seed.
+class PromptSampler:
+    """Samples pictures of prompts from one checkpoint.
+
+    A picture is a function of its prompt, its place in the list of prompts and the seed.
     """
 
     def __init__(self, checkpoint: Path, seed: int = RECIPE.seed, batch_size: int = 32):
@@ -122,7 +114,7 @@ class Painter:
         self.seed, self.batch_size = seed, batch_size
 
     def __call__(self, prompts: Sequence[str]) -> list[Image.Image]:
-        """One picture for each prompt."""
+        """Sample one picture for each prompt."""
         images: list[Image.Image] = []
         for start in range(0, len(prompts), self.batch_size):
             part = list(prompts[start : start + self.batch_size])
@@ -131,12 +123,12 @@ class Painter:
         return images
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """Draw one batch."""
+        """Sample one batch."""
         return text_to_image(self.model, prompts, seeds, RECIPE)
 
 
-class CascadePainter(Painter):
-    """The same of a cascade: a base's small pictures, enlarged by a second checkpoint.
+class CascadeSampler(PromptSampler):
+    """Samples pictures from a cascade: small ones by its base, enlarged by a second checkpoint.
 
     Args:
         augmentation: variance of the noise on the small pictures; by default as in training.
@@ -155,14 +147,14 @@ class CascadePainter(Painter):
         self.augmentation = augmentation
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """Draw small pictures, then enlarge them, without guidance."""
+        """Sample small pictures with guidance, then enlarge them without."""
         small = text_to_image(self.model, prompts, seeds, SMALL)
         large = replace(RECIPE, scale=1.0)
         return enlarge(self.enlarging, small, prompts, seeds, large, self.augmentation)
 
 
 def check_cascade() -> None:
-    """Raise a `UserError` if the miniature cascade's weights are not there."""
+    """Raise a `UserError` if the weights of the miniature cascade are not there."""
     for weights in (BASE_WEIGHTS, SR_WEIGHTS):
         if not weights.is_file():
             raise UserError(

@@ -1,4 +1,4 @@
-"""Putting a sprite on a scene: where it stands, its shadow, the water around it."""
+"""How a sprite comes onto a scene: where it stands, its shadow, the water around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.tiny.accessories import Accessory
 from ldm.tiny.sprites import BORDER, Change, Sprite
 
 Array = np.ndarray
-SUPERSAMPLING = 2  # a sprite is turned at twice its size and averaged
+SUPERSAMPLING = 2  # a sprite is turned at twice its size, then reduced, for smooth edges
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,20 @@ class Place:
         mirrored: bool,
         bottom: tuple[float, float] = (0.84, 0.96),
     ) -> Place:
-        """Choose a place; the sprite's longer side is about `longest`, its foot between the
-        `bottom`s.
+        """Choose a place at random.
+
+        Args:
+            longest: about the length of the sprite's longer side.
+            bottom: the least and the greatest height of its foot, from the upper edge.
         """
-        scale, stretch = longest / max(sprite.width, sprite.height), rng.uniform(0.95, 1.05)
+        scale = longest / max(sprite.width, sprite.height)
+        stretch = rng.uniform(0.95, 1.05)
         width, height = scale * sprite.width * stretch, scale * sprite.height / stretch
         room = max(0.0, 0.98 - width) / 2
         x = 0.5 + float(np.clip(rng.normal(0, 0.05), -room, room))
         foot = rng.uniform(*bottom)
         if height < 0.95:
-            foot = max(height + 0.03, foot)
+            foot = max(height + 0.03, foot)  # a thing that fits into the picture is seen whole
         foot_x = x + (sprite.foot_centre - 0.5) * width * (-1 if mirrored else 1)
         foot_half = max(sprite.foot_half, 0.12) * width
         return cls(
@@ -60,18 +64,19 @@ class Place:
     def render(
         self, sprite: Sprite, size: int, finish: Change | None, roundness: float
     ) -> Float[Array, "h w 4"]:
-        """Return the sprite on an empty picture, premultiplied, 0 to 255."""
+        """Return the sprite on an empty picture, premultiplied, 0 to 255.
+
+        `finish` may change its pixels; `roundness` from 0 to 1 is how strong its relief is.
+        """
         n = size * SUPERSAMPLING
-        enough = [
-            k for k, level in enumerate(sprite.levels) if level.height >= 0.9 * self.height * n
-        ]
+        # Take the smallest copy of the sprite that is large enough.
+        wanted = 0.9 * self.height * n
+        enough = [k for k, level in enumerate(sprite.levels) if level.height >= wanted]
         number = enough[-1] if enough else 0
         source, relief = sprite.level(number, finish), sprite.relief[number]
-        middle = self.x, self.bottom - self.height / 2
-        box = (*middle, self.width, self.height)
-        layer, light = (
-            _turned(image, box, self.angle, self.mirrored, n) for image in (source, relief)
-        )
+        box = (self.x, self.bottom - self.height / 2, self.width, self.height)
+        layer = _turned(source, box, self.angle, self.mirrored, n)
+        light = _turned(relief, box, self.angle, self.mirrored, n)
         layer[..., :3] *= 1 + roundness * (light[..., None] / 128 - 1)
         return layer
 
@@ -88,6 +93,7 @@ class Place:
         wide = worn.width * 2 * half * inner_width * self.width
         high = wide * worn.image.height / worn.image.width
         down -= (worn.lift - 0.5) * high
+        # It is turned together with the sprite, about the sprite's middle.
         c, s = math.cos(self.angle), math.sin(self.angle)
         middle_y = self.bottom - self.height / 2
         box = (self.x + c * across - s * down, middle_y + s * across + c * down, wide, high)
@@ -98,13 +104,15 @@ class Place:
 def _turned(
     image: Image.Image, box: tuple[float, float, float, float], angle: float, mirrored: bool, n: int
 ) -> Float[Array, "h w c"]:
-    """Put an image on an empty picture of n pixels, then average them.
+    """Put an image on an empty picture of n x n pixels, then reduce that by `SUPERSAMPLING`.
 
-    `box` is its middle x and y, its width and its height, in fractions of the picture.
+    Args:
+        box: x and y of the image's middle, its width and its height, in fractions of the picture.
     """
     x, y, width, height = box
     fx, fy = image.width / (width * n), image.height / (height * n)
     c, s, flip = math.cos(angle), math.sin(angle), -1 if mirrored else 1
+    # PIL asks where in the image each pixel of the picture comes from: the inverse of the turn.
     a, b, d, e = flip * fx * c, flip * fx * s, -fy * s, fy * c
     inverse = (
         a,
@@ -125,8 +133,9 @@ def compose(
     ground: str,
     rng: np.random.Generator,
 ) -> Float[Array, "h w 3"]:
-    """Lay the sprite on the scene: with its shadow, sunk a little on "water", or reflected by a
-    "mirror".
+    """Lay the sprite on the scene and return the picture, 0 to 255.
+
+    A sprite throws a shadow, but on "water" it sinks a little. A "mirror" also reflects it.
     """
     axis = (np.arange(len(background), dtype=np.float32) + 0.5) / len(background)
     picture = background.astype(np.float32)
@@ -154,7 +163,7 @@ def _reflected(picture: Array, layer: Float[Array, "h w 4"], place: Place) -> Ar
 
 
 def _shadow(axis: Array, place: Place, rng: np.random.Generator) -> Float[Array, "h w"]:
-    """Return the dark line where it stands, and the soft shadow it casts."""
+    """Return how much darker the scene is where the sprite stands and where its shadow falls."""
     contact = _bump(axis, place.foot_x, 1.1 * place.foot_half, 4)
     contact = contact * _bump(axis, place.bottom - 0.012, 0.03, 2)[:, None]
     reach = max(1.35 * place.foot_half, 0.3 * place.width)
@@ -164,6 +173,7 @@ def _shadow(axis: Array, place: Place, rng: np.random.Generator) -> Float[Array,
 
 
 def _bump(axis: Array, centre: float, width: float, power: int) -> Array:
+    """Return a bell curve with the value 1 at its centre; a larger power makes its top flat."""
     return np.exp(-(np.abs((axis - centre) / width) ** power))
 
 

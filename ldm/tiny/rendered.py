@@ -1,8 +1,7 @@
-"""Pictures of the tiny world that were drawn before: training reads them faster than it could draw
-them.
+"""Pictures of the tiny world that were drawn before the training, which reads them.
 
-`scripts/tiny/render_world.py` writes them in shards, which may still be coming while a training
-reads.
+To read them is faster than to draw them. `scripts/tiny/render_world.py` writes them in shards, and
+may still be writing while a training reads.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def write_shard(world: World, folder: Path, number: int) -> None:
-    """Draw the examples of one shard; example i of the folder is `world[i]`."""
+    """Draw the examples of one shard and write it. Example i of the folder is `world[i]`."""
     examples = [world.example(0, generator("world", number * SHARD + i)) for i in range(SHARD)]
     pictures = torch.stack([torch.as_tensor(example["image"]) for example in examples])
     pixels = ((pictures + 1) * 127.5).round().to(torch.uint8)
@@ -55,12 +54,10 @@ class RenderedWorld(Dataset):
 
     Args:
         folder: where the shards are.
-        length: how many pictures an epoch has; None for as many as there are at the start.
+        length: how many pictures an epoch has; None for as many as there are at the start. If the
+            shards hold fewer, the pictures repeat. Shards that come later are read, too.
         labels: whether an example says what is pictured.
         size: side of a picture, pixels; by default that of the pictures in the files.
-
-    Where `length` is more than the shards hold, the pictures repeat; shards that come later are
-    read, too.
 
     Raises:
         UserError: there is no shard.
@@ -98,10 +95,12 @@ class RenderedWorld(Dataset):
 
     def _read_more(self) -> None:
         """Read the shards that are there and were not read yet."""
-        while (path := shard_path(self.folder, len(self._shards))).is_file():
+        path = shard_path(self.folder, len(self._shards))
+        while path.is_file():
             with safe_open(path, "pt") as file:
                 texts = json.loads(file.metadata()["examples"])
                 self._shards.append((file.get_tensor("pixels"), texts))
+            path = shard_path(self.folder, len(self._shards))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(self.length)[index]
@@ -113,8 +112,10 @@ class RenderedWorld(Dataset):
         if self.size is not None:
             picture = np.asarray(fit(Image.fromarray(picture), None, self.size))
         image = picture.astype("float32") / 127.5 - 1
-        shown = {"image": image, "caption": texts[row]["caption"]}
-        return shown | {key: texts[row][key] for key in LABELS} if self.labels else shown
+        example = {"image": image, "caption": texts[row]["caption"]}
+        if self.labels:
+            example |= {key: texts[row][key] for key in LABELS}
+        return example
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Return picture number `index`; nothing about it is random."""

@@ -1,6 +1,7 @@
 """Ray march toys made of `Part`s: the light that a camera sees, and cut-outs for the tiny world.
 
-Light is linear; an image is `(3, n)` until `develop` makes it a picture. The camera looks at the
+A ray steps from the camera by the distance to the toy until it meets the surface. Light is linear,
+one column of `(3, n)` for each ray, until `develop` makes it a picture. The camera looks at the
 origin.
 """
 
@@ -32,18 +33,21 @@ class Model:
     radius: float = 2.5  # of a sphere about the origin that holds it
 
     def layers(self, p: Array, paint: bool) -> Iterator[tuple[Part, Array, Array]]:
-        """Yield every part, its share in the surface so far, and the distance to all so far."""
+        """Yield every part, its share in the surface so far, and the distance to all so far.
+
+        Parts that only colour others are left out unless `paint`.
+        """
         p = self.turn.T @ p + vec((0, 1, 0))
         mirrored = np.concatenate([np.abs(p[:1]), p[1:]])
         total = np.full(p.shape[1], 1e3, np.float32)
         for part in self.parts:
             if part.paint and not paint:
                 continue
-            share = new = part.shape(mirrored if part.mirror else p)
+            distance = part.shape(mirrored if part.mirror else p)
             if part.paint:
-                share = new < 0
+                share = distance < 0
             else:
-                total, share = melt(total, new, part.blend)
+                total, share = melt(total, distance, part.blend)
             yield part, share, total
 
     def distance(self, p: Array) -> Array:
@@ -74,7 +78,8 @@ def linear(colour: str) -> Array:
 
 def mix(a: str | Array, b: str | Array, share: Array | float) -> Array:
     """Mix two colours or lights; `share` is that of `b`."""
-    a, b = (linear(c) if isinstance(c, str) else c for c in (a, b))
+    a = linear(a) if isinstance(a, str) else a
+    b = linear(b) if isinstance(b, str) else b
     return a + (b - a) * share
 
 
@@ -88,7 +93,7 @@ def develop(light: Array) -> Array:
 
 
 def rotation(yaw: float) -> Array:
-    """Return the turn about the y axis by `yaw` degrees; a positive one looks to the right."""
+    """Return the matrix (3, 3) of a turn about y by `yaw` degrees; positive is to the right."""
     cos, sin = np.cos(np.radians(yaw)), np.sin(np.radians(yaw))
     return np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)
 
@@ -120,8 +125,9 @@ def rays(centre: Array, half: float, camera: Array, size: int) -> Array:
 
 
 def span(origin: Array, direction: Array, radius: float) -> tuple[Array, Array]:
-    """Return where rays enter and leave a sphere about the origin; where they miss it, they leave
-    first.
+    """Return how far along rays a sphere about the origin begins and ends.
+
+    Where a ray misses the sphere, the end comes before the beginning.
     """
     middle = -(origin * direction).sum(0)
     half2 = radius**2 - (origin * origin).sum(0) + middle**2
@@ -130,12 +136,12 @@ def span(origin: Array, direction: Array, radius: float) -> tuple[Array, Array]:
 
 
 def march(model: Model, eye: Array, direction: Array, steps: int = 80) -> Array:
-    """Return how far along every ray the surface lies, infinity where there is none."""
+    """Return how far along every ray (n,) the surface lies, infinity where there is none."""
     t, end = span(eye, direction, model.radius)
     found, active = np.full_like(t, np.inf), np.flatnonzero(t < end)
     for _ in range(steps):
         d = model.distance(eye + direction[:, active] * t[active])
-        t[active] += 0.85 * d
+        t[active] += 0.85 * d  # less than the distance, which some shapes estimate too large
         found[active[d < 1e-3]] = t[active[d < 1e-3]]
         active = active[(d >= 1e-3) & (t[active] < end[active])]
         if not len(active):
@@ -144,7 +150,7 @@ def march(model: Model, eye: Array, direction: Array, steps: int = 80) -> Array:
 
 
 def sunlit(model: Model, p: Array, steps: int = 28) -> Array:
-    """Return the share of a soft sun that reaches each point."""
+    """Return the share of a soft sun that reaches each point, (n,) from 0 to 1."""
     t, end = span(p, SUN, model.radius * 1.1)
     t, lit, active = np.maximum(t, 0.03), np.ones_like(t), np.flatnonzero(t < end)
     for _ in range(steps):
@@ -158,14 +164,17 @@ def sunlit(model: Model, p: Array, steps: int = 28) -> Array:
 
 
 def openness(model: Model, p: Array, normal: Array) -> Array:
-    """Return the share of the sky a point sees, judged by the free space along its normal."""
+    """Return the share of the sky that each point sees, by the free space along its normal."""
     taps = ((0.05, 0.3), (0.12, 0.25), (0.25, 0.2), (0.45, 0.15))
     hidden = sum(w * (1 - model.distance(p + normal * h) / h) for h, w in taps)
     return np.clip(1 - hidden, 0.15, 1)
 
 
 def shade(model: Model, p: Array, direction: Array) -> Array:
-    """Return the light (3, n) that points on the surface send back along rays."""
+    """Return the light (3, n) that points on the surface send back along rays.
+
+    The sun, the sky and the ground give the light; gloss adds the sun's image and a bright rim.
+    """
     corners = np.array([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]], np.float32)[:, :, None]
     normal = unit(sum(c * model.distance(p + 2e-3 * c) for c in corners))
     sun = np.clip((normal * SUN).sum(0), 0, 1) * sunlit(model, p + 0.01 * normal)
@@ -192,7 +201,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Toy:
-    """Parts that stand on y = 0 and look towards +z."""
+    """A toy: parts that stand on y = 0 and look towards +z."""
 
     parts: list[Part]
     gloss: float = 0.2
@@ -200,7 +209,7 @@ class Toy:
     _solid: list[Array] = field(default_factory=list)
 
     def solid(self, cells: int = 44) -> Array:
-        """Return points (3, n) in and on the toy, from a coarse lattice that is evaluated once."""
+        """Return points (3, n) in and on the toy, from a coarse lattice. It is computed once."""
         if not self._solid:
             lattice = np.indices((cells,) * 3, np.float32).reshape(3, -1) / (cells - 1) * 4 - 2
             still = Model(self.parts, rotation(0), self.gloss)
@@ -214,8 +223,8 @@ def cut_out(
     """Render a toy on nothing, trimmed to what it shows.
 
     Returns:
-        The RGBA image, and where its head is: "crown", "eyes" and "neck" as [x, y, half width],
-        fractions of the image's width and height. It is empty for a toy without a head.
+        The RGBA image, and where its head is: "crown", "eyes" and "neck" as [x, y, half width], in
+        fractions of the image's width and height. A toy without a head has none of these.
     """
     turn, camera = rotation(yaw), tilted(pitch)
     eye = -CAMERA_DISTANCE * camera[2][:, None]
@@ -254,13 +263,14 @@ def _anchors(
 ) -> dict[str, list[float]]:
     """Project the head's places to the trimmed image."""
     left, top, right, bottom = box
+    trimmed_width, trimmed_height = right - left, bottom - top
 
     def project(point: Vec, radius: float) -> list[float]:
         across, up, depth = (camera @ (turn @ (vec(point) - vec((0, 1, 0))) - eye))[:, 0]
         x = (across / depth - centre[0]) / (2 * half) + 0.5
         y = 0.5 - (up / depth - centre[1]) / (2 * half)
-        wide = radius / depth / (2 * half) * size / (right - left)
-        return [(x * size - left) / (right - left), (y * size - top) / (bottom - top), float(wide)]
+        wide = radius / depth / (2 * half) * size / trimmed_width
+        return [(x * size - left) / trimmed_width, (y * size - top) / trimmed_height, float(wide)]
 
     crown = (head.centre[0], head.top, head.centre[2])
     places = {

@@ -81,7 +81,7 @@ COLUMNS = (
 
 
 def report_of(command: str, base: Results, runs: Runs) -> str:
-    """Return the page, in Markdown; `command` made it."""
+    """Return the page, in Markdown, with the `command` that made it."""
     lines = [HEAD, f"    {command}\n", *base_table(base), *attribute_table(base)]
     return "\n".join([*lines, *run_tables(runs), *application_table(runs)]) + "\n"
 
@@ -98,18 +98,11 @@ def base_table(base: Mapping[str, Any]) -> list[str]:
             f"| diversity, {encoder} | {made:.3f} ({made / real:.0%} of renderings) "
             f"| {real:.3f} | |"
         )
-    by_class = ", ".join(
-        f"{name} {share:.0%}"
-        for name, share in sorted(base["by_class"].items(), key=lambda x: x[1])
-    )
-    varied = ", ".join(
-        f"{name} {share:.0%}"
-        for name, share in sorted(base["diversity by class"].items(), key=lambda x: x[1])
-    )
+    varied = listed(base["diversity by class"])
     return [
         *lines,
         "",
-        f"By class: {by_class}.",
+        f"By class: {listed(base['by_class'])}.",
         "",
         f"Diversity of {OF_EACH_CLASS} pictures of each class, EfficientNet-Lite0, as a share of "
         f"that of renderings: {varied}.",
@@ -122,12 +115,17 @@ def base_table(base: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def listed(shares: Mapping[str, float]) -> str:
+    """Return shares by name as a line of text, the smallest first."""
+    in_order = sorted(shares.items(), key=lambda item: item[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in in_order)
+
+
 def attribute_table(base: Mapping[str, Any]) -> list[str]:
     """Return how often the base model shows a style, a material, a view and an accessory."""
     lines = [ATTRIBUTES.format(count=PER_WORD)]
     for kind in KINDS:
-        words = sorted(base[f"by {kind}"].items(), key=lambda x: x[1])
-        by_word = ", ".join(f"{word} {share:.0%}" for word, share in words)
+        by_word = listed(base[f"by {kind}"])
         lines.append(
             f"| {kind} | {base[kind]:.0%} | {base[f'{kind}, unseen designs']:.0%} | {by_word} |"
         )
@@ -135,7 +133,10 @@ def attribute_table(base: Mapping[str, Any]) -> list[str]:
 
 
 def application_table(runs: Runs) -> list[str]:
-    """Return how the subjects come out in styles, materials, views and with accessories."""
+    """Return how often subjects are recognised in styles, materials and views and what they wear.
+
+    The lines are empty where no run measured it.
+    """
     found = {key: value["applications"] for key, value in runs.items() if key[0] == WITH}
     if not found:
         return []
@@ -148,7 +149,7 @@ def application_table(runs: Runs) -> list[str]:
 
 
 def application_cell(results: Sequence[Results], kind: str) -> str:
-    """Return what was recognised, what it was for the class, and how much of the gap is closed."""
+    """Return the share recognised, that of the class, and how much of the gap is closed."""
     recognised = mean(result[kind] for result in results)
     base = mean(result[f"{kind}, base"] for result in results)
     closed = mean(result[f"{kind}, EfficientNet-Lite0 gap closed"] for result in results)
@@ -183,10 +184,9 @@ def run_tables(runs: Runs) -> list[str]:
 
 
 def row(name: str, results: Sequence[Results]) -> str:
-    """Return the means of some runs."""
-    m = {
-        key: mean(result[key] for result in results) for key in results[0] if key != "applications"
-    }
+    """Return one row of a table: the means of some runs."""
+    numbers = [key for key in results[0] if key != "applications"]
+    m = {key: mean(result[key] for result in results) for key in numbers}
     clip, effnet = "CLIP-I", "EfficientNet-Lite0"
     cells = [
         name,

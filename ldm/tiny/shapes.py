@@ -1,7 +1,7 @@
 """Shapes that a toy is made of, as signed distances: negative inside, positive outside.
 
 A shape is a function from points `(3, n)` to distances `(n,)`. The y axis points up and a toy looks
-towards +z. `melt` joins two shapes, `Part` gives a shape its colour.
+towards +z. `melt` joins two shapes; `Part` gives a shape its colour.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sphere(centre: Vec, radius: float) -> Shape:
 
 
 def ellipsoid(centre: Vec, radii: Vec) -> Shape:
-    """Return an ellipsoid; its distance is exact on the surface and an estimate away from it."""
+    """Return an ellipsoid. Its distance is exact on the surface and an estimate away from it."""
 
     def distance(p: Array) -> Array:
         q = (p - vec(centre)) / vec(radii)
@@ -90,7 +90,8 @@ def tube(
     while len(curve) > 1:
         curve = [a + (b - a) * share for a, b in pairwise(curve)]
     radii = np.linspace(radius, radius if end_radius is None else end_radius, joints).tolist()
-    pieces = [capsule(*ends, *r) for ends, r in zip(pairwise(curve[0]), pairwise(radii))]
+    joined = zip(pairwise(curve[0]), pairwise(radii))
+    pieces = [capsule(start, end, *both) for (start, end), both in joined]
     return lambda p: np.minimum.reduce([piece(p) for piece in pieces])
 
 
@@ -125,9 +126,8 @@ def lathe(profile: list[tuple[float, float]], wall: float = 0.0, rounding: float
 
     def distance(p: Array) -> Array:
         around = np.hypot(p[0], p[2])
-        side = (
-            around - np.interp(p[1], heights, radii)
-        ) * 0.75  # a slanted wall is nearer than it seems
+        # A slanted wall is nearer than it is at the same height.
+        side = (around - np.interp(p[1], heights, radii)) * 0.75
         ends = np.maximum(heights[0] - p[1], p[1] - heights[-1])
         if wall:
             floor = np.minimum(p[1] - heights[0] - wall, np.inf)
@@ -139,9 +139,13 @@ def lathe(profile: list[tuple[float, float]], wall: float = 0.0, rounding: float
 
 
 def _smoothed(radii: Array, heights: Array) -> tuple[Array, Array]:
-    """Draw a smooth line through the corners of a profile; two corners stay a straight line."""
+    """Return a smooth line through the corners of a profile, as radii and heights.
+
+    Two corners stay a straight line.
+    """
     if len(radii) < 3:
         return radii, heights
+    # Cubic Hermite curves between the corners.
     slope = np.gradient(radii, heights)
     fine = np.linspace(heights[0], heights[-1], 40)
     k = np.clip(np.searchsorted(heights, fine) - 1, 0, len(heights) - 2)
@@ -167,12 +171,12 @@ def slab(centre: Vec, radii: Vec) -> Shape:
 
 
 def stripes(axis: int, period: float, share: float, offset: float = 0.0) -> Shape:
-    """Cover `share` of every `period` along an axis."""
+    """Return stripes that cover `share` of every `period` along an axis."""
     return lambda p: np.abs((p[axis] - offset) % period - period / 2) - share * period / 2
 
 
 def dots(centre: Vec, around: int, spacing: float, radius: float) -> Shape:
-    """Cover staggered rows of dots, `around` per turn about y; spacing and radius are angles."""
+    """Return staggered rows of dots, `around` per turn about y. Spacing and radius are angles."""
 
     def distance(p: Array) -> Array:
         q = unit(p - vec(centre))
@@ -187,7 +191,7 @@ def dots(centre: Vec, around: int, spacing: float, radius: float) -> Shape:
 
 
 def star(x: float, y: float, radius: float) -> Shape:
-    """Cover a puffy five-pointed star on the front."""
+    """Return a star of five round points on the front."""
 
     def distance(p: Array) -> Array:
         dx, dy = p[0] - x, p[1] - y
@@ -198,7 +202,7 @@ def star(x: float, y: float, radius: float) -> Shape:
 
 
 def patch(shape: Shape, axis: int, sign: int = 1) -> Shape:
-    """Cover what lies in a shape and on one side of the toy."""
+    """Return the part of a shape that lies on one side of the toy."""
     return lambda p: np.maximum(shape(p), -sign * p[axis])
 
 
@@ -241,7 +245,11 @@ def weave(scale: float, depth: float) -> Texture:
 
 
 def melt(old: Array, new: Array, blend: float) -> tuple[Array, Array]:
-    """Join two distances, rounded over `blend` where they meet; also return the new one's share."""
+    """Join two distances and round them over `blend` where they meet.
+
+    Returns:
+        The joined distance, and the share of the new one in the surface there.
+    """
     if not blend:
         return np.minimum(old, new), new < old
     share = np.clip(0.5 + 0.5 * (old - new) / blend, 0, 1)

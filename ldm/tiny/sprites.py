@@ -1,5 +1,6 @@
-"""Sprites: things cut out, from emoji families, clip art and rendered toys, and which of them show
-a class.
+"""Sprites: cut-outs of things, and which of them show a class.
+
+They come from emoji families, clip art and rendered toys.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from PIL import Image, ImageFilter, ImageOps
 from ldm.errors import UserError, nearest
 
 Array = np.ndarray
-Anchors = dict[
-    str, list[float]
-]  # "crown", "eyes", "neck" -> [x, y, half width], fractions of the sprite
+# "crown", "eyes", "neck" -> [x, y, half width], in fractions of the sprite
+Anchors = dict[str, list[float]]
 SPRITES = Path("models/tiny/sprites")
-Change = Callable[[UInt8[Array, "h w 4"]], UInt8[Array, "h w 4"]]  # of a sprite's straight pixels
+# What changes a sprite's pixels, which are not premultiplied.
+Change = Callable[[UInt8[Array, "h w 4"]], UInt8[Array, "h w 4"]]
 BORDER = 2  # transparent pixels around a sprite, so that its edge is smooth
 
 
@@ -35,9 +36,9 @@ def read_sprite_table() -> dict[str, dict[str, Any]]:
 
 
 class Sprite:
-    """A thing cut out, at full, half and quarter size, with the light that a round body would have.
+    """A cut-out at full, half and quarter size, and the light that a round body would have.
 
-    `anchors` says where it can wear something; a thing that has no head has none.
+    `anchors` says where it can wear something. A thing without a head has none.
     """
 
     def __init__(self, path: Path):
@@ -49,18 +50,19 @@ class Sprite:
         self.width, self.height = drawn.size
         self.levels = _levels(drawn.convert("RGBa"))
         self.relief = _levels(_relief(drawn.getchannel("A")))
+
+        # What touches the ground is in the lowest eighth.
         rows = np.flatnonzero(alpha.max(1) > 127)
         lowest = rows[-1] if len(rows) else self.height - 1
-        foot = np.flatnonzero(alpha[max(0, lowest - self.height // 8) : lowest + 1].max(0) > 127)
+        lowest_eighth = alpha[max(0, lowest - self.height // 8) : lowest + 1]
+        foot = np.flatnonzero(lowest_eighth.max(0) > 127)
         left, right = (foot[0], foot[-1] + 1) if len(foot) else (0, self.width)
-        # Where it touches the ground, as fractions of its width.
+        # As fractions of its width.
         self.foot_centre = float(left + right) / 2 / self.width
         self.foot_half = float(right - left) / 2 / self.width
 
     def level(self, number: int, finish: Change | None = None) -> Image.Image:
-        """Return the sprite, premultiplied, at one of its sizes; `finish` may change its straight
-        pixels.
-        """
+        """Return the sprite, premultiplied, at one of its sizes. `finish` may change its pixels."""
         if finish is None:
             return self.levels[number]
         straight = np.asarray(self.levels[number].convert("RGBA"))
@@ -68,32 +70,36 @@ class Sprite:
 
 
 def anchors_of(path: Path, image: Image.Image) -> Anchors:
-    """Return where a sprite wears things: a toy's file says it, the table says it for drawings."""
+    """Return where a sprite wears things. A toy's file says it; for drawings the table does."""
     written = getattr(image, "text", {}).get("anchors")
     if written is not None:
         return json.loads(written)
     of_class = read_sprite_table().get(path.parent.name, {}).get("anchors", {})
-    return next((anchors for pattern, anchors in of_class.items() if path.match(pattern)), {})
+    for pattern, anchors in of_class.items():
+        if path.match(pattern):
+            return anchors
+    return {}
 
 
 def _levels(image: Image.Image) -> list[Image.Image]:
+    """Return an image at full, half and quarter size; a small one has fewer."""
     return [image] + [image.reduce(factor) for factor in (2, 4) if min(image.size) >= 4 * factor]
 
 
 def _relief(alpha: Image.Image) -> Image.Image:
-    """Return light from the upper left on a body that is thicker far from its outline; 128 changes
-    nothing.
+    """Return the light from the upper left, as on a body that is thicker far from its outline.
+
+    A value of 128 changes nothing; more is brighter.
     """
     for radius in (3, 6, 11):
         alpha = alpha.filter(ImageFilter.BoxBlur(radius))
     dy, dx = np.gradient(np.asarray(alpha, np.float32) / 255)
-    return Image.fromarray(
-        (128 + 128 * np.clip(5.0 * (0.45 * dx + 0.9 * dy), -0.28, 0.16)).astype(np.uint8)
-    )
+    light = np.clip(5.0 * (0.45 * dx + 0.9 * dy), -0.28, 0.16)
+    return Image.fromarray((128 + 128 * light).astype(np.uint8))
 
 
 def design(sprite: Path) -> str:
-    """Return what the renderings of one design share.
+    """Return the name of a sprite's design, which its renderings share.
 
     `fluent_3d-dog.png` and `fluent-dog.png` are `fluent-dog`; `toy-dog03@back.png` is `toy-dog03`.
     """
@@ -102,15 +108,16 @@ def design(sprite: Path) -> str:
 
 
 def held_out_of(sprites: Sequence[Path], fraction: float) -> set[Path]:
-    """Return the sprites of the designs that are kept from training: at least one design, and never
-    all.
+    """Return the sprites of the designs that are kept from training.
 
-    A hash of its name decides on a design alone, so that a new design moves no other one.
+    These are at least one design, and never all. Each design is chosen by a hash of its own name,
+    so that a new design changes nothing for the others.
     """
     places = {design(path): _place_in_order(design(path)) for path in sprites}
     in_order = sorted(places, key=lambda name: places[name])
-    count = sum(place < fraction for place in places.values())
-    chosen = in_order[: min(max(count, 1), len(in_order) - 1)]
+    below = sum(place < fraction for place in places.values())
+    count = min(max(below, 1), len(in_order) - 1)
+    chosen = in_order[:count]
     return {path for path in sprites if design(path) in chosen}
 
 

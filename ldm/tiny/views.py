@@ -16,7 +16,8 @@ CAMERAS = {
     "back": (180.0, 9.0),
     "above": (28.0, 66.0),
 }
-# What looks the same from most sides, or like nothing from some, is rendered from these alone.
+# Some things look the same from most sides, or cannot be recognised from some. They are rendered
+# from these cameras alone.
 CAMERAS_OF = {
     "bowl": ("front", "above"),
     "cactus": ("front", "quarter", "above"),
@@ -39,7 +40,7 @@ WITH_A_SIDE = (WITH_A_BACK | {"boot", "sneaker"}) - {"backpack", "clock", "owl",
 
 
 def camera(sprite: Path) -> str | None:
-    """Return which camera rendered a sprite; None for a drawing."""
+    """Return the name of the camera that rendered a sprite; None for a drawing."""
     return sprite.stem.partition("@")[2] or None
 
 
@@ -48,7 +49,9 @@ def fitting(
 ) -> list[Path]:
     """Return the sprites of a class that can show a view.
 
-    `sides` are the patterns of the drawings in profile; all of them look to the left.
+    Args:
+        view: one of `VIEWS`; "" for none in particular.
+        sides: patterns of the names of drawings in profile. All of these look to the left.
     """
     if view == "from behind":
         return [s for s in sprites if class_word in WITH_A_BACK and camera(s) in BEHIND]

@@ -1,9 +1,9 @@
 """The tiny world: everyday things on drawn scenes, with captions that say what is there.
 
-A picture is a function of its generator alone. `scripts/tiny/fetch_sprites.py` and
-`scripts/tiny/render_toys.py` make the sprites; `ldm.tiny.scenes` draws what is behind them. A thing
-may have a colour, a material or a pattern, wear an accessory and be seen from a side, and the whole
-picture may be drawn in a style.
+A picture is a function of its random generator alone. `scripts/tiny/fetch_sprites.py` and
+`scripts/tiny/render_toys.py` make the sprites of the things; `ldm.tiny.scenes` draws what is behind
+them. A thing may have a colour, a material or a pattern. It may wear an accessory and be seen from
+a side. The whole picture may be drawn in a style.
 """
 
 from __future__ import annotations
@@ -55,14 +55,17 @@ __all__ = [
 
 Array = np.ndarray
 
-# How often a picture has each of these, and how often its caption says so.
+# How often a picture has a colour, and how often its caption says the colour and the scene.
 COLOURED, COLOUR_SAID, SCENE_SAID, PLAIN_SCENE = 0.3, 0.85, 0.8, 0.2
+# How often a picture has each of these. Its caption always says so.
 MADE_OF, PATTERNED, DRESSED, VIEWED, STYLED = 0.14, 0.10, 0.20, 0.30, 0.22
+# What the ground of some scenes does with the thing on it.
 GROUND = {
     "floating on top of water": "water",
     "floating in an ocean of milk": "water",
     "on top of a mirror": "mirror",
 }
+# The colour of the light in some scenes: factors of red, green and blue.
 LIGHT = {
     "at night": (0.62, 0.68, 0.92),
     "in the jungle": (0.90, 1.0, 0.88),
@@ -72,7 +75,7 @@ LIGHT = {
 
 @dataclass(frozen=True)
 class Description:
-    """What a picture shows, and its caption, which need not tell it all.
+    """What a picture shows, and its caption, which may leave the scene or the colour out.
 
     `colour`, `material`, `accessory`, `view` and `style` are None where the picture has nothing of
     the kind.
@@ -90,16 +93,22 @@ class Description:
 
 
 class World(Dataset):
-    """Pictures with captions, `{"image": (size, size, 3) float32 in [-1, 1], "caption": str}`,
-    `length` an epoch.
+    """Pictures with captions: `{"image": (size, size, 3) float32 in [-1, 1], "caption": str}`.
 
-    `classes` is "all", "narrow" (the easy ones) or a list of nouns. A fraction `held_out` of each
-    class's designs is left out of the split "train" and makes up the split "test". A class comes up
-    in proportion to its number of sprites to the power `balance` (0 makes all equal, more gives the
-    varied ones more room) times its factor in `weights` (1 where it has none): those that are hard
-    to learn can have more. `plain` leaves out materials, accessories, views and styles. With
-    `labels` an example also holds what is pictured, whatever the caption says: "class_word",
-    "scene", "colour", "material", "accessory", "view" and "style", "" for none.
+    Args:
+        sprites: folder of the sprites, one folder of PNGs for each class.
+        size: side of a picture, pixels.
+        classes: "all", "narrow" (the easy ones) or a list of nouns.
+        length: how many pictures an epoch has.
+        split: "train", or "test" for the designs that are held out of it.
+        held_out: share of each class's designs that the split "test" has.
+        labels: an example also says what is pictured, whatever its caption says, under
+            "class_word", "scene", "colour", "material", "accessory", "view" and "style"; "" means
+            none.
+        balance: a class comes up in proportion to its number of sprites to this power. 0 makes all
+            classes equal; more makes the varied ones more frequent.
+        weights: class -> a factor on that, for classes that are hard to learn; 1 where not given.
+        plain: leave out materials, accessories, views and styles.
 
     Raises:
         UserError: no sprites, an unknown class, or a parameter out of its range.
@@ -129,6 +138,7 @@ class World(Dataset):
             )
         self.root, self.size, self.length = Path(sprites), size, length
         self.labels, self.plain = labels, plain
+        # The sprites of this split, by class. A class needs one that shows no view in particular.
         found = find_sprites(sprites)
         self.sprites: dict[str, list[Path]] = {}
         for class_word in choose_classes(classes, found):
@@ -143,20 +153,28 @@ class World(Dataset):
                 "its classes have a single design each"
             )
         self._shares = self._frequencies(balance, weights or {})
+
+        # What the table says of each class: whether its mirror image is as good, and which drawings
+        # are in profile.
         table = read_sprite_table()
         self._mirrored = {c for c in self.classes if table.get(c, {}).get("mirror", True)}
-        self._choices = {
-            c: self._sprites_by_view(c, table.get(c, {}).get("sides", ())) for c in self.classes
-        }
+        self._choices: dict[str, dict[str, list[Path]]] = {}
+        for class_word in self.classes:
+            sides = table.get(class_word, {}).get("sides", ())
+            self._choices[class_word] = self._sprites_by_view(class_word, sides)
         self._sprites: dict[Path, Sprite] = {}
 
     def _sprites_by_view(self, class_word: str, sides: Sequence[str]) -> dict[str, list[Path]]:
-        """Return the views that a class has, and the sprites that can show each; "" is no view."""
-        by_view = {
-            view: fitting(view, self.sprites[class_word], class_word, sides)
-            for view in ("", *VIEWS)
-        }
-        return {view: sprites for view, sprites in by_view.items() if sprites}
+        """Return the views that a class has, and the sprites that can show each.
+
+        "" stands for no view in particular.
+        """
+        by_view: dict[str, list[Path]] = {}
+        for view in ("", *VIEWS):
+            sprites = fitting(view, self.sprites[class_word], class_word, sides)
+            if sprites:
+                by_view[view] = sprites
+        return by_view
 
     def _frequencies(self, balance: float, weights: Mapping[str, float]) -> Array | None:
         """Return how often each class comes up; None when all are equal."""
@@ -190,8 +208,9 @@ class World(Dataset):
         return self.example(index, generator_of("world", index))
 
     def example(self, index: int, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Return a picture that `generator` alone decides on (None: torch's global one); `index` is
-        not read.
+        """Return a picture that depends on `generator` alone, by default torch's global one.
+
+        `index` is not read.
         """
         rng = _numpy_rng(generator)
         seen = self._describe(rng)
@@ -209,21 +228,27 @@ class World(Dataset):
 
     def _describe(self, rng: np.random.Generator) -> Description:
         """Choose what a picture shows, and how its caption says it."""
+        # The thing, the scene and the colour.
         class_word = _pick(rng, self.classes, self._shares)
         view = self._choose_view(rng, class_word)
         sprite = _pick(rng, self._choices[class_word][view])
         scene = _pick(rng, PLAIN if rng.random() < PLAIN_SCENE else _placed_scenes())
         colour = _pick(rng, list(COLOURS)) if rng.random() < COLOURED else None
+
+        # What it is made of, what it wears, and how it is drawn. A material has its own colour. A
+        # thing that is close or far away wears nothing, and is drawn in no style.
         material = accessory = style = None
         if not self.plain:
             material = self._choose_material(rng)
             colour = None if material in MATERIALS else colour
             can_wear = wearable(self._sprite(sprite).anchors, camera(sprite))
-            if can_wear and view not in ("close-up", "far away") and rng.random() < DRESSED:
+            at_usual_distance = view not in ("close-up", "far away")
+            if can_wear and at_usual_distance and rng.random() < DRESSED:
                 accessory = _pick(rng, can_wear)
-            if view not in ("close-up", "far away") and rng.random() < STYLED:
+            if at_usual_distance and rng.random() < STYLED:
                 style = _pick(rng, list(STYLES))
 
+        # The caption, which may leave the scene or the colour out.
         said_scene, said_colour = rng.random(2) < (SCENE_SAID, COLOUR_SAID)
         words = Words(
             class_word,
@@ -242,7 +267,9 @@ class World(Dataset):
     def _choose_view(self, rng: np.random.Generator, class_word: str) -> str:
         """Choose one of the views that a class has, or "" for none in particular."""
         views = [view for view in self._choices[class_word] if view]
-        return _pick(rng, views) if not self.plain and rng.random() < VIEWED else ""
+        if self.plain or rng.random() >= VIEWED:
+            return ""
+        return _pick(rng, views)
 
     @staticmethod
     def _choose_material(rng: np.random.Generator) -> str | None:
@@ -250,12 +277,14 @@ class World(Dataset):
         chance = rng.random()
         if chance < MADE_OF:
             return _pick(rng, list(MATERIALS))
-        return _pick(rng, list(PATTERNS)) if chance < MADE_OF + PATTERNED else None
+        if chance < MADE_OF + PATTERNED:
+            return _pick(rng, list(PATTERNS))
+        return None
 
     # ---- how it is drawn -------------------------------------------------------------------------
 
     def _sprite(self, path: Path) -> Sprite:
-        """Read a sprite once."""
+        """Return a sprite, which is read once."""
         if path not in self._sprites:
             self._sprites[path] = Sprite(path)
         return self._sprites[path]
@@ -267,33 +296,29 @@ class World(Dataset):
 
         # Where the thing stands, and which way it looks.
         place = self._place(seen, sprite, rng)
-        layer = place.render(
-            sprite, self.size, self._finish(seen, rng), roundness=rng.uniform(0, 1)
-        )
+        finish = self._finish(seen, rng)
+        layer = place.render(sprite, self.size, finish, roundness=rng.uniform(0, 1))
         if seen.accessory:
             layer = place.dress(sprite, layer, worn(rng, seen.accessory))
 
         # The light of the scene falls on it, and it throws a shadow.
-        layer[..., :3] *= np.array(LIGHT.get(seen.scene, (1, 1, 1)), np.float32) * np.float32(
-            rng.uniform(0.93, 1.06)
-        )
-        picture = np.clip(
-            compose(background, layer, place, GROUND.get(seen.scene, ""), rng), 0, 255
-        )
+        light = np.array(LIGHT.get(seen.scene, (1, 1, 1)), np.float32)
+        layer[..., :3] *= light * np.float32(rng.uniform(0.93, 1.06))
+        ground = GROUND.get(seen.scene, "")
+        picture = np.clip(compose(background, layer, place, ground, rng), 0, 255)
 
         # A style changes the whole picture.
         if seen.style:
             outline = layer[..., 3] / 255
-            picture = (
-                np.clip(STYLES[seen.style](picture.astype(np.float32) / 255, outline, rng), 0, 1)
-                * 255
-            )
+            styled = STYLES[seen.style](picture.astype(np.float32) / 255, outline, rng)
+            picture = np.clip(styled, 0, 1) * 255
         return to_array(picture.round())
 
     def _place(self, seen: Description, sprite: Sprite, rng: np.random.Generator) -> Place:
         """Choose where the thing stands."""
-        crowded = seen.scene.startswith("with ")  # what is in the background has to be seen, too
-        longest, bottom = rng.uniform(0.65, 0.82 if crowded else 0.92), (0.84, 0.96)
+        # What is in the background has to be seen, too: then the thing is smaller.
+        has_background = seen.scene.startswith("with ")
+        longest, bottom = rng.uniform(0.65, 0.82 if has_background else 0.92), (0.84, 0.96)
         if seen.accessory:
             longest = min(longest, rng.uniform(0.58, 0.68))  # a hat needs room
         if GROUND.get(seen.scene) == "mirror":
@@ -305,15 +330,14 @@ class World(Dataset):
         return Place.random(rng, sprite, longest, self._mirror(seen, rng), bottom)
 
     def _mirror(self, seen: Description, rng: np.random.Generator) -> bool:
-        """Decide whether to mirror the sprite; one that faces a side has to face the right one."""
+        """Choose whether to mirror the sprite. A view decides it where it names a side."""
         toss = bool(rng.random() < 0.5)
         if seen.view not in (LEFT, RIGHT):
             return toss and seen.class_word in self._mirrored
         sides = read_sprite_table().get(seen.class_word, {}).get("sides", ())
         assert in_profile(seen.sprite, sides)
-        looks_right = (
-            seen.sprite.stem.partition("@")[2] != ""
-        )  # toys are turned to the right, drawings to the left
+        # Toys are turned to the right, drawings to the left.
+        looks_right = camera(seen.sprite) is not None
         return looks_right == (seen.view == LEFT)
 
     @staticmethod
@@ -333,14 +357,17 @@ class World(Dataset):
 
 @functools.cache
 def _placed_scenes() -> list[str]:
+    """Return the scenes that are places, not plain backgrounds."""
     return [scene for scene in SCENES if scene not in PLAIN]
 
 
 def _numpy_rng(generator: torch.Generator | None) -> np.random.Generator:
+    """Make NumPy's generator from a number that torch's draws."""
     return np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
 
 
 def _pick(rng: np.random.Generator, options: Sequence[object], shares: Array | None = None) -> Any:
-    return options[
-        int(rng.integers(len(options)) if shares is None else rng.choice(len(options), p=shares))
-    ]
+    """Choose one of the options: all equally likely, or in proportion to `shares`."""
+    if shares is None:
+        return options[int(rng.integers(len(options)))]
+    return options[int(rng.choice(len(options), p=shares))]

@@ -85,36 +85,37 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         test: run the config's test set afterwards, if it has one.
 
     Raises:
-        UserError: for what the user gave; for all that can be known then, before anything is
-            written.
+        UserError: what the user gave cannot be used. Whatever can be known before anything is
+            written is refused then.
     """
     start = start or Start()
     quiet_lightning()
-    # A run that goes on is first compared with its own past: that reads no tensor.
+    # Compare a run that goes on with its own past. That reads no tensor, so it comes first.
     resumed = check_resume(config, run) if run.resume_from else None
 
     # Every random choice is a function of the seed and the position in the run.
     pl.seed_everything(config.seed, workers=True, verbose=False)
 
-    # The images first: one that does not decode shows before the minutes that a model takes.
+    # Check the images. To build the model takes minutes, so a broken image has to show before.
     seed = {} if config.get("data.params.seed") is not None else {"seed": config.seed}
     data = instantiate_from_config(config.data, "data", **seed)
     if not config.get("data.params.train"):
         raise UserError("data.params.train: needed to train")
     check_images(data)
 
-    # The trainer and the model, whose weights come from one read of their file.
+    # Build the trainer and the model. The file of the weights is read once.
     config = _with_base_model(config, start)
     trainer = build_trainer(config, run)
     check_optimizer(config, trainer)
     model, report = build_model(config, start, resumes=run.resume_from is not None)
 
-    # What is faster, changes no number and fits here is switched on, unless the config says it.
+    # Switch on what makes this run faster, changes no number and works here. What the config says
+    # stays as it is.
     config, engine = decide(config, trainer, model, data, run.resume_from is not None)
     tell_config(trainer, config)
     set_learning_rates(model, config, trainer, data.batch_size)
 
-    # Whatever can be refused is refused before the hours that class images may take.
+    # Refuse whatever can be refused now: class images may take hours.
     check_monitors(trainer, model, data, config)
     check_preservation(model, data)
     check_new_words(model, data)
@@ -129,8 +130,8 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
 
         # Class images and cached latents, made by the model as it is now.
         prepare(model, data, trainer, run.resume_from)
-        # Nobody goes on before the first process does. From here on torch's group waits for it,
-        # and would do so for half an hour after it has ended.
+        # Wait until the first process is here. Later waits are torch's: they would go on for half
+        # an hour after the first process has ended.
         first_alone(lambda: None)
 
         # The steps. What ends them early says which step is saved and how to go on.
@@ -140,7 +141,8 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
             _check_goes_on(model, run.resume_from)
         _fit(trainer, model, data, run, first)
 
-        # What is made of the trained weights beside the checkpoints, and what to do with them.
+        # Write what is made of the trained weights beside the checkpoints, and say what to do with
+        # them.
         try:
             _finish(trainer, model, data, config, run)
             if test and "test" in data.datasets:
@@ -163,10 +165,11 @@ def check_training(
         if isinstance(callback, ChecksRun):
             callback.check(model, data)
     if isinstance(model, LatentDiffusion):
-        if getattr(data, "latent_cache", None) and (why := why_no_latents(model)):
+        why = why_no_latents(model) if getattr(data, "latent_cache", None) else ""
+        if why:
             raise ParameterError("data.params.latent_cache", f"{why}; leave it out")
-        # Make the optimizer and its schedule once, of a small layer: wrong options show now, and
-        # nothing is kept of it.
+        # Make the optimizer and its schedule once, for a small layer that is thrown away, so that
+        # wrong options show now.
         stand_in = torch.nn.Linear(1, 1)
         with under("model.params"):
             optimizer = make_optimizer(model.optimizer, [stand_in], model.learning_rate)
@@ -176,10 +179,8 @@ def check_training(
 
 
 def _check_goes_on(model: pl.LightningModule, path: Path) -> None:
-    """Raise a `UserError` if a checkpoint to go on from holds another model's tensors, or what is
-    no number.
-    """
-    model.configure_model()  # its adapters, which a LoRA run's checkpoint has
+    """Raise a `UserError` if a checkpoint to go on from does not fit, or holds infinite values."""
+    model.configure_model()  # a LoRA run's checkpoint has adapters, so the model needs them, too
     state = state_dict_of(read_checkpoint(path), path)
     report = compare(model, state, "the checkpoint to go on from")
     check_usable(model, state, report.used, path)
@@ -196,8 +197,8 @@ def _fit(
 
     If memory runs out, it also says what needs less.
     """
-    # Autocast would keep a copy of each weight until the forward pass ends, though none is read
-    # twice in it.
+    # Autocast would keep a copy of each weight until the forward pass ends. Each is read once, so
+    # the copies would only take memory.
     cache = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -208,9 +209,11 @@ def _fit(
         if isinstance(error, signals.Interrupted):
             error.advice = left
             raise
-        # A start that was refused has nothing to go on from; and of several processes one says it.
+        # A start that was refused has nothing to go on from. Of several processes, the first says
+        # what is saved.
         says = run.trained and trainer.is_global_zero
-        if text := _as_user_error(error, trainer, model):
+        text = _as_user_error(error, trainer, model)
+        if text:
             raise UserError(f"{text}; {left}" if says else text) from error
         if says:
             log.error("%s", left)
@@ -221,8 +224,7 @@ def _fit(
 
 def _as_user_error(error: BaseException, trainer: pl.Trainer, model: pl.LightningModule) -> str:
     """Return the one line that says what a user can do about an error, or nothing."""
-    # The model's hooks name a parameter without its path in the config, so the path is added where
-    # it is not there.
+    # The model's hooks name a parameter without its path in the config. Add the path there.
     if isinstance(error, ParameterError):
         located = error.parameter.partition(".")[0] in SECTIONS[""]
         return str(error if located else error.under("model.params"))
@@ -320,14 +322,16 @@ def _export(
 
 
 def _keeper(trainer: pl.Trainer) -> CheckpointKeeper | None:
+    """Return the callback that writes checkpoints, if there is one."""
     return _only(trainer, CheckpointKeeper)
 
 
 def _only(trainer: pl.Trainer, kind: type[Kept]) -> Kept | None:
     """Return the callback of a kind, or None where the config switched it off."""
-    return next(
-        (callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None
-    )
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, kind):
+            return callback
+    return None
 
 
 class _Announcement(pl.Callback):
@@ -346,8 +350,8 @@ class _Announcement(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            # Of sharded weights, only a part is left to be counted; and adapters are new since
-            # `setup`.
+            # Count again: adapters are new since `setup`. Sharded weights are not all here any
+            # more, so the first count stays.
             parameters = self.parameters if is_sharded(trainer) else summary.parameters(pl_module)
             data = trainer.datamodule  # type: ignore[attr-defined]
             class_word = "" if self.resumed else class_word_line(self.config, data)
@@ -371,7 +375,9 @@ def set_learning_rates(model: Any, config: RunConfig, trainer: pl.Trainer, batch
     # As LDM does: a step over n times as many images gets n times the rate.
     factors = (trainer.accumulate_grad_batches, trainer.world_size, batch_size)
     model.learning_rate = math.prod(factors, start=base)
-    if text_training := getattr(model, "text_training", None):
+    # The text encoder may have a rate of its own.
+    text_training = getattr(model, "text_training", None)
+    if text_training:
         model.text_training = text_training.scaled(*factors)
     log.info(
         "learning rate %.3g = %.3g x %d accumulated x %d devices x %d images",

@@ -1,12 +1,14 @@
-"""Measure the miniature: the base model, and DreamBooth for every subject and seed. Writes
-`docs/results.md`.
+"""Measure the miniature and write `docs/results.md`.
 
-    pip install -e '.[world]' && python scripts/tiny/fetch_sprites.py      # the classifiers learn
-    from renderings python scripts/tiny/evaluate.py --seeds 23 24 25
+The base model is measured first, then DreamBooth for every subject and seed.
+
+    pip install -e '.[world]'
+    python scripts/tiny/fetch_sprites.py       # the classifiers learn from renderings
+    python scripts/tiny/evaluate.py --seeds 23 24 25
 
 What was measured before, with the same weights and config, is in `--outdir` and is not measured
-again. So several can share the work, each with some of the `--subjects`; the last one writes the
-whole report.
+again. So several processes can share the work, each with some of the `--subjects`. The last one
+writes the whole report.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ from ldm.tiny.miniature import (
     CONFIG,
     ROOT,
     WEIGHTS,
-    Painter,
+    PromptSampler,
     class_word_of,
     dreambooth,
     photos_of,
@@ -103,10 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def worlds(sprites: Path, plain: bool = True) -> tuple[World, World]:
-    """Return the world that the miniature was trained on, and the designs that its CLIP was not.
+    """Return the world that the miniature was trained on, and the designs that its CLIP never saw.
 
-    Where they are plain, as "a photo of a dog" is, they have no style, no material, nothing worn
-    and no view that is said.
+    Plain worlds have no style, no material, no accessory and no view, as "a photo of a dog" asks.
     """
     common = {"classes": known_classes(), "labels": True, "held_out": 0.1, "plain": plain}
     return World(sprites, split="train", **common), World(sprites, split="test", **common)
@@ -122,7 +123,7 @@ def make_judges(clip_images: Path, train: World, path: Path, reconstruct: Recons
 
 
 def fitted(recognizer: Recognizer, path: Path, fit: Callable[[], None]) -> Recognizer:
-    """Fit a recognizer to renderings, or take what `path` has from before."""
+    """Fit a recognizer and keep it in `path`, or read it from there if it was fitted before."""
     if path.is_file():
         state = read_checkpoint(path)
         recognizer.add_heads(next(iter(state.values())).shape[-1])
@@ -134,14 +135,14 @@ def fitted(recognizer: Recognizer, path: Path, fit: Callable[[], None]) -> Recog
 
 
 @functools.cache
-def base_painter(weights: Path, seed: int) -> Callable[[Sequence[str]], list[Any]]:
-    """Draw with the base model, the pictures of a class once for all of its subjects."""
-    draw = functools.cache(Painter(weights, seed))
+def base_sampler(weights: Path, seed: int) -> Callable[[Sequence[str]], list[Any]]:
+    """Make what draws with the base model: the same prompts are drawn once for all subjects."""
+    draw = functools.cache(PromptSampler(weights, seed))
     return lambda prompts: draw(tuple(prompts))
 
 
 def remembered(path: Path, measure: Callable[[], Results]) -> Results:
-    """Return what is in the file, or what `measure` gives, which goes into it."""
+    """Return the results in a file. If it is not there, measure them and write it."""
     if not path.is_file():
         text = json.dumps(measure(), indent=1)
         write_atomically(path, lambda temporary: temporary.write_text(text))
@@ -178,10 +179,13 @@ def evaluate(args: argparse.Namespace) -> None:
     runs: dict[tuple[str, str, int], Results] = {}
     for seed in args.seeds:
         for subject in subjects:
-            for kind in [WITH] + [WITHOUT] * (subject in args.without_prior):
+            kinds = [WITH, WITHOUT] if subject in args.without_prior else [WITH]
+            for kind in kinds:
                 name = f"{subject}-{seed}" + ("-without" if kind == WITHOUT else "")
                 run = functools.partial(measure_run, args, subject, seed, kind, outdir, judges)
                 runs[kind, subject, seed] = measured(name, run)
+
+    # The report, of all that was measured.
     only = ["--subjects", *args.subjects] if args.subjects else []
     seeds = ["--seeds", *map(str, args.seeds)]
     command = shlex.join(["python", "scripts/tiny/evaluate.py", *only, *seeds])
@@ -192,12 +196,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class AllJudges:
-    """The judges of classes and scenes, that of attributes, and the worlds they learnt from."""
+    """The judges of classes and scenes, that of attributes, and what they learned from."""
 
     judges: Judges
     attributes: Recognizer
-    plain: tuple[World, World]
-    whole: tuple[World, World]
+    plain: tuple[World, World]  # to learn from and to be tried on, both without attributes
+    whole: tuple[World, World]  # the same with attributes
     reconstruct: Reconstruct
 
 
@@ -211,19 +215,16 @@ def make_all_judges(args: argparse.Namespace, outdir: Path) -> AllJudges:
 
     judges = make_judges(args.clip_images, plain[0], outdir / "recognizer.ckpt", reconstruct)
     attributes = make_attribute_judge(judges.encoders)
-    fitted(
-        attributes,
-        outdir / "attributes.ckpt",
-        lambda: fit_attribute_judge(attributes, whole[0], reconstruct),
-    )
+    path = outdir / "attributes.ckpt"
+    fitted(attributes, path, lambda: fit_attribute_judge(attributes, whole[0], reconstruct))
     return AllJudges(judges, attributes, plain, whole, reconstruct)
 
 
 def base_parts(args: argparse.Namespace, all_judges: AllJudges) -> dict[str, Callable[[], Results]]:
-    """Return what is measured of the base model, each part by the name of its file."""
+    """Return file name -> what measures this part of the base model."""
     judges, reconstruct = all_judges.judges, all_judges.reconstruct
     (train, test), (whole_train, whole_test) = all_judges.plain, all_judges.whole
-    draw = Painter(args.weights)
+    draw = PromptSampler(args.weights)
     encoder = judges.encoders["EfficientNet-Lite0"]
     return {
         "base": lambda: measure_base(draw, judges, train, test),
@@ -247,18 +248,23 @@ def measure_run(
     all_judges: AllJudges,
 ) -> Results:
     """Run DreamBooth once and measure what came of it."""
-    photos, class_word = photos_of(subject), class_word_of(photos_of(subject))
+    photos = photos_of(subject)
+    class_word = class_word_of(photos)
     quiet = "lightning.callbacks.image_logger=null"  # its pictures change nothing
-    more = ["--seed", str(seed), quiet] + (["model.params.reg_weight=0"] if kind == WITHOUT else [])
+    more = ["--seed", str(seed), quiet]
+    if kind == WITHOUT:
+        more.append("model.params.reg_weight=0")
+
+    # Train in a folder of its own: other processes may train at the same time.
     start = time.monotonic()
-    # A folder of its own: others may train at the same time.
     logdir = outdir / f"logs-{subject}-{seed}"
     class_images = outdir / f"class_images-{seed}" / class_word
     checkpoint = dreambooth(photos, class_word, class_images, logdir, more, weights=args.weights)
     seconds = time.monotonic() - start
 
+    # Measure, then throw the weights away: a run's checkpoint is large.
     pictures = [load_image(path) for path in find_images(photos)]
-    base, tuned = base_painter(args.weights, seed), Painter(checkpoint, seed)
+    base, tuned = base_sampler(args.weights, seed), PromptSampler(checkpoint, seed)
     judges = all_judges.judges
     measured = measure_subject(base, tuned, pictures, class_word, judges)
     if kind == WITH:

@@ -1,11 +1,9 @@
-"""Fetch the sprites of the tiny world: emoji from npm's icon packages, rasterised to transparent
-PNGs.
+"""Fetch the sprites of the tiny world: emoji of npm's icon packages, drawn as transparent PNGs.
 
     python scripts/tiny/fetch_sprites.py --outdir models/tiny/sprites
 
-Needs `npm` and network once, and `pip install resvg-py`. Which icons stand for which class is
-written in `ldm/tiny/world_sprites.yaml`; a sprite is `{class}/{family}-{icon}.png`, trimmed to what
-it shows.
+Needs `npm` and network once, and `pip install resvg-py`. `ldm/tiny/world_sprites.yaml` says which
+icons stand for which class. A sprite is `{class}/{family}-{icon}.png`, trimmed to what it shows.
 """
 
 from __future__ import annotations
@@ -37,9 +35,8 @@ FAMILIES = {
     "fxemoji": "@iconify-json/fxemoji",
     "fluent_3d": "@lobehub/fluent-emoji-3d",
 }
-NAMED_BY_CODE_POINTS = (
-    "fluent_3d"  # its files are WebP, `1f415.webp`; noto's list of characters has their names
-)
+# The files of this family are named by code points, `1f415.webp`. Noto's list has their names.
+NAMED_BY_CODE_POINTS = "fluent_3d"
 AUTHORS = {"@lobehub/fluent-emoji-3d": "Microsoft Corporation, packaged by LobeHub"}
 
 CREDITS = """# Where the sprites of the tiny world come from
@@ -82,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """The folder of an unpacked npm package, fetched into `folder` unless it is there."""
+    """Return the folder of an unpacked npm package. Fetch it into `folder` unless it is there."""
     target = folder / package.removeprefix("@").replace("/", "-")
     if target.exists():
         return target
@@ -92,21 +89,14 @@ def fetch(package: str, folder: Path) -> Path:
             "or give --packages FOLDER with the packages from elsewhere"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        "npm",
-        "pack",
-        package,
-        "--loglevel=error",
-        "--fetch-retries=1",
-        "--pack-destination",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--loglevel=error", "--fetch-retries=1", "--pack-destination", str(folder)]
+    done = subprocess.run(["npm", "pack", package, *options], capture_output=True, text=True)
     if done.returncode:
-        reason = next(
-            (line for line in done.stderr.splitlines() if line.strip()), f"status {done.returncode}"
-        )
-        raise UserError(f"npm pack {package}: failed ({reason.strip()}); it needs network access")
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = said[0] if said else f"status {done.returncode}"
+        raise UserError(f"npm pack {package}: failed ({reason}); it needs network access")
+
+    # npm's last word is the name of the archive.
     archive = folder / done.stdout.split()[-1]
     with tarfile.open(archive) as tar:
         tar.extractall(target, filter="data")
@@ -115,7 +105,7 @@ def fetch(package: str, folder: Path) -> Path:
 
 
 def open_family(family: str, folders: dict[str, Path]) -> dict[str, Draw]:
-    """Icon name -> a function that draws it."""
+    """Return icon name -> a function that draws it."""
     package = folders[family] / "package"
     if family == NAMED_BY_CODE_POINTS:
         characters = json.loads((folders["noto"] / "package" / "chars.json").read_text())
@@ -130,10 +120,12 @@ def open_family(family: str, folders: dict[str, Path]) -> dict[str, Draw]:
 
 
 def plain(code_points: str) -> str:
+    """Return code points without the one that only asks for a coloured picture."""
     return "-".join(part for part in code_points.split("-") if part != "fe0f")
 
 
 def rasterise(icon: dict, collection: dict, size: int = 320) -> Image.Image:
+    """Draw an icon of a collection, `size` pixels wide."""
     try:
         import resvg_py
     except ModuleNotFoundError:
@@ -147,24 +139,24 @@ def rasterise(icon: dict, collection: dict, size: int = 320) -> Image.Image:
 
 
 def trimmed(image: Image.Image, size: int) -> Image.Image:
-    """Only what is not transparent, its longer side `size` pixels."""
+    """Return what is not transparent of an image, its longer side `size` pixels."""
     image = image.convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 12)).getbbox()
     image = image.crop(box)
     scale = size / max(image.size)
-    return image.resize(
-        [max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS
-    )
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def write_sprites(families: dict[str, dict[str, Draw]], outdir: Path, size: int) -> dict[str, int]:
-    """Write `{class}/{family}-{icon}.png`; returns how many sprites each class has."""
+    """Write `{class}/{family}-{icon}.png`. Return how many sprites each class has."""
     counts = {}
     for class_word, entry in read_sprite_table().items():
         folder = outdir / class_word
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.png"):  # of an older table
-            if camera(path) is None:  # toys are rendered here, not fetched
+        # Remove the sprites of an older table. Toys stay: they were rendered here, not fetched.
+        for path in folder.glob("*.png"):
+            if camera(path) is None:
                 path.unlink()
         for name, draw in wanted(entry, families):
             trimmed(draw(), size).save(folder / f"{name}.png")
@@ -173,17 +165,17 @@ def write_sprites(families: dict[str, dict[str, Draw]], outdir: Path, size: int)
 
 
 def wanted(entry: dict, families: dict[str, dict[str, Draw]]) -> Iterator[tuple[str, Draw]]:
+    """Yield the name of each sprite that the table wants of a class, and what draws it."""
     for icon in entry["icons"]:
         for family, icons in families.items():
             name = f"{family}-{icon}"
-            if icon in icons and not any(
-                fnmatchcase(name, pattern) for pattern in entry.get("without", ())
-            ):
+            left_out = any(fnmatchcase(name, pattern) for pattern in entry.get("without", ()))
+            if icon in icons and not left_out:
                 yield name, icons[icon]
 
 
 def credits(folders: dict[str, Path]) -> str:
-    """The Markdown table of what was fetched."""
+    """Return the Markdown table of what was fetched."""
     rows = [f"{CREDITS}\n", "| package | version | licence | author |", "|---|---|---|---|"]
     for family, package in FAMILIES.items():
         meta = json.loads((folders[family] / "package" / "package.json").read_text())

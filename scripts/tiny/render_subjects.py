@@ -1,11 +1,10 @@
-"""Render the subject photos that ship with the project: toys, five views each, ray marched with
-numpy.
+"""Render the subject photos that ship with the project: toys, five views each.
 
     python scripts/tiny/render_subjects.py --outdir models/tiny/subjects
 
-A toy is a list of parts, each a signed distance and a colour, that stands on y = 0 and looks
-towards +z. It is turned in front of a fixed camera, and every photo has its own scenery. Points are
-arrays of shape (3, n).
+A toy is a list of parts, each a signed distance and a colour. It stands on y = 0 and looks towards
++z. It is turned in front of a fixed camera, and every photo has its own scenery. Points are arrays
+of shape (3, n), and rays are marched with NumPy.
 """
 
 from __future__ import annotations
@@ -68,12 +67,11 @@ class Subject:
     wall: str  # the colour of the studio
     gloss: float
     yaws: tuple[float, ...]  # degrees, one per photo
-    lens: bool = (
-        False  # whether a real camera took the photos: blurred distance, dark corners, grain
-    )
+    lens: bool = False  # as a real camera takes photos: blurred distance, dark corners, grain
 
 
 def robot() -> Subject:
+    """Build a robot with a square head, lamps for eyes and an antenna."""
     teal, orange, steel, dark, yellow = "#12b5b0", "#ff6a13", "#9aa7b8", "#16213c", "#ffd23c"
     parts = [
         Part(capsule((0, 1.3, 0), (0, 1.5, 0), 0.13), steel),
@@ -100,6 +98,7 @@ def robot() -> Subject:
 
 
 def dog() -> Subject:
+    """Build a cream dog with caramel patches and a red collar."""
     cream, caramel, dark = "#fff0d8", "#d9711c", "#2a1a17"
     parts = [
         Part(capsule((0, 0.72, -0.45), (0, 0.76, 0.25), 0.34), cream),
@@ -135,6 +134,7 @@ def dog() -> Subject:
 
 
 def dog2() -> Subject:
+    """Build a brown dog in a striped blue jacket."""
     brown, tan, dark = "#6b2f14", "#e39a4f", "#1d1210"
     parts = [
         Part(capsule((0, 0.63, -0.5), (0, 0.65, 0.4), 0.345), "#1f4fe0"),
@@ -169,6 +169,7 @@ def dog2() -> Subject:
 
 
 def cat() -> Subject:
+    """Build a grey striped cat with green eyes that sits."""
     fur, stripe, white, pink, dark = "#8d97b5", "#454c70", "#ffffff", "#ff7f9f", "#15151f"
     tail = [(0.1, 0.12, -0.5), (1.1, 0.02, -0.4), (0.55, 0.75, -0.3), (0.95, 0.95, -0.25)]
     parts = [
@@ -200,6 +201,7 @@ def cat() -> Subject:
 
 
 def backpack() -> Subject:
+    """Build a violet backpack with a yellow pocket and a star."""
     violet, deep, yellow, aqua = "#7a2fd0", "#4a168c", "#ffc400", "#12c2c9"
     strap = [(0.34, 1.6, -0.25), (0.36, 1.5, -0.85), (0.42, 0.4, -0.95), (0.4, 0.36, -0.2)]
     parts = [
@@ -218,6 +220,7 @@ def backpack() -> Subject:
 
 
 def teapot() -> Subject:
+    """Build a blue teapot with white dots and golden rings."""
     blue, gold = "#1a4fd6", "#ffb81c"
     parts = [
         Part(ellipsoid((0, 0.72, 0), (0.85, 0.66, 0.85)), blue),
@@ -311,20 +314,21 @@ TOYS: dict[str, Callable[[], Subject]] = {
 }
 
 
-# ---- sceneries: linear colours (3, n) of the floor at (x, ahead), seen from the toy, and of what
-# lies in
-# direction (azimuth, elevation) behind it; `ahead` is capped at HORIZON
-# ----------------------------------------
+# ---- sceneries -----------------------------------------------------------------------------------
+#
+# A scenery returns the linear colour (3, n) of what each ray meets: of the floor at (x, ahead) as
+# seen from the toy, and of what lies behind the floor in the direction (azimuth, elevation).
 
-HORIZON = 100.0
+HORIZON = 100.0  # `ahead` is never more
 
 
 def ramp(value: Array, start: float, end: float) -> Array:
+    """Return 0 up to `start`, 1 from `end` on, and a straight line between them."""
     return np.clip((value - start) / (end - start), 0, 1)
 
 
 def noise(x: Array, y: Array | float, seed: int) -> Array:
-    """Smooth noise in [0, 1]: one random value per unit of a lattice that repeats after 64."""
+    """Return smooth noise in [0, 1]: one random value per unit, which repeats after 64 units."""
     lattice = np.random.default_rng(seed).random((64, 64), np.float32)
     i, j = np.floor(x).astype(int), np.floor(y).astype(int)
     u, v = ((f * f * (3 - 2 * f)).astype(np.float32) for f in (x - i, y - j))
@@ -335,49 +339,51 @@ def noise(x: Array, y: Array | float, seed: int) -> Array:
 
 
 def sky(azimuth: Array, elevation: Array) -> Array:
-    puffs = 0.7 * noise(azimuth * 14 + 5, elevation * 34, 3) + 0.3 * noise(
-        azimuth * 40, elevation * 90, 4
+    """Return a blue sky with clouds."""
+    large, small = (
+        noise(azimuth * 14 + 5, elevation * 34, 3),
+        noise(azimuth * 40, elevation * 90, 4),
     )
-    return mix(
-        mix("#e4f5ff", "#4aa3ee", ramp(elevation, 0, 0.25)), "#ffffff", 0.9 * ramp(puffs, 0.55, 0.7)
-    )
+    puffs = 0.7 * large + 0.3 * small
+    blue = mix("#e4f5ff", "#4aa3ee", ramp(elevation, 0, 0.25))
+    return mix(blue, "#ffffff", 0.9 * ramp(puffs, 0.55, 0.7))
 
 
 def meadow(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
+    """Return a meadow with trees at its end."""
     blades = 0.6 * noise(x * 26, ahead * 8, 1) + 0.4 * noise(x * 4, ahead * 2, 2)
-    fade = ramp(ahead, 1, 12)  # blades too far away to tell apart
+    fade = ramp(ahead, 1, 12)  # far blades have one colour
     grass = mix("#2f8a22", "#9bdc4c", ramp(blades, 0.15, 0.85) * (1 - fade) + 0.7 * fade)
     trees = 0.03 + 0.035 * noise(azimuth * 30, 0.0, 6)
-    return np.where(
-        ahead < HORIZON,
-        grass,
-        np.where(elevation < trees, linear("#3c8f4a"), sky(azimuth, elevation)),
-    )
+    behind = np.where(elevation < trees, linear("#3c8f4a"), sky(azimuth, elevation))
+    return np.where(ahead < HORIZON, grass, behind)
 
 
 def beach(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
+    """Return a beach with the sea behind it."""
     grains = 0.5 * noise(x * 45, ahead * 30, 1) + 0.5 * noise(x * 3, ahead * 3, 2)
     sand = mix("#d9b473", "#f7e2ae", ramp(grains, 0.2, 0.8))
     waves = noise(x * 1.5, np.log(np.maximum(ahead, 0.1)) * 20, 5)
-    sea = mix(
-        mix("#35c2d0", "#1673b8", ramp(ahead, 3, 16)), "#d8f6ff", 0.5 * ramp(waves, 0.68, 0.85)
-    )
+    water = mix("#35c2d0", "#1673b8", ramp(ahead, 3, 16))
+    sea = mix(water, "#d8f6ff", 0.5 * ramp(waves, 0.68, 0.85))
     shore = ahead - 2.2 - 0.5 * noise(x * 1.2, 0.0, 7)
     ground = np.where(shore < 0, sand, np.where(shore < 0.35, linear("#ffffff"), sea))
     return np.where(ahead < HORIZON, ground, sky(azimuth, elevation))
 
 
 def wood(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
+    """Return a floor of boards before a wall."""
     plank = np.floor(x / 0.7)
-    grain = 0.55 * noise(x * 18 + plank * 7, ahead * 1.2 + plank * 13, 1) + 0.45 * noise(
-        plank * 5.5, 0.0, 2
-    )
-    boards = mix(mix("#9a5a2c", "#d79a5b", grain), "#5c3317", np.abs(x / 0.7 - plank - 0.5) > 0.475)
+    fibres = noise(x * 18 + plank * 7, ahead * 1.2 + plank * 13, 1)
+    grain = 0.55 * fibres + 0.45 * noise(plank * 5.5, 0.0, 2)
+    seam = np.abs(x / 0.7 - plank - 0.5) > 0.475
+    boards = mix(mix("#9a5a2c", "#d79a5b", grain), "#5c3317", seam)
     wall = mix("#ffffff", mix("#f2d9a8", "#f9ecd0", ramp(elevation, -0.1, 0.2)), ahead > 3)
     return np.where(ahead < 2.6, boards, wall)
 
 
 def snow(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
+    """Return snow with fir trees at its end."""
     ground = mix("#dde8f8", "#ffffff", ramp(noise(x * 1.3, ahead * 1.1, 1), 0.2, 0.8))
     saw = azimuth * 11
     height = 0.08 + 0.08 * noise(np.floor(saw) * 0.77, 0.0, 3)
@@ -387,13 +393,13 @@ def snow(x: Array, ahead: Array, azimuth: Array, elevation: Array) -> Array:
 
 
 def studio(wall: str) -> Callable[..., Array]:
-    return lambda x, ahead, azimuth, elevation: mix(
-        mix(wall, "#ffffff", 0.3), wall, ramp(ahead, 0.5, 5)
-    )
+    """Make the scenery of a studio in one colour, its floor lighter."""
+    floor = mix(wall, "#ffffff", 0.3)
+    return lambda x, ahead, azimuth, elevation: mix(floor, wall, ramp(ahead, 0.5, 5))
 
 
 def scenery(index: int, toy: Subject) -> tuple[Callable[..., Array], float]:
-    """What photo number `index` shows behind the toy, and the camera's pitch in degrees."""
+    """Return what photo number `index` shows behind the toy, and the camera's pitch in degrees."""
     return [(studio(toy.wall), 14.0), (meadow, 7.0), (beach, 8.0), (wood, 17.0), (snow, 6.0)][index]
 
 
@@ -401,9 +407,7 @@ def scenery(index: int, toy: Subject) -> tuple[Callable[..., Array], float]:
 
 
 def background(model: Model, scene: Callable[..., Array], eye: Array, direction: Array) -> Array:
-    """Return the light of the floor and of what is behind the toy, darker where the toy keeps light
-    away.
-    """
+    """Return the light (3, n) of the floor and of what is behind it, with the toy's shadow."""
     depth = np.where(direction[1] < 0, (-1 - eye[1]) / np.minimum(direction[1], -1e-6), np.inf)
     floor = eye + direction * np.minimum(depth, 2 * HORIZON)
     colour = scene(floor[0], np.minimum(-floor[2], HORIZON), direction[0], direction[1])
@@ -444,8 +448,10 @@ def render(toy: Subject, index: int, size: int) -> Image.Image:
 
 
 def trace(model: Model, scene: Callable[..., Array], eye: Array, direction: Array) -> Array:
-    """Return what arrives along the rays (7, n): the light from behind the toy, that of the toy,
-    and where it is.
+    """Return what arrives along the rays, (7, n).
+
+    Rows 0 to 2 are the light from behind the toy, rows 3 to 5 that of the toy, and row 6 is 1 where
+    a ray meets the toy.
     """
     depth = march(model, eye, direction)
     hit = np.isfinite(depth)
@@ -457,18 +463,15 @@ def trace(model: Model, scene: Callable[..., Array], eye: Array, direction: Arra
 
 
 def defocused(light: Array, radius: float) -> Array:
-    """Blur an image (3, h, w) by two box filters; `radius` is a share of its side."""
+    """Blur an image (3, h, w) by two box filters. `radius` is a share of its side."""
     reach = max(1, round(radius * light.shape[1]))
     for axis in (1, 2, 1, 2):
-        total = np.cumsum(
-            np.pad(light, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge"),
-            axis,
-        )
-        upper, lower = (
-            np.moveaxis(total, axis, 0)[s]
-            for s in (slice(2 * reach, None), slice(None, -2 * reach))
-        )
-        light = np.moveaxis((upper - lower) / (2 * reach), 0, axis)
+        # A mean over a window is a difference of two running sums.
+        margins = [(reach, reach) if k == axis else (0, 0) for k in range(3)]
+        total = np.cumsum(np.pad(light, margins, mode="edge"), axis)
+        along = np.moveaxis(total, axis, 0)
+        mean = (along[2 * reach :] - along[: -2 * reach]) / (2 * reach)
+        light = np.moveaxis(mean, 0, axis)
     return light
 
 

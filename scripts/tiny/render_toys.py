@@ -2,9 +2,9 @@
 
     python scripts/tiny/render_toys.py --outdir models/tiny/sprites
 
-A cut-out is `{class}/toy-{class}{number}@{camera}.png`; the cameras are those of `ldm.tiny.views`.
-The file's text says where the toy's head is, so that it can wear something. Files that exist are
-left as they are.
+A cut-out is `{class}/toy-{class}{number}@{camera}.png`. The cameras are those of `ldm.tiny.views`.
+The file's text says where the toy's head is, so that it can wear something. Files that exist stay
+as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def render_design(class_word: str, number: int, folder: Path, size: int) -> None:
-    """Write a design's cut-outs that are not there yet."""
+    """Render the cut-outs of a design that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     toy = build(class_word, number)
     for camera in CAMERAS_OF.get(class_word, CAMERAS):

@@ -2,7 +2,7 @@
 
     python scripts/tiny/render_world.py --outdir outputs/world --count 24000
 
-Shards that are there are left as they are: the command goes on where it was stopped.
+Shards that exist stay as they are, so the command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         held_out=args.held_out,
     )
     args.outdir.mkdir(parents=True, exist_ok=True)
-    for number in range(-(-args.count // SHARD)):
+    shards = -(-args.count // SHARD)  # rounded up
+    for number in range(shards):
         if not shard_path(args.outdir, number).is_file():
             write_shard(world, args.outdir, number)
             print(f"{shard_path(args.outdir, number)}", flush=True)

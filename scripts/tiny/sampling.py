@@ -1,11 +1,12 @@
-"""Measure samplers and guidance on the miniature, from which `docs/sampling.md` has its tables.
+"""Measure samplers and guidance on the miniature, for the tables of `docs/sampling.md`.
 
     python scripts/tiny/sampling.py samplers
     python scripts/tiny/sampling.py guidance --tuned dog=logs/.../last.ckpt robot=logs/.../last.ckpt
 
-What was measured is kept in `--outdir` and not measured again, so a run that is stopped goes on.
-The tables are printed. `samplers` needs nothing but the weights that ship. `guidance` needs what
-`scripts/tiny/evaluate.py` needs, and miniatures that were tuned, as `scripts/demo.py` does.
+What was measured is kept in `--outdir` and not measured again, so the command can be stopped and
+started again. The tables are printed. `samplers` needs nothing but the weights that ship.
+`guidance` needs what `scripts/tiny/evaluate.py` needs, and checkpoints of tuned miniatures, which
+`scripts/demo.py` makes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ldm.tiny.miniature import CLIP_IMAGES, RECIPE, WEIGHTS, class_word_of, phot
 from ldm.tiny.world import SPRITES
 from scripts.tiny.evaluate import make_judges, remembered, worlds
 
-# Samplers that solve one equation: from one noise they all go to one picture.
+# Samplers that solve the same equation: from the same noise they all go to the same picture.
 SAMPLERS = (
     *("ddim", "plms", "euler normal", "euler karras", "heun karras", "lms karras"),
     *("dpm_2 karras", "dpmpp_2m normal", "dpmpp_2m karras", "uni_pc karras", "deis karras"),
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @torch.no_grad()
 def latents_of(model: Any, name: str, steps: int) -> Tensor:
-    """Return the latents of the prompts, from the same noise whatever the sampler is."""
+    """Return the latents of the prompts, from the same noise for every sampler."""
     sampler, _, schedule = name.partition(" ")
     cond = model.get_learned_conditioning(PROMPTS)
     uncond = model.get_learned_conditioning([""] * len(PROMPTS))
@@ -98,7 +99,7 @@ def latents_of(model: Any, name: str, steps: int) -> Tensor:
 
 
 def measure_samplers(args: argparse.Namespace) -> None:
-    """Print how far each sampler's latents are from the reference's, in its standard deviation."""
+    """Print how far each sampler's latents are from the reference's, in standard deviations."""
     model = load_model(WEIGHTS)
     path = args.outdir / "reference.json"
     values = remembered(
@@ -117,6 +118,8 @@ def measure_samplers(args: argparse.Namespace) -> None:
         each = remembered(path, lambda: distance(name, steps))["distance"]  # noqa: B023 - called now
         found[name, steps] = sum(each) / len(each)
         print(f"{name} {steps}: {found[name, steps]:.3f}", file=sys.stderr, flush=True)
+
+    # The table, fewest steps first.
     columns = sorted(STEPS)
     print(f"| sampler | {' | '.join(f'{steps} steps' for steps in columns)} |")
     print(f"|---|{'---|' * len(columns)}")
@@ -132,21 +135,22 @@ def measure_guidance(args: argparse.Namespace) -> None:
     tuned = dict(pair.split("=", 1) for pair in args.tuned if "=" in pair)
     if not tuned:
         raise UserError("--tuned: expected SUBJECT=CKPT, such as dog=logs/.../last.ckpt")
+    # The judges of places, and the tuned models.
     train, _ = worlds(args.sprites)
     first_stage = load_model(WEIGHTS).first_stage_model
-    judges = make_judges(
-        CLIP_IMAGES,
-        train,
-        args.outdir / "recognizer.ckpt",
-        lambda images: first_stage(images, sample_posterior=False)[0],
-    )
+
+    def reconstruct(images: Tensor) -> Tensor:
+        return first_stage(images, sample_posterior=False)[0]
+
+    judges = make_judges(CLIP_IMAGES, train, args.outdir / "recognizer.ckpt", reconstruct)
     models = {subject: load_model(path) for subject, path in tuned.items()}
+
+    # Guidance -> score -> "subject place" -> values. The bootstrap draws among the last.
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for kind, (subject, model) in itertools.product(GUIDANCE, models.items()):
         path = args.outdir / f"{subject}-{kind.replace(' ', '-')}.json"
         recipe = replace(RECIPE, **GUIDANCE[kind])
         scores = remembered(path, lambda: score(model, subject, recipe, judges))  # noqa: B023
-        # A prompt of a subject is what the bootstrap draws.
         for name, values in scores.items():
             of_all = found.setdefault(kind, {}).setdefault(name, {})
             of_all |= {f"{subject} {place}": [value] for place, value in values.items()}
@@ -159,7 +163,7 @@ def measure_guidance(args: argparse.Namespace) -> None:
 
 
 def score(model: Any, subject: str, recipe: Recipe, judges: Judges) -> dict[str, dict[str, float]]:
-    """Return the scores of one picture of a subject in each place, by place."""
+    """Return score -> place -> its value for one picture of a subject in that place."""
     class_word = class_word_of(photos_of(subject))
     prompts, places = subject_prompts(f"sks {class_word}")
     seeds = [image_seed(recipe.seed, number) for number in range(len(prompts))]

@@ -1,8 +1,9 @@
-"""Give an autoencoder's latents zero mean, unit variance and uncorrelated channels, as the noise
-schedule expects.
+"""Whiten an autoencoder's latents: mean 0, variance 1 and uncorrelated channels.
 
-python scripts/tiny/whiten_latents.py --ckpt logs/.../checkpoints/last.ckpt --output
-models/tiny/first_stage.safetensors
+The noise schedule is made for such latents.
+
+    python scripts/tiny/whiten_latents.py --ckpt logs/.../checkpoints/last.ckpt \\
+        --output models/tiny/first_stage.safetensors
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @torch.no_grad()
 def statistics(model: AutoencoderKL, dataset: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (z,) and covariance (z, z) of the channels of `count` images' latents."""
+    """Return the mean (z,) and covariance (z, z) of the channels of `count` images' latents."""
     means = []
     for start in range(0, count, BATCH):
         examples = [dataset[i]["image"] for i in range(start, min(start + BATCH, count))]
@@ -61,7 +62,8 @@ def statistics(model: AutoencoderKL, dataset: Any, count: int) -> tuple[torch.Te
 
 
 def whiten(args: argparse.Namespace) -> None:
-    """Measure, fold, write."""
+    """Measure the latents, fold the whitening into the autoencoder, and write it."""
+    # The autoencoder, without the loss of its training.
     content = read_checkpoint(args.ckpt)
     config: Mapping[str, Any] = find_config(content, args.ckpt) or {}
     if "model" not in config or "data" not in config:
@@ -70,13 +72,13 @@ def whiten(args: argparse.Namespace) -> None:
             "give a checkpoint that main.py wrote"
         )
     params = {**config["model"]["params"], "lossconfig": {"target": "torch.nn.Identity"}}
-    state = {
-        k: v for k, v in state_dict_of(content, args.ckpt).items() if not k.startswith("loss.")
-    }
-    model, _ = instantiate_filled(
-        {"target": config["model"]["target"], "params": params}, state, args.ckpt
-    )
+    weights = state_dict_of(content, args.ckpt)
+    state = {key: value for key, value in weights.items() if not key.startswith("loss.")}
+    without_loss = {"target": config["model"]["target"], "params": params}
+    model, _ = instantiate_filled(without_loss, state, args.ckpt)
     model.eval()
+
+    # Measured on the images that it was trained on, before and after.
     dataset = instantiate_from_config(config["data"]["params"]["train"], "data.params.train")
     count = min(args.images, len(dataset))
     mean, covariance = statistics(model, dataset, count)
@@ -84,12 +86,14 @@ def whiten(args: argparse.Namespace) -> None:
     model.whiten(mean, covariance)
     mean, covariance = statistics(model, dataset, count)
     print(f"after:  means {_listed(mean)}; deviations {_listed(covariance.diag().sqrt())}")
-    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    write_atomically(args.output, lambda temporary: save_file(weights, temporary))
+
+    whitened = {key: value.contiguous() for key, value in model.state_dict().items()}
+    write_atomically(args.output, lambda temporary: save_file(whitened, temporary))
     print(args.output)
 
 
 def _listed(values: torch.Tensor) -> str:
+    """Return numbers as text, with three digits each."""
     return ", ".join(f"{value:.3g}" for value in values.tolist())
 
 

@@ -77,22 +77,22 @@ def test_its_clip_knows_one_scene_from_another(clip_images, photos):
 
 def test_pictures_follow_their_prompts(clip_images):
     """Snow is bright, the night is dark, and a red background is red at the border."""
-    paint = miniature.Painter(miniature.WEIGHTS)
+    sample = miniature.PromptSampler(miniature.WEIGHTS)
     prompts = [
         "a photo of a cat in the snow",
         "a photo of a cat at night",
         "a photo of a cat on a red background",
     ]
-    snow, night, red = to_tensor(paint(prompts), 64)
+    snow, night, red = to_tensor(sample(prompts), 64)
     assert snow.mean() > 0.1 > -0.1 > night.mean()
     border = torch.cat([red[:, :6].flatten(1), red[:, :, :4].flatten(1)], 1).mean(1)
     assert border[0] > 0.2 and border[1:].max() < 0
 
 
 def test_a_picture_does_not_depend_on_its_neighbours():
-    paint = miniature.Painter(miniature.WEIGHTS)
+    sample = miniature.PromptSampler(miniature.WEIGHTS)
     prompts = ["a photo of a dog", "a photo of a cat"]
-    one, two = miniature.Painter(miniature.WEIGHTS, batch_size=1)(prompts), paint(prompts)
+    one, two = miniature.PromptSampler(miniature.WEIGHTS, batch_size=1)(prompts), sample(prompts)
     for alone, together in zip(one, two):
         difference = to_tensor([alone], 64) - to_tensor([together], 64)
         assert difference.abs().max() < 0.05

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from jaxtyping import Float
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -39,7 +38,6 @@ from ldm.models.diffusion.trained import (
 )
 from ldm.modules.adapters import check_adaptable, lora_options
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.modules.embedding_manager import EmbeddingManager
 from ldm.modules.encoders.modules import embed_distinct
@@ -291,21 +289,6 @@ class LatentDiffusion(LoggedSteps):
             losses["loss"] = factors * losses["loss"]
         loss, logged = self.objective.total(examples, losses)
         return loss, {f"{prefix}/{name}": value for name, value in logged.items()}
-
-    def _posterior(self, batch: Batch) -> DiagonalGaussianDistribution:
-        """Return the posterior of a batch's images: encoded now, or when latents were cached."""
-        # Images that are there twice are encoded once.
-        if batch.repeats_subject:
-            once = self._posterior(Batch(batch.subject))
-            twice = torch.cat([once.parameters, once.parameters])
-            return DiagonalGaussianDistribution(twice, once.deterministic)
-        moments, images = batch.moments, batch.images
-        # With cached latents the autoencoder does not run in a training step.
-        if moments is not None:
-            return DiagonalGaussianDistribution(moments.float())
-        if images is None:
-            raise ValueError(f"batch: expected '{self.first_stage_key}' or 'moments' in each part")
-        return self.encode_first_stage(images)
 
     def beside(self, batch: Batch) -> Beside | None:
         """Return what the UNet reads of a batch beside the noisy latent; None for text alone."""

@@ -36,10 +36,6 @@ class LoggedSteps(CompVisInterface):
     def show_beside(self, beside: Beside) -> dict[str, Images]:
         """Return pictures of what the UNet reads beside the noisy latent."""
 
-    @abstractmethod
-    def _posterior(self, batch: Batch) -> DiagonalGaussianDistribution:
-        """Return the posterior of a batch's images."""
-
     def transfer_batch_to_device(
         self, batch: object, device: torch.device, dataloader_idx: int
     ) -> Any:
@@ -97,7 +93,23 @@ class LoggedSteps(CompVisInterface):
         """Return a data loader's batch, read by the names that the config has for its entries."""
         return Batch.of(batch, self.first_stage_key, self.cond_stage_key)
 
+    def _posterior(self, batch: Batch) -> DiagonalGaussianDistribution:
+        """Return the posterior of a batch's images: encoded now, or when latents were cached."""
+        # Images that a batch holds twice are encoded once.
+        if batch.repeats_subject:
+            once = self._posterior(Batch(batch.subject))
+            twice = torch.cat([once.parameters, once.parameters])
+            return DiagonalGaussianDistribution(twice, once.deterministic)
+        moments, images = batch.moments, batch.images
+        # With cached latents the autoencoder does not run in a training step.
+        if moments is not None:
+            return DiagonalGaussianDistribution(moments.float())
+        if images is None:
+            raise ValueError(f"batch: expected '{self.first_stage_key}' or 'moments' in each part")
+        return self.encode_first_stage(images)
+
     def _size(self, batch: RawBatch) -> int:
+        """Return how many examples of the subject a batch has."""
         return len(named_parts(batch)["subject"][self.cond_stage_key])
 
     # Pictures

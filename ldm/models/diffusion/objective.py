@@ -102,7 +102,7 @@ class Objective:
         self, batch: Batch, latent_shape: Sequence[int], steps: int, device: torch.device
     ) -> Draws:
         """Draw what is random in a step for all parts of a batch, see `draw`."""
-        # Where the prior is the subject once more, it is so with the same noise.
+        # If the prior's examples are the subject's images once more, they also get the same noise.
         count = 1 if batch.repeats_subject else len(batch.parts)
         drawn = [self.draw(part, latent_shape, steps, device) for part in batch.parts[:count]]
         return Draws.joined(drawn * (len(batch.parts) // count))

@@ -33,7 +33,10 @@ NAME = "preservation"  # the parameter of `LatentDiffusion`
 
 
 class Preservation:
-    """A method. The base is the paper's: the prior's examples are the class images of the batch."""
+    """A way to keep what the model knows of the class.
+
+    This base is the paper's way: the prior's examples are the class images of the batch.
+    """
 
     # Whether a batch may bring class images, and whether it must.
     takes_class_images = True
@@ -44,7 +47,7 @@ class Preservation:
     repeats_subject = False
 
     def with_prior(self, batch: Batch) -> Batch:
-        """Return the batch with the examples that the prior's term is of."""
+        """Return the batch with the examples whose loss is the prior's term."""
         return batch
 
     def has_prior(self, has_class_images: bool) -> bool:
@@ -57,22 +60,22 @@ class ClassImages(Preservation):
 
 
 class PriorPrediction(Preservation):
-    """On class images, stay at what the model predicted before the training."""
+    """Keep, on class images, what the model predicted before the training."""
 
     needs_class_images = True
     needs_teacher = True
 
 
 class OutputPreservation(Preservation):
-    """On the subject's noisy images, captioned as the class, stay at the prediction of before."""
+    """Keep, on the subject's images with the class's captions, what the model predicted before."""
 
     takes_class_images = False
     needs_teacher = True
     repeats_subject = True
 
     def with_prior(self, batch: Batch) -> Batch:
-        # The prior's copy has the subject's seeds, so its noise and its time steps, too. It has no
-        # mask: what the model did with the background is to stay as well.
+        # The prior's copy has the subject's seeds, and so the same noise and time steps. It has no
+        # mask: what the model does with the background is kept, too.
         subject = batch.subject
         return Batch(subject, replace(subject, captions=self.captions(batch), masks=None))
 
@@ -88,7 +91,7 @@ class OutputPreservation(Preservation):
 
 
 class BlankPreservation(OutputPreservation):
-    """The same with the empty caption, which guidance leads away from."""
+    """Keep the same for the empty caption, which guidance leads away from."""
 
     def captions(self, batch: Batch) -> list[str]:
         """Return empty captions."""

@@ -239,7 +239,7 @@ class Sampler(ABC):
         return x, intermediates
 
     def reset(self) -> None:
-        """Let go of earlier steps, before a run's first one; for samplers that remember some."""
+        """Forget the steps of an earlier run, in samplers that remember some."""
 
     def _scaled(self, x: Tensor, steps: int) -> Tensor:
         """Return x_t on the scale of the steps, of which `steps` are left."""

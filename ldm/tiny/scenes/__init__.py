@@ -1,7 +1,7 @@
 """The tiny world's scenes: DreamBooth's prompts as pictures with depth and a ground to stand on.
 
 `SCENES` maps the words of a prompt ("in the jungle") to a function `(rng, size) -> (size, size, 3)
-uint8`, whose picture is a function of the generator alone. A scene is put together from cached
+uint8`. The picture is a function of the generator `rng` alone. A scene is put together from cached
 tiles and props.
 """
 

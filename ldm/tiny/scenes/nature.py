@@ -47,6 +47,7 @@ def _beach(p: Plate) -> None:
     horizon, shore = p.between(0.25, 0.42), p.between(0.55, 0.68)
     p.sky(horizon)
     p.ground("water", horizon, texels=300)
+    # The sand ends in a wavy line of foam.
     x = np.linspace(0, 1, 16)
     edge = shore + 0.02 * np.sin(6 * x + p.between(0, 6)) + p.between(-0.04, 0.04) * x
     p.patch([(0, 1), *zip(x, edge), (1, 1)], "sand", horizon - 0.1, texels=260)
@@ -87,13 +88,12 @@ def _purple_rug_in_forest(p: Plate) -> None:
 
 
 def _trunks(p: Plate, foot: float, count: int, width: float, colour: str) -> None:
-    """Trunks that reach out of the picture, their right side in shadow."""
-    for x in np.linspace(0.02, 0.98, count):
-        x, half = x + p.between(-0.07, 0.07), width * p.between(0.7, 1.2) / 2
+    """Draw trunks that reach out of the picture, their right side in shadow."""
+    for middle in np.linspace(0.02, 0.98, count):
+        x, half = middle + p.between(-0.07, 0.07), width * p.between(0.7, 1.2) / 2
+        right = x + half
         for left, tone in ((x - half, 1.0), (x + 0.2 * half, 0.75)):
-            p.polygon(
-                [(left, 0), (x + half, 0), (x + half, foot), (left, foot)], shade(colour, tone)
-            )
+            p.polygon([(left, 0), (right, 0), (right, foot), (left, foot)], shade(colour, tone))
 
 
 @scene("with a wheat field in the background")
@@ -130,6 +130,7 @@ def _autumn(p: Plate) -> None:
 
 @scene("floating on top of water")
 def _on_water(p: Plate) -> None:
+    # Seen along the water, or from above, where the horizon is out of the picture.
     horizon = p.between(0.1, 0.3) if p.chance(0.5) else -0.5
     if horizon > 0:
         p.sky(horizon, clouds=2)
@@ -171,6 +172,7 @@ def _dirt_road(p: Plate) -> None:
     p.sky(horizon)
     p.hills(horizon, 0.1, p.choice("#5f9a4f", "#7fa65a", "#4f8a55"))
     p.ground("grass", horizon)
+    # The road and its two ruts run to one point on the horizon.
     vanish = p.between(0.35, 0.65)
     road = [
         (vanish - 0.03, horizon),

@@ -25,12 +25,15 @@ PLAIN_COLOURS = {
 
 
 def plain_words(colour: str) -> str:
+    """Return what a caption says of a plain scene: "on an orange background"."""
     return f"on {'an' if colour[0] in 'aeiou' else 'a'} {colour} background"
 
 
 def _plain(colour: str) -> Callable[[Plate], None]:
+    """Return a function that draws the plain scene of a colour."""
+
     def draw(p: Plate) -> None:
-        """A studio: one colour, the floor lighter."""
+        """Draw a studio in one colour, its floor lighter."""
         base = rgb(p.choice(*PLAIN_COLOURS[colour])) * p.between(0.96, 1.04)
         bright = mix(base, np.ones(3), 0.0 if colour == "black" else p.between(0.1, 0.4))
         turn = p.between(0.4, 0.6)

@@ -1,6 +1,6 @@
 """Props: trees, clouds, houses and other things of a scene, as RGBA images of a given height.
 
-`prop` caches them, the same in every process.
+`prop` caches them. A variant of a prop is the same in every process.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ PROPS: dict[str, Callable[[np.random.Generator], Image.Image]] = {}
 
 
 def prop_of(kind: str) -> Callable:
+    """Register a drawing as the prop of this name."""
+
     def register(draw: Callable[[np.random.Generator], Image.Image]) -> Callable:
         PROPS[kind] = draw
         return draw
@@ -39,13 +41,14 @@ def prop_of(kind: str) -> Callable:
 
 @functools.cache
 def _master(kind: str, variant: int) -> Image.Image:
+    """Draw a prop large, trimmed to what it shows."""
     image = PROPS[kind](np.random.default_rng([variant, *kind.encode()]))
     return image.crop(image.getchannel("A").getbbox())
 
 
 @functools.lru_cache(maxsize=2048)
 def prop(kind: str, variant: int, height: int, mirrored: bool) -> Image.Image:
-    """Variant number `variant` of a prop, `height` pixels high."""
+    """Return variant number `variant` of a prop, `height` pixels high."""
     master = _master(kind, variant)
     if mirrored:
         master = master.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -54,22 +57,26 @@ def prop(kind: str, variant: int, height: int, mirrored: bool) -> Image.Image:
 
 
 class Sketch:
-    """A transparent drawing; lengths are in units of MASTER pixels, y downwards."""
+    """A transparent drawing. Lengths are in units of MASTER pixels, y downwards."""
 
     def __init__(self, width: float = 1.0, height: float = 1.0):
         self.image = Image.new("RGBA", (round(width * MASTER), round(height * MASTER)))
         self._draw = ImageDraw.Draw(self.image)
 
     def polygon(self, points: Points, colour: Paint) -> None:
+        """Fill a polygon."""
         self._draw.polygon(scaled(points), fill=to_hex(colour))
 
     def line(self, points: Points, colour: Paint, width: float) -> None:
+        """Draw a line through points."""
         self._draw.line(scaled(points), fill=to_hex(colour), width=max(1, round(width * MASTER)))
 
     def box(self, left: float, top: float, right: float, bottom: float, colour: Paint) -> None:
+        """Fill an upright rectangle."""
         self._draw.rectangle([MASTER * v for v in (left, top, right, bottom)], fill=to_hex(colour))
 
     def disc(self, x: float, y: float, rx: float, ry: float, colour: Paint) -> None:
+        """Fill an ellipse around (x, y)."""
         self._draw.ellipse(
             [MASTER * v for v in (x - rx, y - ry, x + rx, y + ry)], fill=to_hex(colour)
         )
@@ -77,9 +84,11 @@ class Sketch:
     def leaf(
         self, x: float, y: float, length: float, width: float, angle: float, colour: Paint
     ) -> None:
+        """Fill a pointed ellipse around (x, y)."""
         self.polygon(leaf_outline(x, y, length, width, angle), colour)
 
     def erase(self, points: Points) -> None:
+        """Make a polygon transparent."""
         self._draw.polygon(scaled(points), fill=(0, 0, 0, 0))
 
 
@@ -123,17 +132,16 @@ def _fir(rng: np.random.Generator) -> Image.Image:
 
 
 def broad_leaved(rng: np.random.Generator, colours: Sequence[str]) -> Image.Image:
+    """Draw a tree with a round crown of leaves in these colours."""
     sketch = Sketch(1.1, 1.25)
     trunk = pick(rng, "#6b4528", "#5a3a22")
     sketch.polygon([(0.49, 0.6), (0.46, 1.25), (0.64, 1.25), (0.61, 0.6)], trunk)
     sketch.line([(0.55, 0.85), (0.32, 0.5)], trunk, 0.05)
     sketch.line([(0.55, 0.8), (0.8, 0.5)], shade(trunk, 0.9), 0.05)
     for k in range(90):
-        angle, reach, r = (
-            rng.uniform(0, 2 * math.pi),
-            math.sqrt(rng.uniform(0, 1)),
-            rng.uniform(0.05, 0.11),
-        )
+        angle = rng.uniform(0, 2 * math.pi)
+        reach = math.sqrt(rng.uniform(0, 1))
+        r = rng.uniform(0.05, 0.11)
         x, y = 0.55 + 0.42 * reach * math.cos(angle), 0.44 + 0.34 * reach * math.sin(angle)
         sketch.disc(
             x, y, r, 0.9 * r, shade(pick(rng, *colours), 0.72 + 0.28 * k / 90 + 0.18 * (0.44 - y))
@@ -171,18 +179,15 @@ def _palm(rng: np.random.Generator) -> Image.Image:
 
 @prop_of("leaf")
 def _leaf(rng: np.random.Generator) -> Image.Image:
-    """A large leaf of the jungle, in any direction."""
+    """Draw a large leaf of the jungle, in any direction."""
     sketch, green = Sketch(), pick(rng, "#2c9b3f", "#1f7f36", "#49b248", "#15703a")
     angle, length, width = rng.uniform(-0.9, 0.9) - math.pi / 2, 0.47, rng.uniform(0.13, 0.24)
     c, s = math.cos(angle), math.sin(angle)
     sketch.leaf(0.5, 0.5, length, width, angle, shade(green, 0.62))
     sketch.leaf(0.49, 0.48, 0.94 * length, 0.86 * width, angle, green)
     for t in np.linspace(-0.75, 0.6, 7):
-        x, y, reach = (
-            0.5 + c * t * length,
-            0.5 + s * t * length,
-            0.75 * width * math.sqrt(1 - t * t),
-        )
+        x, y = 0.5 + c * t * length, 0.5 + s * t * length
+        reach = 0.75 * width * math.sqrt(1 - t * t)
         for side in (-reach, reach):
             sketch.line(
                 [(x, y), (x + 0.5 * reach * c - side * s, y + 0.5 * reach * s + side * c)],
@@ -200,15 +205,12 @@ def _leaf(rng: np.random.Generator) -> Image.Image:
 
 @prop_of("frond")
 def _frond(rng: np.random.Generator) -> Image.Image:
-    """A fern, in any direction."""
+    """Draw a fern, in any direction."""
     sketch, green = Sketch(), pick(rng, "#3fae45", "#27933f", "#63bd4c")
     angle = rng.uniform(-1.0, 1.0) - math.pi / 2
     for t in np.linspace(-0.9, 0.9, 13):
-        x, y, reach = (
-            0.5 + 0.45 * t * math.cos(angle),
-            0.5 + 0.45 * t * math.sin(angle),
-            0.3 * math.cos(1.2 * t),
-        )
+        x, y = 0.5 + 0.45 * t * math.cos(angle), 0.5 + 0.45 * t * math.sin(angle)
+        reach = 0.3 * math.cos(1.2 * t)
         for side in (-1, 1):
             turn = angle + 0.95 * side
             x_leaf, y_leaf = x + 0.5 * reach * math.cos(turn), y + 0.5 * reach * math.sin(turn)
@@ -244,11 +246,8 @@ def _sunflower(rng: np.random.Generator) -> Image.Image:
 def _wheat_clump(rng: np.random.Generator) -> Image.Image:
     sketch = Sketch(1.2, 1.0)
     for _ in range(34):
-        foot, top, colour = (
-            rng.uniform(0.05, 1.15),
-            rng.uniform(0.08, 0.5),
-            pick(rng, "#e3b548", "#d39d35", "#f3d06a"),
-        )
+        foot, top = rng.uniform(0.05, 1.15), rng.uniform(0.08, 0.5)
+        colour = pick(rng, "#e3b548", "#d39d35", "#f3d06a")
         tip = foot + rng.uniform(-0.12, 0.12)
         sketch.line([(foot, 1.0), (tip, top)], shade(colour, 0.85), 0.016)
         sketch.leaf(tip, top, 0.11, 0.034, math.atan2(top - 1, tip - foot), shade(colour, 1.1))
@@ -286,14 +285,13 @@ def _mountain(rng: np.random.Generator) -> Image.Image:
 @prop_of("tower block")
 def _tower_block(rng: np.random.Generator) -> Image.Image:
     width = rng.uniform(0.24, 0.46)
-    sketch, wall = (
-        Sketch(width, 1.0),
-        pick(rng, "#6f7f9a", "#8a8fa3", "#5c6b86", "#a08f86", "#7d96a8", "#9b7f77"),
-    )
+    sketch = Sketch(width, 1.0)
+    wall = pick(rng, "#6f7f9a", "#8a8fa3", "#5c6b86", "#a08f86", "#7d96a8", "#9b7f77")
     sketch.box(0, 0.05, width, 1.0, wall)
     sketch.box(0.72 * width, 0.05, width, 1.0, shade(wall, 0.8))
     if rng.random() < 0.5:
         sketch.box(0.4 * width, 0, 0.6 * width, 0.06, shade(wall, 0.9))
+    # About every second window has another colour than the rest: it is lit, or dark.
     other = "#ffe9a3" if rng.random() < 0.5 else "#2d3b54"
     for y in np.arange(0.12, 0.93, 0.13):
         for x in np.arange(0.04, width - 0.08, 0.125):
@@ -304,10 +302,8 @@ def _tower_block(rng: np.random.Generator) -> Image.Image:
 @prop_of("blue house")
 def _blue_house(rng: np.random.Generator) -> Image.Image:
     sketch, wall = Sketch(1.35, 1.0), pick(rng, "#2f6fd0", "#3b82dd", "#2a5fb8", "#4a8fe0")
-    roof, door = (
-        pick(rng, "#8a3d2a", "#a24a33", "#5f4339", "#7b2f2f"),
-        pick(rng, "#8a4b2d", "#c0392b", "#f0e6d2"),
-    )
+    roof = pick(rng, "#8a3d2a", "#a24a33", "#5f4339", "#7b2f2f")
+    door = pick(rng, "#8a4b2d", "#c0392b", "#f0e6d2")
     sketch.box(0.12, 0.4, 1.23, 1.0, wall)
     for y in np.arange(0.44, 1.0, 0.055):
         sketch.line([(0.12, y), (1.23, y)], shade(wall, 0.88), 0.01)
@@ -325,7 +321,7 @@ def _blue_house(rng: np.random.Generator) -> Image.Image:
 
 @prop_of("facade")
 def _facade(rng: np.random.Generator) -> Image.Image:
-    """A house of an old street."""
+    """Draw a house of an old street."""
     width = rng.uniform(0.5, 0.75)
     sketch, shutter = Sketch(width, 1.0), pick(rng, "#4f7a5a", "#7a4a38", "#4d6a8a")
     wall = pick(rng, "#d9a77b", "#c98b6b", "#e3c79a", "#b97a5e", "#cfc0a5", "#d98e73")
@@ -340,7 +336,7 @@ def _facade(rng: np.random.Generator) -> Image.Image:
 
 @prop_of("eiffel tower")
 def _eiffel_tower(rng: np.random.Generator) -> Image.Image:
-    """Four legs that meet in a spire, two platforms, an arch between the feet."""
+    """Draw four legs that meet in a spire, two platforms and an arch between the feet."""
     sketch, iron = Sketch(0.9, 1.6), pick(rng, "#6b4f3a", "#5b4636", "#77583f", "#4d4038")
     middle, y = 0.45, np.linspace(0.08, 1.6, 80)
     half = 0.016 + 0.4 * ((y - 0.08) / 1.52) ** 2.1
@@ -348,7 +344,7 @@ def _eiffel_tower(rng: np.random.Generator) -> Image.Image:
     sketch.polygon([*zip(middle - half, y), *right], iron)
     sketch.polygon([*zip(middle + 0.3 * half, y), *right], shade(iron, 0.78))
 
-    # What one sees through: the arch, and a wedge between each pair of platforms.
+    # Make transparent what one sees through: the arch, and a wedge between each pair of platforms.
     arch = [
         (middle + 0.24 * math.cos(t), 1.64 - 0.34 * math.sin(t))
         for t in np.linspace(0, math.pi, 24)
@@ -365,7 +361,7 @@ def _eiffel_tower(rng: np.random.Generator) -> Image.Image:
 def _rug(
     rng: np.random.Generator, rings: Sequence[tuple[float, Paint]], pile: float
 ) -> Image.Image:
-    """An oval rug as seen at an angle, its pile rough at the edge."""
+    """Draw an oval rug as seen at an angle, its pile rough at the edge."""
     sketch = Sketch(2.6, 1.0)
     for angle in np.linspace(0, 2 * math.pi, 150):
         rx, ry = pile * rng.uniform((0.5, 0.3), (1.0, 0.8))
@@ -373,9 +369,8 @@ def _rug(
     for reach, colour in rings:
         sketch.disc(1.3, 0.5, 1.22 * reach, 0.45 * reach, colour)
     pixels = np.array(sketch.image)
-    rough = np.tile(noise(int(rng.integers(1000)), 0.8), (1, 2))[
-        : pixels.shape[0], : pixels.shape[1], None
-    ]
+    height, width = pixels.shape[:2]
+    rough = np.tile(noise(int(rng.integers(1000)), 0.8), (1, 2))[:height, :width, None]
     pixels[..., :3] = np.clip(pixels[..., :3] * (1 + 0.035 * rough), 0, 255)
     return Image.fromarray(pixels)
 
@@ -394,7 +389,7 @@ def _white_rug(rng: np.random.Generator) -> Image.Image:
 
 @prop_of("mirror")
 def _mirror(rng: np.random.Generator) -> Image.Image:
-    """A round mirror in a golden frame that lies on the ground, with streaks of light."""
+    """Draw a round mirror in a golden frame that lies on the ground, with streaks of light."""
     sketch = Sketch(2.6, 1.0)
     for reach, colour in ((1.0, "#9a6a18"), (0.97, "#e2b13c"), (0.9, "#8fb4c8"), (0.88, "#c4e2f0")):
         sketch.disc(1.3, 0.5, 1.28 * reach, 0.48 * reach, colour)
@@ -407,15 +402,11 @@ def _mirror(rng: np.random.Generator) -> Image.Image:
 
 @prop_of("person")
 def _person(rng: np.random.Generator) -> Image.Image:
-    """Somebody who walks by."""
-    sketch, coat = (
-        Sketch(0.5, 1.0),
-        pick(rng, "#c0392b", "#2f6fd0", "#e8b92e", "#3c8a50", "#8a45c0", "#e07a3a", "#3a4150"),
-    )
-    skin, hair = (
-        pick(rng, "#f1c9a5", "#c68d5e", "#8d5a3a"),
-        pick(rng, "#2a1d16", "#6b4222", "#d9b25a"),
-    )
+    """Draw somebody who walks by."""
+    sketch = Sketch(0.5, 1.0)
+    coat = pick(rng, "#c0392b", "#2f6fd0", "#e8b92e", "#3c8a50", "#8a45c0", "#e07a3a", "#3a4150")
+    skin = pick(rng, "#f1c9a5", "#c68d5e", "#8d5a3a")
+    hair = pick(rng, "#2a1d16", "#6b4222", "#d9b25a")
     for x in (0.17, 0.28):
         sketch.box(x, 0.62, x + 0.09, 0.99, "#2d3340")
     sketch.polygon([(0.12, 0.7), (0.16, 0.28), (0.36, 0.28), (0.42, 0.7)], coat)

@@ -1,7 +1,6 @@
-"""Tiles: periodic textures (TILE, TILE, 3) from 0 to 1 that are laid out in perspective as a
-ground.
+"""Tiles: periodic textures (TILE, TILE, 3) from 0 to 1, laid out in perspective as a ground.
 
-Their rows recede from the viewer. `mipmaps` caches them, the same in every process.
+Their rows go away from the viewer. `mipmaps` caches them. A variant is the same in every process.
 """
 
 from __future__ import annotations
@@ -28,20 +27,17 @@ from ldm.tiny.scenes.paint import (
 )
 
 MIPS = 6  # ever smaller copies of a tile, for what is far away
-MIP_START = np.cumsum(
-    [0] + [(TILE >> k) ** 2 for k in range(MIPS - 1)]
-)  # where they begin in `mipmaps`
-REGULAR = {
-    "wood",
-    "dark wood",
-    "pavement",
-    "cobblestone",
-}  # tiles whose pattern has to run straight
+# Where each copy begins in `mipmaps`.
+MIP_START = np.cumsum([0] + [(TILE >> k) ** 2 for k in range(MIPS - 1)])
+# Tiles whose pattern has to run straight.
+REGULAR = {"wood", "dark wood", "pavement", "cobblestone"}
 
 TILES: dict[str, Callable[[np.random.Generator, int], Array]] = {}
 
 
 def tile_of(kind: str) -> Callable:
+    """Register a drawing as the tile of this name."""
+
     def register(draw: Callable[[np.random.Generator, int], Array]) -> Callable:
         TILES[kind] = draw
         return draw
@@ -58,11 +54,8 @@ def _grass(rng: np.random.Generator, seed: int) -> Array:
 
 @tile_of("sand")
 def _sand(rng: np.random.Generator, seed: int) -> Array:
-    return grain(
-        pick(rng, "#e8cf98", "#dfc085", "#efd9a7"),
-        0.03 * noise(seed, 0.3),
-        0.045 * noise(seed + 1, 1.8),
-    )
+    colour = pick(rng, "#e8cf98", "#dfc085", "#efd9a7")
+    return grain(colour, 0.03 * noise(seed, 0.3), 0.045 * noise(seed + 1, 1.8))
 
 
 @tile_of("snow")
@@ -115,7 +108,7 @@ def _pavement(rng: np.random.Generator, seed: int) -> Array:
 
 
 def _planks(rng: np.random.Generator, seed: int, colour: Array, width: int = 32) -> Array:
-    """Boards that run away from the viewer, each with its own tone, grain and joint."""
+    """Draw boards that go away from the viewer, each with its own tone, grain and joint."""
     y, x = np.mgrid[:TILE, :TILE]
     board, boards = x // width, TILE // width
     joint = rng.integers(TILE, size=boards)[board]
@@ -136,10 +129,12 @@ def _dark_wood(rng: np.random.Generator, seed: int) -> Array:
 
 
 def cells(rng: np.random.Generator, count: int, jitter: float) -> tuple[Array, Array, Array]:
-    """A periodic Voronoi pattern over `count` x `count` cells: distance to the edge, to the centre,
-    cell number.
+    """Draw a periodic Voronoi pattern of `count` x `count` cells.
 
-    Distances are in cells; every second row is moved by half a cell.
+    Distances are in cells. Every second row is moved by half a cell.
+
+    Returns:
+        For each pixel its distance to the edge, its distance to the centre, and its cell's number.
     """
     offset = rng.uniform(-jitter, jitter, (2, count, count)).astype(np.float32)
     y, x = (np.mgrid[:TILE, :TILE] * count / TILE).astype(np.float32)
@@ -149,10 +144,8 @@ def cells(rng: np.random.Generator, count: int, jitter: float) -> tuple[Array, A
         for right in (-2, -1, 0, 1):
             row, column = y.astype(int) + down, x.astype(int) + right
             number = row % count, column % count
-            centre_y, centre_x = (
-                row + 0.5 + offset[0][number],
-                column + 0.5 * (row % 2) + 0.5 + offset[1][number],
-            )
+            centre_y = row + 0.5 + offset[0][number]
+            centre_x = column + 0.5 * (row % 2) + 0.5 + offset[1][number]
             distance = np.hypot(x - centre_x, y - centre_y)
             second = np.minimum(second, np.maximum(distance, nearest))
             cell = np.where(distance < nearest, number[0] * count + number[1], cell)
@@ -177,6 +170,7 @@ def _autumn_leaves(rng: np.random.Generator, seed: int) -> Array:
     for _ in range(420):
         x, y, r, angle = rng.uniform((0, 0, 5, 0), (TILE, TILE, 10, math.pi))
         colour = to_hex(shade(pick(rng, *AUTUMN), rng.uniform(0.8, 1.1)))
+        # A leaf that reaches over an edge comes in again at the other one.
         for left in (x - TILE, x, x + TILE):
             for top in (y - TILE, y, y + TILE):
                 if -r < left < TILE + r and -r < top < TILE + r:
@@ -186,12 +180,11 @@ def _autumn_leaves(rng: np.random.Generator, seed: int) -> Array:
 
 @functools.cache
 def mipmaps(kind: str, variant: int) -> Array:
-    """A tile and its ever smaller copies, one after the other, as a flat array of packed pixels."""
+    """Return a tile and its ever smaller copies, one after the other, as a flat array of pixels."""
     rng = np.random.default_rng([variant, *kind.encode()])
-    level = Image.fromarray(
-        np.clip(TILES[kind](rng, 1000 + 10 * variant) * 255, 0, 255).astype(np.uint8)
-    ).convert("RGBA")
-    levels = [np.asarray(level if k == 0 else level.reduce(1 << k)) for k in range(MIPS)]
+    tile = TILES[kind](rng, 1000 + 10 * variant)
+    full = Image.fromarray(np.clip(tile * 255, 0, 255).astype(np.uint8)).convert("RGBA")
+    levels = [np.asarray(full if k == 0 else full.reduce(1 << k)) for k in range(MIPS)]
     return np.concatenate([pixels.reshape(-1).view(np.uint32) for pixels in levels])
 
 
@@ -199,9 +192,12 @@ def mipmaps(kind: str, variant: int) -> Array:
 def perspective(
     n: int, horizon: int, texels: float, tilt: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Where the pixels below the horizon lie on a tile: columns (y, n), rows (y, 1), mip level (y,
-    1), and how far
-    away they are (y, 1), from 0 to 1."""
+    """Return where the pixels below the horizon lie on a tile.
+
+    Returns:
+        Columns (y, n), rows (y, 1), which of the smaller copies (y, 1), and how far away they are
+        (y, 1), from 0 to 1.
+    """
     y = np.arange(max(horizon, 0), n, dtype=np.float32)[:, None]
     z = (n - horizon) / (y - horizon + 0.5)  # depth: 1 at the lower edge of the picture
     scale = texels / n
@@ -213,7 +209,7 @@ def perspective(
 
 @functools.cache
 def folds(variant: int, size: int = 2 * TILE) -> Array:
-    """Draped cloth: light (size, size) in 0..1."""
+    """Return the light on draped cloth, (size, size) from 0 to 1."""
     rng = np.random.default_rng([variant, 77])
     y, x = np.mgrid[:size, :size] / size
     warp = 0.09 * noise(500 + variant, 3.0, size=size)
@@ -222,8 +218,7 @@ def folds(variant: int, size: int = 2 * TILE) -> Array:
     for frequency, weight in ((rng.uniform(3, 4.5), 0.65), (rng.uniform(6, 8), 0.35)):
         angle = lean + rng.uniform(-0.15, 0.15)
         phase = (frequency * (math.cos(angle) * x + math.sin(angle) * y + warp)) % 1
-        light += weight * np.where(
-            phase < 0.75, phase / 0.75, (1 - phase) / 0.25
-        )  # slow rise, steep fall
+        # A fold rises slowly and falls steeply.
+        light += weight * np.where(phase < 0.75, phase / 0.75, (1 - phase) / 0.25)
     light = (light - light.min()) / np.ptp(light)
     return (0.2 + 0.8 * light).astype(np.float32)

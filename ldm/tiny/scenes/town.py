@@ -27,10 +27,8 @@ def _pink_fabric(p: Plate) -> None:
     top, left = p.rng.integers(len(cloth) - length + 1, size=2)
     crop = Image.fromarray(cloth[top : top + length, left : left + length])
     light = np.asarray(crop.resize((p.n, p.n), Image.Resampling.BILINEAR))[..., None]
-    dark, bright = (
-        rgb(c)
-        for c in p.choice(("#d9538f", "#ffb3d4"), ("#e06a9f", "#ffc6dd"), ("#cf4a86", "#ff9cc8"))
-    )
+    pinks = ("#d9538f", "#ffb3d4"), ("#e06a9f", "#ffc6dd"), ("#cf4a86", "#ff9cc8")
+    dark, bright = map(rgb, p.choice(*pinks))
     pixels = np.full((p.n, p.n, 4), 255, np.uint8)
     pixels[..., :3] = (mix(dark, bright, light) * 255).astype(np.uint8)
     p.image = Image.fromarray(pixels)

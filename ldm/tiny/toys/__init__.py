@@ -38,5 +38,5 @@ BUILDERS: dict[str, Callable[[np.random.Generator], Toy]] = {
 
 
 def build(class_word: str, number: int) -> Toy:
-    """Build design number `number` of a class; the same one every time."""
+    """Build design number `number` of a class. A number means the same design every time."""
     return BUILDERS[class_word](np.random.default_rng([number, *class_word.encode()]))

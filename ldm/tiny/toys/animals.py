@@ -1,6 +1,4 @@
-"""Toy animals: one way to build a head, a standing and a sitting body, and what makes each kind
-itself.
-"""
+"""Toy animals: how to build a head and several bodies, and what is special in each kind."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def pick(rng: Random, *options):
 
 
 def near(rng: Random, value: float, spread: float = 0.15) -> float:
-    """Vary a length by up to `spread` of it."""
+    """Return a length, changed at random by up to the share `spread` of it."""
     return float(value * rng.uniform(1 - spread, 1 + spread))
 
 
@@ -40,7 +38,7 @@ def near(rng: Random, value: float, spread: float = 0.15) -> float:
 
 
 def floppy_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
-    """Hang the ears of a dog."""
+    """Add the hanging ears of a dog."""
     ear = capsule(
         (0.42 * s, y + 0.16 * s, z - 0.04 * s), (0.54 * s, y - 0.24 * s, z), 0.1 * s, 0.17 * s
     )
@@ -48,7 +46,7 @@ def floppy_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
 
 
 def pointed_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
-    """Put up the ears of a cat or a fox."""
+    """Add the pointed ears of a cat or a fox."""
     ear = capsule(
         (0.27 * s, y + 0.24 * s, z - 0.04), (0.38 * s, y + 0.62 * s, z - 0.06), 0.17 * s, 0.03 * s
     )
@@ -57,7 +55,7 @@ def pointed_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
 
 
 def long_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
-    """Put up the ears of a rabbit."""
+    """Add the long ears of a rabbit."""
     ear = capsule(
         (0.16 * s, y + 0.3 * s, z - 0.05), (0.27 * s, y + 1.05 * s, z - 0.12), 0.1 * s, 0.12 * s
     )
@@ -68,7 +66,7 @@ def long_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
 
 
 def round_ears(y: float, z: float, s: float, c: Coat) -> list[Part]:
-    """Put up the ears of a bear."""
+    """Add the round ears of a bear."""
     ear = ellipsoid((0.33 * s, y + 0.35 * s, z - 0.03), (0.17 * s, 0.17 * s, 0.09 * s))
     inner = ellipsoid((0.33 * s, y + 0.35 * s, z + 0.08 * s), (0.09 * s, 0.09 * s, 0.08 * s))
     return [

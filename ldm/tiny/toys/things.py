@@ -1,5 +1,6 @@
-"""Toy things: vessels, clothes, vehicles and the robot; every function varies colours and
-proportions.
+"""Toy things: vessels, clothes, vehicles and the robot.
+
+Every function varies colours and proportions at random.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def two_colours(rng: Random) -> tuple[str, str]:
 
 
 def decorate(rng: Random, parts: list[Part], middle: float, colour: str) -> None:
-    """Paint rings, dots or nothing on a vessel whose middle is at height `middle`."""
+    """Add painted rings, dots or nothing to a vessel whose middle is at height `middle`."""
     pattern = pick(rng, "rings", "dots", "band", "none")
     if pattern == "rings":
         parts.append(Part(stripes(1, near(rng, 0.35), 0.35), colour, paint=True))
@@ -543,7 +544,7 @@ def cactus(rng: Random) -> Toy:
 
 
 def ribs(count: int) -> Shape:
-    """Cover lines that run up a round body."""
+    """Return a shape that covers lines up a round body."""
 
     def distance(p: np.ndarray) -> np.ndarray:
         turn = np.arctan2(p[0], p[2]) * count / (2 * np.pi)
