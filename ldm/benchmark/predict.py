@@ -49,9 +49,11 @@ def predict(
         )
     if not RunConfig(config).get("data.params.train.params.size"):
         raise UserError("data.params.train.params.size: needed for an estimate")
-    needed = Needs(lambda: model, partial(_estimate, config))
+    kinds = {device for device, _ in places}
+    needs = {kind: Needs(lambda: model, partial(_estimate, config, kind)) for kind in kinds}
     found = []
     for device, memory in places:
+        needed = needs[device]
         choices = engine.choose(_facts(config, model, device, memory, needed))
         values = {choice.key: choice.value for choice in choices}
         estimated = needed.estimate(values[engine.RECOMPUTE], values[engine.OPTIMIZER])
@@ -60,12 +62,14 @@ def predict(
     return found
 
 
-def _estimate(config: Mapping[str, Any], model: LatentDiffusion) -> Estimate:
+def _estimate(config: Mapping[str, Any], device: str, model: LatentDiffusion) -> Estimate:
     data = config["data"]["params"]
     samples, size = data["batch_size"] * (1 + has_prior(config)), data["train"]["params"]["size"]
     accumulates = accumulated(config) > 1
     with under("model.params"):
-        return estimate(model, model.optimizer, samples, size, autocast_dtype(config), accumulates)
+        return estimate(
+            *(model, model.optimizer, samples, size, autocast_dtype(config), accumulates, device)
+        )
 
 
 def _facts(

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.modules.layers import Conv2d, Linear
+
 
 def attention(
     q: Float[Tensor, "b n c"], k: Float[Tensor, "b m c"], v: Float[Tensor, "b m c"], heads: int = 1
@@ -35,10 +37,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         inner_dim = heads * dim_head
         self.heads = heads
-        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
-        self.to_k = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
-        self.to_v = nn.Linear(context_dim or query_dim, inner_dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+        self.to_q = Linear(query_dim, inner_dim, bias=False)
+        self.to_k = Linear(context_dim or query_dim, inner_dim, bias=False)
+        self.to_v = Linear(context_dim or query_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(Linear(inner_dim, query_dim), nn.Dropout(dropout))
         self.reads_text = context_dim is not None
         self._read: KeysAndValues | None = None  # where `texts_read_once` keeps them
 
@@ -89,7 +91,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
-        self.proj = nn.Linear(dim_in, dim_out * 2)
+        self.proj = Linear(dim_in, dim_out * 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate = self.proj(x).chunk(2, dim=-1)
@@ -102,7 +104,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, dropout: float = 0.0, mult: int = 4):
         super().__init__()
         self.net = nn.Sequential(
-            GEGLU(dim, dim * mult), nn.Dropout(dropout), nn.Linear(dim * mult, dim)
+            GEGLU(dim, dim * mult), nn.Dropout(dropout), Linear(dim * mult, dim)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,9 +174,7 @@ class SpatialTransformer(nn.Module):
         self.use_linear = use_linear
         self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
         self.proj_in = (
-            nn.Linear(in_channels, inner_dim)
-            if use_linear
-            else nn.Conv2d(in_channels, inner_dim, 1)
+            Linear(in_channels, inner_dim) if use_linear else Conv2d(in_channels, inner_dim, 1)
         )
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
@@ -183,9 +183,7 @@ class SpatialTransformer(nn.Module):
             for _ in range(depth)
         )
         proj_out = (
-            nn.Linear(inner_dim, in_channels)
-            if use_linear
-            else nn.Conv2d(inner_dim, in_channels, 1)
+            Linear(inner_dim, in_channels) if use_linear else Conv2d(inner_dim, in_channels, 1)
         )
         # Zero at the start, so that a new block is the identity.
         for parameter in proj_out.parameters():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.errors import ParameterError, nearest
@@ -88,7 +88,22 @@ def _fused(kind: type[Optimizer], modules: Sequence[Part], **options: Any) -> Op
         p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])
     ]
     fused = all(p.device.type in FUSED and p.is_floating_point() for p in parameters) or None
-    return kind(groups, **{"fused": fused, **options})
+    optimizer = kind(groups, **{"fused": fused, **options})
+    optimizer.register_load_state_dict_post_hook(_lay_out)
+    return optimizer
+
+
+def _lay_out(optimizer: Optimizer) -> None:
+    """Give a loaded state the layout of its parameters.
+
+    torch's fused kernels read both in the order of memory. The state of a run whose convolutions
+    had their channels elsewhere would silently meet other weights than its own.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            of_weights = isinstance(value, Tensor) and value.shape == parameter.shape
+            if of_weights and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _eight_bit(modules: Sequence[Part], in_backward: bool, **options: object) -> Optimizer:

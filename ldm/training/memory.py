@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from ldm.host import CUDA, default_precision
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock
 from ldm.modules.diffusionmodules.openaimodel import ResBlock
+from ldm.modules.layers import plain_layers
 from ldm.optim.in_backward import SUFFIX
 from ldm.optim.registry import check_name
 from ldm.training.build_trainer import needs_gradients
@@ -84,6 +85,7 @@ def estimate(
     side: int,
     autocast: torch.dtype | None = None,
     accumulates: bool = False,
+    device: str = "cpu",
 ) -> Estimate:
     """Estimate what a `LatentDiffusion` needs to train, without torch's and the driver's own (about
     1 GB).
@@ -95,13 +97,16 @@ def estimate(
         autocast: the lower precision of a mixed one.
         accumulates: whether a step's gradients are of several passes, so that most of these begin
             beside all of them.
+        device: its kind, as torch names it. On a CPU no copies of weights are kept.
 
     Raises:
         UserError: an optimizer of no known name.
     """
     check_name(optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stages, recomputed = forward_stages(model, samples, side // model.downsampling, autocast)
+    latent_side = side // model.downsampling
+    with nullcontext() if device == "cpu" else plain_layers():
+        stages, recomputed = forward_stages(model, samples, latent_side, autocast)
     activations = sum(stage.activations for stage in stages) + recomputed
     if optimizer.endswith(SUFFIX):
         gradients = max((parameter.nbytes for parameter in trained), default=0)
@@ -293,7 +298,8 @@ def of_run(
     batches = 2 if model.preservation.chosen.has_prior(has_class) else 1
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
     accumulates = trainer.accumulate_grad_batches > 1
-    found = estimate(model, model.optimizer, batches * data.batch_size, side, autocast, accumulates)
+    samples, device = batches * data.batch_size, trainer.strategy.root_device.type
+    found = estimate(model, model.optimizer, samples, side, autocast, accumulates, device)
     buckets = found.gradients if trainer.world_size > 1 else 0  # in which DDP exchanges them
     copied = model.preservation.copied_bytes(model)
     return replace(found, shared=found.shared + buckets, weights=found.weights + copied)

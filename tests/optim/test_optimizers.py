@@ -83,6 +83,66 @@ def test_no_gradient_is_left_and_few_are_there_at_once():
     assert all(p.grad is not None for p in network.parameters())
 
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def after_steps(name, layout, options=None, state_layout=None):
+    """Return weights and state after four steps of a convolution in a layout, the last two of them
+    with a state that was saved and loaded.
+    """
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(6, 8, 3).to(memory_format=layout)
+
+    def make():
+        return make_optimizer(name, [layer], lr=1e-2, **(options or {}))
+
+    optimizer = make()
+    for number in range(4):
+        if number == 2:
+            saved = optimizer.state_dict()
+            moments = saved["state"][0]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                as_saved = moments[moment].contiguous(memory_format=state_layout or layout)
+                moments[moment] = as_saved
+            for parameter in layer.parameters():
+                parameter._post_accumulate_grad_hooks = None
+            optimizer = make()
+            optimizer.load_state_dict(saved)
+        x = torch.randn(2, 6, 5, 5)
+
+        def closure(x=x):
+            layer.zero_grad()
+            layer(x).square().mean().backward()
+
+        optimizer.step(closure)
+    return [*layer.state_dict().values(), *optimizer.state_dict()["state"][0].values()]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_in_backward"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("state_layout", LAYOUTS)
+def test_the_layout_of_weights_and_of_their_state_changes_nothing(name, layout, state_layout):
+    plain = after_steps("adamw", torch.contiguous_format, {"fused": False})
+    found = after_steps(name, layout, state_layout=state_layout)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_backward_is_adamw_in_each_layout(layout):
+    found, plain = (after_steps(name, layout) for name in ("adamw_in_backward", "adamw"))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
+
+
+def test_rare_options_are_left_to_torch():
+    options = {"amsgrad": True}
+    found, plain = (
+        after_steps(name, torch.contiguous_format, options)
+        for name in ("adamw_in_backward", "adamw")
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, plain, strict=True))
+
+
 @pytest.mark.parametrize(
     "more", [["--accumulate_grad_batches", "2"], ["--gradient_clip_val", "1.0"]]
 )

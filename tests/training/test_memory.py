@@ -81,6 +81,17 @@ def test_what_needs_less():
     assert frozen.total < plain.total and frozen.weights == plain.weights
 
 
+def test_copies_of_weights_are_counted_where_they_are_kept():
+    model = build()
+    recompute(model, False)
+    unet = sum(p.numel() for p in model.model.parameters() if p.dim() > 1)
+    on_gpu, on_cpu = (
+        memory.estimate(model, "adamw", 2, 64, torch.bfloat16, device=kind).activations
+        for kind in ("cuda", "cpu")
+    )
+    assert on_gpu - on_cpu == pytest.approx(2 * unet, rel=0.1)
+
+
 ALLOCATE = """
 import resource, sys, torch
 from ldm.host import keep_freed_memory

@@ -16,6 +16,7 @@ from ldm.errors import ParameterError, check_counts, check_share
 from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.levels import Level, check_widths, plan, with_text_alone
 from ldm.modules.diffusionmodules.util import timestep_embedding, zero_module
+from ldm.modules.layers import Conv2d, Linear
 
 
 class Downsample(nn.Module):
@@ -23,7 +24,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
         return self.op(x)
@@ -34,7 +35,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c _ _"]:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -61,17 +62,17 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm = use_scale_shift_norm
         emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            nn.GroupNorm(32, channels), nn.SiLU(), Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_width))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, emb_width))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = (
-            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+            nn.Identity() if channels == out_channels else Conv2d(channels, out_channels, 1)
         )
 
     def forward(
@@ -194,15 +195,15 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.context_dim = context_dim
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, make.emb_channels),
+            Linear(model_channels, make.emb_channels),
             nn.SiLU(),
-            nn.Linear(make.emb_channels, make.emb_channels),
+            Linear(make.emb_channels, make.emb_channels),
         )
         self.num_classes = num_classes
         if num_classes is not None:
             check_counts(num_classes=num_classes)
             self.label_emb = nn.Embedding(num_classes, make.emb_channels)
-        conv_in = TimestepEmbedSequential(nn.Conv2d(in_channels, model_channels, 3, padding=1))
+        conv_in = TimestepEmbedSequential(Conv2d(in_channels, model_channels, 3, padding=1))
         down, skips = _way_down(make, levels, model_channels)
         self.input_blocks = nn.ModuleList([conv_in, *down])
         width = levels[-1].width
@@ -216,7 +217,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(32, width),
             nn.SiLU(),
-            zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
+            zero_module(Conv2d(width, out_channels, 3, padding=1)),
         )
         self.recompute(use_checkpoint)
 
