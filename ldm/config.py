@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError, nearest
@@ -80,15 +80,33 @@ def load_config(
         UserError: a file or an override that cannot be read.
     """
     first = OmegaConf.create(_escaped(before or {}))
-    configs = [first, *map(load_yaml, paths)]
-    for override in overrides:
-        if not override.partition("=")[0] or "=" not in override:
-            raise UserError(f"'{override}': an override has the form key.path=value")
     try:
-        given = OmegaConf.from_dotlist(list(overrides))
-        return OmegaConf.merge(*configs, given)  # type: ignore[return-value]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        merged = OmegaConf.merge(first, *map(load_yaml, paths))
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
         raise UserError(f"cannot merge the configs: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        _override(merged, override)
+    return merged  # type: ignore[return-value]
+
+
+def _override(config: DictConfig | ListConfig, override: str) -> None:
+    """Set one `key.path=value` in a config; a number in the path is a place in a list.
+
+    Raises:
+        UserError: it has another form, its value does not parse, or its list has no such place.
+    """
+    path, equals, text = override.partition("=")
+    if not path or not equals:
+        raise UserError(f"'{override}': an override has the form key.path=value")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        assert isinstance(value, dict)
+        OmegaConf.update(config, path, value["value"], merge=True)
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{path}: there is no such place in the config's list") from error
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot set it to '{text}': {problem}") from error
 
 
 def to_plain(config: DictConfig | Mapping[str, object]) -> dict[str, Any]:

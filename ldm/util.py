@@ -262,12 +262,20 @@ _PLAIN_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+_LISTS = ("Sequence", "list", "tuple")
+
+
 def _check_type(value: object, annotation: object, where: str) -> None:
-    """Raise a `UserError` if a value is not of the plain type that an annotation asks for, if
-    any.
-    """
-    names = [name.strip() for name in str(getattr(annotation, "__name__", annotation)).split("|")]
-    if not all(name in _PLAIN_TYPES or name == "None" for name in names):
+    """Raise a `UserError` for a value of another type, if an annotation names plain types alone."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    names = []
+    for name in str(text or annotation).split("|"):
+        kind = name.strip().partition("[")[0]
+        names.append("list" if kind in _LISTS else name.strip())
+    if not all(name in _PLAIN_TYPES or name in ("list", "None") for name in names):
+        return
+    # What kinds of lists it takes, a target knows best. A mapping or a number is none of them.
+    if "list" in names and not isinstance(value, (Mapping, int, float)):
         return
     accepted = tuple(kind for name in names for kind in _PLAIN_TYPES.get(name, (type(None),)))
     if not isinstance(value, accepted) or (isinstance(value, bool) and "bool" not in names):

@@ -1,6 +1,7 @@
 """Configs: how they merge, and what their errors say."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,8 +98,35 @@ def test_overrides_of_another_form(yaml, override):
 
 @pytest.mark.parametrize("override", ["a=[1", "a={b", "a=${"])
 def test_overrides_that_do_not_parse(yaml, override):
+    path, _, text = override.partition("=")
+    says = f"{path}: cannot set it to '{text}': "
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_config([yaml("a: 1")], ["b=1", override])
+
+
+@pytest.mark.parametrize("override, found", [
+    ("a.1=5", [1, 5, 3]),
+    ("a[1]=5", [1, 5, 3]),
+    ("a.-1=5", [1, 2, 5]),
+    ("a=[5]", [5]),
+    ("b.0.c=5", [{"c": 5, "d": 2}]),
+])  # fmt: skip
+def test_an_override_of_one_place_in_a_list(yaml, override, found):
+    path = yaml("a: [1, 2, 3]\nb: [{c: 1, d: 2}]")
+    assert to_plain(load_config([path], [override]))[override[0]] == found
+
+
+@pytest.mark.parametrize("override", ["a.3=5", "a.x=5", "b.1.c=5"])
+def test_an_override_of_no_place_in_a_list(yaml, override):
+    path = yaml("a: [1, 2, 3]\nb: [{c: 1, d: 2}]")
+    says = f"^{override.partition('=')[0]}: there is no such place in the config's list"
+    with pytest.raises(UserError, match=says):
+        load_config([path], [override])
+
+
+def test_a_mapping_and_a_list_do_not_merge(yaml):
     with pytest.raises(UserError, match="cannot merge the configs"):
-        load_config([yaml("a: 1")], [override])
+        load_config([yaml("a: {x: [1]}"), yaml("a: {x: {y: 1}}", "b.yaml")])
 
 
 # Checking

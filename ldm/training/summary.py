@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pytorch_lightning.callbacks import Timer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.callbacks.checkpoints import CheckpointKeeper
 from ldm.callbacks.first_step import PARTS
+from ldm.callbacks.setup import callbacks_of
 from ldm.callbacks.timing import TimingCallback
 from ldm.config import RunConfig
 from ldm.data.datamodule import DataModuleFromConfig
@@ -173,6 +175,8 @@ def start(
     rows["steps"] = f"to {until}"
     if resumed:
         rows["steps"] += f", going on from step {resumed.step} ({run.resume_from})"
+        if 0 < trainer.max_steps <= resumed.step:
+            rows["steps"] += "; none is left: --max_steps with a larger number goes on"
         rows["changed"] = "; ".join(resumed.changed)
         rows["changed before"] = "; ".join(resumed.still_changed)
     device = trainer.strategy.root_device
@@ -188,6 +192,18 @@ def start(
     return _rows("Training", rows)
 
 
+def limit_reached(trainer: pl.Trainer) -> str:
+    """Return the name of the trainer's limit, besides max_steps, that has ended a run, or ""."""
+    for callback in callbacks_of(trainer):
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            return "max_time"
+    epochs = trainer.max_epochs
+    if epochs is not None and 0 <= epochs <= trainer.current_epoch:
+        return "max_epochs"
+    return ""
+
+
 def end(
     trainer: pl.Trainer,
     keeper: CheckpointKeeper | None,
@@ -195,9 +211,15 @@ def end(
     prompt: str | None,
     exported: Path | None = None,
     embeddings: Sequence[Path] = (),
+    run: Run | None = None,
 ) -> str:
     """Say what has happened: steps, their time and memory, the checkpoints, and how to sample."""
-    done = f"{trainer.global_step} steps"
+    done, limit = f"{trainer.global_step} steps", ""
+    # A run that ended before its last step says so, and why. It would look finished.
+    if trainer.global_step < trainer.max_steps:
+        limit = limit_reached(trainer)
+        done = f"{trainer.global_step} of {trainer.max_steps} steps"
+        done += f": lightning.trainer.{limit} is reached" if limit else ""
     if timing is not None and timing.seconds_per_step:
         done += f", {timing.seconds_per_step:.3g} s a step"
         done += f", {timing.peak_bytes / 1e9:.2f} GB peak memory"
@@ -205,6 +227,8 @@ def end(
     if keeper is None or not keeper.last_path.exists():
         return _rows("Done, without a checkpoint, as configured", rows)
     rows["last"] = str(keeper.last_path)
+    if limit and run is not None:
+        rows["go on"] = f"{resume_command(run)} lightning.trainer.{limit}=null"
     lora = keeper.last_path.with_name(LORA)
     if lora.exists():
         rows["LoRA"] = f"{lora}: the adapters alone, for other programs"

@@ -268,7 +268,7 @@ def _finish(
         raise UserError(f"{error}; {summary.trained_already(keeper, config)}") from error
     prompts = found["subject_prompts"]
     prompt = prompts[0] if prompts else None
-    log.info(summary.end(trainer, keeper, timing, prompt, exported, embeddings))
+    log.info(summary.end(trainer, keeper, timing, prompt, exported, embeddings, run))
 
 
 def _write_adapters(

@@ -134,6 +134,10 @@ def test_mistyped_flag(refused):
         ("data.params.train.params.size=64", "need one size"),
         ("data.params.batch_size=two", "data.params.batch_size: expected int, got 'two'"),
         ("model.params.use_ema=maybe", "model.params.use_ema: expected bool, got 'maybe'"),
+        ("data.params.train.params.templates.0=a", "templates: expected str or list or None, got "
+                                                   "{'0': 'a'}"),
+        ("model.params.freeze=3", "model.params.freeze: expected list or None, got 3"),
+        ("model.params.unet_config.params.channel_mult={a: 1}", "channel_mult: cannot set it to '{a: 1}'"),
     ],
 )  # fmt: skip
 def test_mistyped_keys_and_values(refused, override, named):

@@ -138,6 +138,35 @@ def test_a_callbacks_argument_is_the_given_one(run, workspace):
     assert state["patience"] == 5
 
 
+def said(caplog, title, row):
+    """The text of a row of the last screen with this title; "" where it has none."""
+    *_, screen = (message for message in caplog.messages if message.startswith(f"{title}\n"))
+    rows = [line.strip() for line in screen.splitlines()]
+    return next((line.partition("  ")[2].strip() for line in rows if line.startswith(row)), "")
+
+
+def test_a_finished_run_says_that_no_step_is_left(run, workspace, caplog):
+    workspace.resume(run)
+    assert "none is left: --max_steps with a larger number" in said(caplog, "Training", "steps")
+    workspace.resume(run, "--max_steps", "3")
+    assert "none is left" not in said(caplog, "Training", "steps")
+
+
+@pytest.mark.parametrize("limit, value", [("max_time", "00:00:00:00"), ("max_epochs", "1")])
+def test_a_run_that_a_limit_ends_says_so_and_goes_on(run, workspace, caplog, limit, value):
+    setting = f"lightning.trainer.{limit}"
+    workspace.resume(run, "--max_steps", "40", f"{setting}={value}")
+    done = checkpoint(run)["global_step"]
+    assert done < 40
+    assert said(caplog, "Done", "trained").startswith(f"{done} of 40 steps: {setting} is reached")
+    *_, folder, override = said(caplog, "Done", "go on").split()
+    workspace.resume(folder, "--max_steps", "41", override)
+    assert checkpoint(run)["global_step"] == 41
+    assert said(caplog, "Done", "trained").startswith("41 steps") and not said(
+        caplog, "Done", "go on"
+    )
+
+
 def test_what_an_earlier_command_changed_is_shown(run, workspace, caplog):
     workspace.resume(run, "--max_steps", "3", "lightning.callbacks.first_step=null")
     assert "lightning.callbacks.first_step as by default -> null" in caplog.text

@@ -374,5 +374,5 @@ def test_one_command_starts_two_processes(workspace):
 
 
 def test_the_end_of_a_run_without_its_clock_is_said():
-    trainer = SimpleNamespace(global_step=3)
+    trainer = SimpleNamespace(global_step=3, max_steps=3)
     assert "trained  3 steps" in summary.end(trainer, None, None, None)
