@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ldm.data.notices import warn_once
 from ldm.errors import UserError
 
 ENDINGS = (".txt", ".caption")  # of a caption file, in any case
+TEMPLATE_FIELD = re.compile(r"\{(identifier|class_word)\}")
 # Files in which other programs keep the captions of a whole folder.
 LISTS = {
     f"{name}.{ending}" for name in ("captions", "metadata") for ending in ("csv", "json", "jsonl")
@@ -59,6 +61,13 @@ def _one_caption(image: Path, files: Sequence[Path], may_be_empty: bool) -> str:
     if not text and not may_be_empty:
         raise UserError(
             f"{file}: this caption is empty; write one, or remove the file to use the templates"
+        )
+    # A caption is read as it is. With a template's fields it would teach these letters.
+    field = TEMPLATE_FIELD.search(text)
+    if field:
+        raise UserError(
+            f"{file}: {field[0]} is filled in where it is in a template, not in a caption; write "
+            "the word itself"
         )
     return text
 

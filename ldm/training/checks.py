@@ -150,7 +150,7 @@ def check_new_words(model: pl.LightningModule, data: pl.LightningDataModule) -> 
 
 
 def check_identifiers(config: RunConfig, prompts: Sequence[str], encode: Encode) -> None:
-    """Warn of each word that names a subject in the prompts and is several tokens."""
+    """Warn of each word that is to name a subject and is in no prompt, or is several tokens."""
     where = "concepts" if config.concepts else "train.params.identifier"
     for identifier in config.identifiers:
         # A new word has tokens of its own.
@@ -164,9 +164,16 @@ def check_identifier(
     encode: Encode,
     where: str = "data.params.train.params.identifier",
 ) -> None:
-    """Warn if the word that names the subject in the prompts is several tokens."""
+    """Warn if the word that is to name the subject is in no prompt, or is several tokens."""
+    if not any(identifier in prompt for prompt in prompts):
+        log.warning(
+            "%s: no caption of the subject has '%s', so that word will not mean it; "
+            "write it into the captions, or into a template as {identifier}",
+            *(where, identifier),
+        )
+        return
     tokens = encode(identifier)
-    if len(tokens) > 1 and any(identifier in prompt for prompt in prompts):
+    if len(tokens) > 1:
         log.warning(
             "%s: '%s' is %d tokens (%s), which other words share: "
             "a rare word of one token, such as sks, is bound more easily",

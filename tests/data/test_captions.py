@@ -59,7 +59,9 @@ def test_caption_file_wins_over_templates(tmp_path):
     assert PersonalizedBase(root, size=8, captions=False).prompts == ["photo of a sks dog"]
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe\xfa"])
+@pytest.mark.parametrize(
+    "content", [b"", b" \n", b"\xff\xfe\xfa", b"a {identifier} dog", b"a sks {class_word}"]
+)
 def test_bad_caption_file(tmp_path, content):
     root = folder(tmp_path / "a", 1)
     (root / "00.txt").write_bytes(content)

@@ -291,3 +291,10 @@ def test_an_identifier_of_several_tokens_is_said(workspace, caplog):
         "identifier", "--max_steps", "1", "data.params.train.params.identifier=mydogxyz"
     )
     assert "identifier: 'mydogxyz' is 4 tokens" in caplog.text
+    assert "no caption of the subject has" not in caplog.text
+
+
+def test_an_identifier_that_no_caption_has_is_said(workspace, caplog):
+    templates = 'data.params.train.params.templates=["a {class_word}"]'
+    workspace.train("no-identifier", "--max_steps", "1", templates)
+    assert "no caption of the subject has 'sks', so that word will not mean it" in caplog.text
