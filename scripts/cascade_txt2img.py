@@ -109,7 +109,7 @@ def sample(args: argparse.Namespace) -> None:
     check(args)
     prompts = asked_prompts(args)
     large = check_upscales(model_of(_of_sr(args)))
-    base = None if args.init_img else model_of(args)
+    base = None if args.init_img else model_of(args, prompts)
     if base is None:
         photo = read_photo(Path(args.init_img))
         args.W, args.H = (large.small.factor * side for side in photo.size)

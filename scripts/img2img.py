@@ -70,7 +70,7 @@ def sample(args: argparse.Namespace) -> None:
     photo = read_photo(Path(args.init_img))
 
     # The size to draw in follows from the photo, unless it is given.
-    model = model_of(args)
+    model = model_of(args, prompts)
     if args.H is None and args.W is None:
         side = model.image_size * model.downsampling
         args.W, args.H = drawn_size(photo.size, side, size_step(model))

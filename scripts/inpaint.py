@@ -67,7 +67,7 @@ def sample(args: argparse.Namespace) -> None:
     photo = read_photo(Path(args.init_img))
     mask = mask_for(args, photo.size)
 
-    model = model_of(args)
+    model = model_of(args, prompts)
     recipe = recipe_of(args, model)
 
     draw = partial(

@@ -79,7 +79,7 @@ def sample(args: argparse.Namespace) -> None:
         sample_grid(args)
         return
     prompts = asked_prompts(args)
-    model = model_of(args)
+    model = model_of(args, prompts)
     pictures = series_of(args, prompts, recipe_of(args, model))
     draw_pictures(args, pictures, text_drawing(model, args.precision), print)
 

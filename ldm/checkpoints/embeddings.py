@@ -11,8 +11,9 @@ Web UIs call an embedding by the name of its file, so that this is a word, too.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from ldm.errors import UserError
 from ldm.files import save_checkpoint, write_atomically
 from ldm.modules.embedding_manager import ANY_WORD, Embedding, in_vocabulary
 from ldm.modules.encoders import tokenizer
+
+log = logging.getLogger(__name__)
 
 IN_FOLDERS = ("learned_embeds.safetensors", "learned_embeds.bin")
 PICTURES = (".png", ".webp", ".jxl", ".avif")
@@ -72,6 +75,14 @@ def read_embeddings(path: str | Path) -> list[Embedding]:
     return [
         embedding_of(key, value, path, alone=len(vectors) == 1) for key, value in vectors.items()
     ]
+
+
+def warn_if_unused(path: str | Path, words: Sequence[str], prompts: Sequence[str]) -> None:
+    """Warn if none of an embedding's words is in any of the prompts."""
+    text = " ".join(prompts).lower()
+    if not any(word.lower() in text for word in words):
+        named = " or ".join(f"'{word}'" for word in words)
+        log.warning("%s: without effect: no prompt has %s", path, named)
 
 
 def read_words(path: Path) -> dict[str, Tensor]:

@@ -104,8 +104,14 @@ def asked_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts that the flags of a sampling command ask for: one, a file's or a suite's.
 
     Raises:
-        UserError: a file or a suite that is not there, or without prompts.
+        UserError: a file or a suite that is not there, or without prompts, or both of them.
     """
+    if args.suite and args.from_file:
+        raise UserError("--suite and --from-file: both give the prompts: leave one out")
+    if "prompt" in args.given and (args.suite or args.from_file):
+        log.warning(
+            "--prompt: not read: --%s gives the prompts", "suite" if args.suite else "from-file"
+        )
     if args.suite:
         return suite_prompts(args.suite, args.subject)
     if args.from_file:

@@ -294,6 +294,8 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
         raise UserError(
             "--scale 1 is no guidance: leave --rescale, --interval, --apg and --guide_ckpt out"
         )
+    if args.negative_prompt and args.scale == 1.0:
+        log.warning("--negative_prompt: without effect at --scale 1, which is no guidance")
     # A share of 1 would be the tuned model itself.
     if not 0 <= args.guide_mix < 1:
         raise UserError(f"--guide_mix {args.guide_mix}: expected a number from 0 to below 1")
@@ -323,9 +325,13 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return pick_device(args.device)
 
 
-def model_of(args: argparse.Namespace) -> LatentDiffusion:
-    """Return the model that the flags name, with the embeddings that they add."""
-    from ldm.checkpoints.embeddings import read_embeddings
+def model_of(args: argparse.Namespace, prompts: Sequence[str] = ()) -> LatentDiffusion:
+    """Return the model that the flags name, with the embeddings that they add.
+
+    Args:
+        prompts: that it will draw. An embedding whose word is in none of them is warned of.
+    """
+    from ldm.checkpoints.embeddings import read_embeddings, warn_if_unused
     from ldm.modules.embedding_manager import EmbeddingManager
 
     device = device_of(args)
@@ -343,7 +349,9 @@ def model_of(args: argparse.Namespace) -> LatentDiffusion:
             raise UserError(f"--{flag} {given}: this model has {actual}")
     # Add words, then choose how it computes: the words are read in the precision of the rest.
     if args.embedding_path:
-        EmbeddingManager(model.cond_stage_model).load(read_embeddings(args.embedding_path))
+        words = EmbeddingManager(model.cond_stage_model).load(read_embeddings(args.embedding_path))
+        if prompts:
+            warn_if_unused(args.embedding_path, words, [*prompts, args.negative_prompt])
     if args.precision == "half":
         halve(model)
     if args.compile:

@@ -149,6 +149,31 @@ def test_a_long_prompt_is_warned_of_with_what_is_lost(sample, caplog):
     assert warning.endswith("a very long description of a sks dog on the beach'")
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--from-file", "{tmp}/prompts.txt"], "--prompt: not read: --from-file gives the prompts"),
+        (["--suite", "art", "--subject", "sks dog", "--only", "0"], "--prompt: not read: --suite"),
+        (["--negative_prompt", "bad", "--scale", "1"], "--negative_prompt: without effect"),
+        (
+            ["--embedding_path", "{tmp}/my-dog.safetensors"],
+            "{tmp}/my-dog.safetensors: without effect: no prompt has 'my-dog'",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_said(sample, tmp_path, caplog, arguments, said):
+    (tmp_path / "prompts.txt").write_text("a my-dog\n")
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "my-dog.safetensors")
+    filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    sample("--n_samples", "1", *filled)
+    assert said.replace("{tmp}", str(tmp_path)) in caplog.text
+    caplog.clear()
+    # All of these have an effect together, but for the prompt itself.
+    embedding = ["--embedding_path", str(tmp_path / "my-dog.safetensors")]
+    sample("--n_samples", "1", *embedding, "--prompt", "a My-Dog", "--negative_prompt", "bad")
+    assert "without effect" not in caplog.text and "not read" not in caplog.text
+
+
 # seeds and places
 
 
@@ -208,6 +233,7 @@ def test_a_number_that_another_command_takes_meanwhile_is_left_to_it(tmp_path, m
         (["--from-file", "{tmp}/latin.txt"], "latin.txt: cannot read this file of prompts"),
         (["--from-file", "{tmp}/zeros.txt"], "zero bytes in it"),
         (["--from-file", "{tmp}"], "no such file"),
+        (["--from-file", "{tmp}/comments.txt", "--suite", "art"], "--suite and --from-file: both"),
     ],
 )
 def test_what_is_refused_leaves_no_folder(ckpt, tmp_path, caplog, arguments, words):
