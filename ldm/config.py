@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.errors import UserError, nearest
@@ -84,12 +84,13 @@ def load_config(
         merged = OmegaConf.merge(first, *map(load_yaml, paths))
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
         raise UserError(f"cannot merge the configs: {' '.join(str(error).split())}") from error
+    assert isinstance(merged, DictConfig)
     for override in overrides:
         _override(merged, override)
-    return merged  # type: ignore[return-value]
+    return merged
 
 
-def _override(config: DictConfig | ListConfig, override: str) -> None:
+def _override(config: DictConfig, override: str) -> None:
     """Set one `key.path=value` in a config; a number in the path is a place in a list.
 
     Raises:

@@ -1,5 +1,4 @@
-"""Stop signals: what Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 do to a command, whatever it is doing
-then.
+"""Stop signals: what Ctrl-C, SIGTERM and others do to a command, whatever it is doing then.
 
 A stop signal raises `Interrupted`, unless someone has said that the command should be patient: then
 it is noted, and whoever asks after each step ends the command when a step is whole.
@@ -24,10 +23,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
+def _known(*names: str) -> list[signal.Signals]:
+    """Return the signals of these names that the system has; Windows lacks most."""
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
 # SIGINT is Ctrl-C. `kill`, `docker stop` and schedulers send SIGTERM, a terminal that closes
-# SIGHUP.
-STOPS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
-SAVE = getattr(signal, "SIGUSR1", None)  # not on Windows
+# SIGHUP, and a limit of processor time SIGXCPU.
+STOPS = _known("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU")
+# Schedulers send one of these some time before they kill a job; both kill what does not expect
+# them.
+SAVES = _known("SIGUSR1", "SIGUSR2")
 
 # A launcher sends its processes again what the terminal has sent to all: this is one wish, not two.
 ONE_WISH = 1.0  # seconds
@@ -74,7 +81,7 @@ class _State:
     stop: int = 0
     stopped_at: float = 0.0
     heard_at: float = 0.0
-    save: bool = False
+    save: int = 0  # the signal that asks to save, 0 for none
     last_acts: list[Callable[[], object]] = field(default_factory=list)
 
 
@@ -93,7 +100,7 @@ def hold() -> None:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Turn stop signals into `Interrupted` inside, and survive SIGUSR1.
+    """Turn stop signals into `Interrupted` inside, and survive those that ask to save.
 
     Inside another `handled`, or in a thread, this does nothing.
     """
@@ -121,12 +128,13 @@ def act_on_held() -> None:
     _state.holding = False
     if _state.stop:
         raise Interrupted(_state.stop)
-    if take_save_request():
-        _say_nothing_to_save()
+    if _state.save:
+        _say_nothing_to_save(_state.save)
+        take_save_request()
 
 
 def be_patient(patient: bool = True) -> None:
-    """Note the first stop signal, and SIGUSR1, without acting on them.
+    """Note the first stop signal, and one that asks to save, without acting on them.
 
     `stop_requested` returns what was noted; the caller asks it after each step.
     """
@@ -144,14 +152,14 @@ def stop_requested() -> int:
 
 
 def save_requested() -> bool:
-    """Return whether SIGUSR1 came since `take_save_request`."""
-    return _state.save
+    """Return whether a signal asked to save since `take_save_request`."""
+    return bool(_state.save)
 
 
 def take_save_request() -> bool:
-    """Return whether SIGUSR1 came since this was last asked."""
-    requested, _state.save = _state.save, False
-    return requested
+    """Return whether a signal asked to save since this was last called."""
+    requested, _state.save = _state.save, 0
+    return bool(requested)
 
 
 @contextlib.contextmanager
@@ -178,8 +186,8 @@ def _install() -> None:
         ignored = signal.getsignal(number) == signal.SIG_IGN
         if not (ignored and number == getattr(signal, "SIGHUP", None)):
             _state.previous[number] = signal.signal(number, _on_stop)
-    if SAVE is not None:
-        _state.previous[SAVE] = signal.signal(SAVE, _on_save)
+    for number in SAVES:
+        _state.previous[number] = signal.signal(number, _on_save)
 
 
 def _restore() -> None:
@@ -209,13 +217,14 @@ def _on_save(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _state.process or _state.deaf:
         return
     if _state.patient or _state.holding:
-        _state.save = True
+        _state.save = number
     else:
-        _say_nothing_to_save()
+        _say_nothing_to_save(number)
 
 
-def _say_nothing_to_save() -> None:
-    log.warning("SIGUSR1: no step is being trained, so there is nothing to save; going on")
+def _say_nothing_to_save(number: int) -> None:
+    name = signal.Signals(number).name
+    log.warning("%s: no step is being trained, so there is nothing to save; going on", name)
 
 
 # The main thread may be stuck

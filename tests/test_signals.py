@@ -9,7 +9,7 @@ import pytest
 from ldm import signals
 from ldm.commands import exit_status
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGXCPU: 152}
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +37,19 @@ def test_a_stop_signal_ends_a_command_with_its_status(number, caplog):
     assert [signal.getsignal(each) for each in STATUS] == before
 
 
-def test_sigusr1_says_that_there_is_nothing_to_save(caplog):
-    assert exit_status(lambda: send(signal.SIGUSR1)) == 0
-    assert "SIGUSR1: no step is being trained" in caplog.text
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_save_signal_says_that_there_is_nothing_to_save(number, caplog):
+    assert exit_status(lambda: send(number)) == 0
+    assert f"{number.name}: no step is being trained" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_patient_command_is_told_once_that_it_should_save(number):
+    with signals.handled():
+        signals.be_patient()
+        send(number)
+        assert signals.save_requested() and not signals.stop_requested()
+        assert signals.take_save_request() and not signals.save_requested()
 
 
 def test_a_patient_command_ends_when_it_asks(monkeypatch):

@@ -107,8 +107,8 @@ def _positions(trainer: pl.Trainer) -> dict[str, Any]:
 class InterruptHandler(pl.Callback):
     """Ends the run behind the current step when a stop signal came, with `last.ckpt` written.
 
-    SIGUSR1 writes it and goes on. Of several processes all do what one was asked for. While one
-    process alone draws pictures or validates, the run ends in the middle of that.
+    SIGUSR1 and SIGUSR2 write it and go on. Of several processes all do what one was asked for.
+    While one process alone draws pictures or validates, the run ends in the middle of that.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class InterruptHandler(pl.Callback):
         except UserError as error:
             if stop or trainer.world_size > 1:
                 raise
-            log.error("%s; going on, for only SIGUSR1 asked for it", error)
+            log.error("%s; going on, for the signal did not ask to stop", error)
         if stop:
             # What Lightning logs after this hook would be lost with the exception.
             trainer._logger_connector.update_train_step_metrics()
