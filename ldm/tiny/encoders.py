@@ -103,7 +103,7 @@ def read_clip(given: str | Path, device: torch.device | str = "cpu") -> ImageTex
     if TEXT not in state:
         raise UserError(
             f"{path}: the image tower of the miniature's CLIP alone, which reads no words: give "
-            "the checkpoint that its training wrote, or a CLIP of open_clip's"
+            "'miniature', the checkpoint that its training wrote, or a CLIP of open_clip's"
         )
     config = (find_config(content, path) or to_plain(load_config([CLIP_CONFIG])))["model"]
     images = CLIPImages(path, config)

@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm.checkpoints.reading import read_checkpoint, state_dict_of
 from ldm.config import load_config, to_plain
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
@@ -15,6 +16,8 @@ from ldm.evaluation.metrics import CLIPImages, features_of, similarity, similari
 from ldm.sampling.text_to_image import Recipe, load_model
 from ldm.tiny import miniature, report
 from ldm.tiny.attributes import KINDS
+from ldm.tiny.clip import OF_CLIP_ALONE
+from ldm.tiny.encoders import miniature_encoders, read_clip
 from scripts import demo
 from scripts.tiny import evaluate
 
@@ -73,6 +76,38 @@ def test_its_clip_knows_one_scene_from_another(clip_images, photos):
     across = (similarity(features[0], features[1]) + similarity(features[1], features[2])) / 2
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(features.shape[:2]))
     assert within > across + 0.1
+
+
+def test_its_clip_ships_without_the_text_encoder_that_is_in_the_other_file():
+    assert miniature.CLIP_IMAGES.stat().st_size < 12 * MEGABYTES
+    state = state_dict_of(read_checkpoint(miniature.CLIP_IMAGES), miniature.CLIP_IMAGES)
+    assert all(key.startswith(OF_CLIP_ALONE) for key in state)
+
+
+def test_its_clip_tells_from_words_where_a_photo_was_taken():
+    """The subjects were photographed in the same places, in the same order."""
+    encoders = miniature_encoders()
+    places = [
+        "on a white background",
+        "in a meadow",
+        "on the beach",
+        "on top of a wooden floor",
+        "in the snow",
+    ]
+    right = 0
+    for name in miniature.subject_names():
+        folder = miniature.photos_of(name)
+        shown = encoders.clip_image([load_image(path) for path in find_images(folder)])
+        noun = miniature.class_word_of(folder)
+        said = encoders.clip_text([f"a photo of a {noun} {place}" for place in places])
+        right += int(((shown @ said.T).argmax(1) == torch.arange(len(places))).sum())
+    assert right >= 28, f"{right} of 40 photos; 33 when it was trained"
+
+
+def test_its_clip_reads_words_from_what_ships():
+    clip = read_clip("miniature")
+    assert clip.texts(["a photo of a dog"]).shape == (1, 128)
+    assert "dog" in clip.nouns and 1 < clip.scale <= 100
 
 
 def test_pictures_follow_their_prompts(clip_images):
