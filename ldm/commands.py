@@ -17,9 +17,11 @@ from ldm import signals
 from ldm.config import PROJECT
 from ldm.distributed import has_told_failure, is_first
 from ldm.errors import UserError
+from ldm.host import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
+LESS_MEMORY = "close other programs, or take a machine with more of it"
 INTERRUPTED = 128 + signal.SIGINT  # the exit status of a program that Ctrl-C ended
 
 OF_THE_DISK = {
@@ -50,6 +52,9 @@ def check_writable(folder: Path, instead: str) -> None:
     Args:
         instead: what to do then.
     """
+    if folder.parts[:1] == ("~",):
+        # A shell replaces the sign in `--outdir ~/x`, but in `--outdir=~/x` it leaves it.
+        raise UserError(f"{folder}: '~' is not replaced here; write {folder.expanduser()}")
     place = folder.absolute()
     try:
         while not place.exists():
@@ -66,13 +71,18 @@ def check_writable(folder: Path, instead: str) -> None:
 
 
 def exit_status(
-    command: Callable[[], int | None], debug: Callable[[], bool] = lambda: False
+    command: Callable[[], int | None],
+    debug: Callable[[], bool] = lambda: False,
+    less_memory: str = LESS_MEMORY,
 ) -> int:
     """Run a command and return its exit status.
 
-    A `UserError` or a disk that refuses is one line and status 1. A stop signal is one line and 128
-    plus its number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. Other errors, and all of them
-    while `debug()`, keep their traceback.
+    A `UserError`, a disk that refuses or too little memory is one line and status 1. A stop signal
+    is one line and 128 plus its number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP. Other
+    errors, and all of them while `debug()`, keep their traceback.
+
+    Args:
+        less_memory: how the user makes the command need less.
     """
     with signals.handled():
         try:
@@ -95,10 +105,14 @@ def exit_status(
             if debug() or not text:
                 raise
             log.error("error: %s", text)
-        except Exception:
-            if not has_told_failure():
+        except Exception as error:
+            if is_out_of_memory(error) and not debug():
+                problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+                log.error("error: out of memory: %s; to need less: %s", problem, less_memory)
+            elif has_told_failure():
+                log.exception("error:")
+            else:
                 raise
-            log.exception("error:")
         return 0 if has_told_failure() else 1
 
 

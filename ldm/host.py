@@ -35,6 +35,14 @@ def accelerators() -> tuple[str, int]:
     return "cpu", 0
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is of torch's allocators, on a GPU or the CPU, or of Python's."""
+    # By name: a command that has not imported torch needs no import of it to end.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or not names.isdisjoint({"OutOfMemoryError", "MemoryError"})
+
+
 def default_precision(accelerator: str) -> str:
     """Return bfloat16 autocast where the device computes in it, else float32.
 

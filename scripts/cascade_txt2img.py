@@ -30,7 +30,7 @@ from ldm.evaluation.prompt_suites import asked_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.models.diffusion.super_resolution import LatentUpscaleDiffusion
-from ldm.sampling.drawing import draw_pictures, text_drawing
+from ldm.sampling.drawing import LESS_MEMORY, draw_pictures, text_drawing
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -195,7 +195,7 @@ def enlarging(model: LatentUpscaleDiffusion, draw_small: Draw, args: argparse.Na
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return exit_status(lambda: sample(parse(build_parser(), argv)))
+    return exit_status(lambda: sample(parse(build_parser(), argv)), less_memory=LESS_MEMORY)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ldm.data.prompts import captions_from_templates
 from ldm.distributed import agreed, is_first
 from ldm.errors import UserError
 from ldm.models.diffusion.sampler_names import find_sampler
-from ldm.sampling.class_images import make_class_images
+from ldm.sampling.class_images import check_class, make_class_images
 from ldm.sampling.contact_sheet import contact_sheet
 from ldm.sampling.flags import add_model_flags, check_folder, how_made, model_of
 from ldm.sampling.pictures import save_numbered
@@ -84,6 +84,8 @@ def check(args: argparse.Namespace) -> list[str]:
 def fill(args: argparse.Namespace) -> None:
     """Draw what the folder lacks, and leave a sheet of what is in it."""
     prompts, folder = check(args), Path(args.outdir)
+    if args.class_word and folder.is_dir():
+        check_class(list_images(folder), args.class_word)
     missing = int(agreed(lambda: str(args.num - len(list_images(folder)))))
     if missing <= 0:
         print(f"{folder} has {args.num - missing} class images: nothing to draw")
@@ -131,7 +133,9 @@ def sheet_of(folder: Path, sheets: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     args = build_parser().parse_args(argv)
-    return exit_status(lambda: fill(args))
+    return exit_status(
+        lambda: fill(args), less_memory="a smaller --batch_size or --size, or --precision half"
+    )
 
 
 if __name__ == "__main__":

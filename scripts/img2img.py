@@ -24,7 +24,7 @@ from ldm.commands import exit_status
 from ldm.data.resizing import fit
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import asked_prompts
-from ldm.sampling.drawing import draw_pictures, drawing_with
+from ldm.sampling.drawing import LESS_MEMORY, draw_pictures, drawing_with
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -93,7 +93,7 @@ def fitted(photo: Image.Image, recipe: Recipe, path: str) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return exit_status(lambda: sample(parse(build_parser(), argv)))
+    return exit_status(lambda: sample(parse(build_parser(), argv)), less_memory=LESS_MEMORY)
 
 
 if __name__ == "__main__":

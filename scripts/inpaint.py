@@ -25,7 +25,7 @@ from PIL import Image
 from ldm.commands import exit_status
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import asked_prompts
-from ldm.sampling.drawing import draw_pictures, drawing_with
+from ldm.sampling.drawing import LESS_MEMORY, draw_pictures, drawing_with
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -99,7 +99,7 @@ def mask_for(args: argparse.Namespace, size: tuple[int, int]) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return exit_status(lambda: sample(parse(build_parser(), argv)))
+    return exit_status(lambda: sample(parse(build_parser(), argv)), less_memory=LESS_MEMORY)
 
 
 if __name__ == "__main__":

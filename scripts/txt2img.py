@@ -27,7 +27,7 @@ from ldm.commands import exit_status
 from ldm.distributed import is_first
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import asked_prompts
-from ldm.sampling.drawing import draw_pictures, text_drawing
+from ldm.sampling.drawing import LESS_MEMORY, draw_pictures, text_drawing
 from ldm.sampling.flags import (
     add_model_flags,
     add_prompt_flags,
@@ -118,7 +118,7 @@ def sample_grid(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return exit_status(lambda: sample(parse(build_parser(), argv)))
+    return exit_status(lambda: sample(parse(build_parser(), argv)), less_memory=LESS_MEMORY)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ from ldm.callbacks.timing import resident_bytes
 from ldm.checkpoints.export import target_of
 from ldm.config import RunConfig
 from ldm.errors import UserError
-from ldm.host import CUDA
+from ldm.host import CUDA, is_out_of_memory
 from ldm.training.initial_weights import Start
-from ldm.training.memory import is_out_of_memory
 from ldm.training.run import Run
 from ldm.training.train import train
 from ldm.util import instantiate_from_config

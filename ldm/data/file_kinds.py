@@ -41,10 +41,19 @@ def picture_kind(path: Path) -> str | None:
     return None
 
 
+def _why_no_file(path: Path) -> str:
+    """Say what is in a file's place."""
+    if path.is_dir():
+        return "it is a folder; give a file in it"
+    if path.is_symlink():
+        return "a link to a file that is gone"
+    return "there is no such file"
+
+
 def why_unreadable(path: Path) -> str:
     """Say why Pillow does not open a file that has the ending of an image, and what to do."""
-    if path.is_symlink() and not path.exists():
-        return "a link to a file that is gone"
+    if not path.is_file():
+        return _why_no_file(path)
     head, kind = _head(path), picture_kind(path)
     text = head.lstrip().lower()
     if not head:

@@ -175,6 +175,6 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
 def _unreadable(path: Path, error: Exception) -> UserError:
     """Return the error that says in words why an image does not decode."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, (Image.UnidentifiedImageError, FileNotFoundError)):
+    if isinstance(error, (Image.UnidentifiedImageError, FileNotFoundError, IsADirectoryError)):
         reason = why_unreadable(path)
     return UserError(f"{path}: cannot read this image ({reason}); replace or remove it")

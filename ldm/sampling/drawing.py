@@ -19,6 +19,9 @@ from ldm.sampling.text_to_image import text_to_image
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
+# What a user can do where memory is too small.
+LESS_MEMORY = "--n_samples 1, a smaller --H and --W, --precision half, or --vae_tiling"
+
 
 def text_drawing(model: LatentDiffusion, precision: str) -> Draw:
     """Return what draws a batch of pictures of texts with a model."""

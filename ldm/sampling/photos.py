@@ -26,6 +26,9 @@ PAINTED = 128  # a mask's grey from which on a pixel is painted
 # Reading
 
 
+LONGEST = 8  # the most that a photo's longer side may be of its shorter one
+
+
 def read_photo(path: Path) -> Image.Image:
     """Return a photo as RGB, turned as its EXIF data says, what is transparent on white.
 
@@ -83,9 +86,16 @@ def central_box(size: tuple[int, int], wanted: tuple[int, int]) -> Box | None:
 
 
 def drawn_size(size: tuple[int, int], side: int, step: int) -> tuple[int, int]:
-    """Return the size to draw a photo in: its shorter side as the model's, in multiples of
-    `step`.
+    """Return the size to draw a photo in: its shorter side as the model's, in multiples of `step`.
+
+    Raises:
+        UserError: its longer side would be more than a model can draw at once.
     """
+    if max(size) > LONGEST * min(size):
+        raise UserError(
+            f"a photo of {size[0]}x{size[1]} pixels is too long to be drawn with its shorter side "
+            f"at {side}: cut it, or give --H and --W"
+        )
     scale = side / min(size)
     width, height = (max(step, round(length * scale / step) * step) for length in size)
     return width, height

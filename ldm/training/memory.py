@@ -321,13 +321,6 @@ def advice(trainer: pl.Trainer, model: LatentDiffusion) -> str:
     return f"To need less: {'; '.join(switches(trainer, model))}"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is of torch's allocators, on a GPU or the CPU, or of Python's."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 def switches(trainer: pl.Trainer, model: LatentDiffusion) -> list[str]:
     """List what a user can still change to need less memory, the cheapest in time and quality
     first.

@@ -19,10 +19,10 @@ from ldm.data.latents import CachedLatents, Encoder, digest, encode_variants
 from ldm.data.personalized import PersonalizedBase
 from ldm.distributed import first_alone
 from ldm.errors import UserError
+from ldm.host import is_out_of_memory
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import warn_of_cut
 from ldm.sampling.class_images import check_class, make_class_images
-from ldm.training.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -29,6 +29,7 @@ from ldm.commands import disk_text
 from ldm.config import SECTIONS, RunConfig
 from ldm.distributed import failure_of_others, first_alone, is_sharded
 from ldm.errors import ParameterError, UserError, under
+from ldm.host import is_out_of_memory
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.trained import check_strategy
 from ldm.modules.encoders.t5 import words_of
@@ -235,7 +236,7 @@ def _as_user_error(error: BaseException, trainer: pl.Trainer, model: pl.Lightnin
     if isinstance(error, OSError) and disk_text(error):
         return disk_text(error)
     # Memory follows from the config, so the advice names the settings that need less.
-    if memory.is_out_of_memory(error) and isinstance(model, LatentDiffusion):
+    if is_out_of_memory(error) and isinstance(model, LatentDiffusion):
         step, device = trainer.global_step + 1, trainer.strategy.root_device
         return f"{device}: out of memory in step {step}. {memory.advice(trainer, model)}"
     # In a group, the first failure ends the other processes, too. Their own errors are not the

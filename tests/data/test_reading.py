@@ -272,6 +272,13 @@ def test_what_is_no_image_is_named(tmp_path, what):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.jpg: .*there is no such file"):
+        load_image(tmp_path / "none.jpg")
+    with pytest.raises(UserError, match="it is a folder"):
+        load_image(tmp_path)
+
+
 def test_a_link_to_nothing_is_named(tmp_path):
     (tmp_path / "a.jpg").symlink_to(tmp_path / "gone.jpg")
     dataset = ImageFolderDataset(tmp_path, size=8)

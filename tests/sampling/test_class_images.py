@@ -143,6 +143,15 @@ def test_the_command_fills_a_folder(model_once, tmp_path, capsys, caplog):
         assert path.read_bytes() == (tmp_path / "two/dog" / path.name).read_bytes()
 
 
+def test_the_command_adds_no_other_class_to_a_folder(model_once, tmp_path, caplog):
+    command = ["--ckpt", str(WEIGHTS), "--size", "32", "--sampler", "ddim", "--steps", "1"]
+    command += ["--outdir", str(tmp_path / "out"), "--sheets", str(tmp_path / "sheets")]
+    assert command_of_class_images.main([*command, "--class_word", "dog", "--num", "1"]) == 0
+    assert command_of_class_images.main([*command, "--class_word", "cat", "--num", "2"]) == 1
+    assert "made as 'photo of a dog', and the class word is 'cat'" in caplog.text
+    assert names(tmp_path / "out") == ["00000.png"]
+
+
 def test_by_default_the_command_draws_with_the_ancestral_sampler(model_once, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -126,7 +126,8 @@ def test_a_picture_says_how_it_was_made_and_is_made_again(command, tmp_path):
     "arguments, words",
     [
         ([], "--init-img: which photo?"),
-        (["--init-img", "{tmp}/none.jpg"], "none.jpg: cannot read this image"),
+        (["--init-img", "{tmp}/none.jpg"], "none.jpg: cannot read this image (there is no such"),
+        (["--init-img", "{tmp}/long.png"], "a photo of 900x3 pixels is too long"),
         (["--init-img", "{tmp}/photo.png", "--strength", "1.5"], "at most 1"),
         (["--init-img", "{tmp}/photo.png", "--strength", "0.1"], "of 4 steps none is left"),
         (["--init-img", "{tmp}/photo.png", "--H", "33"], "must be multiples of 4"),
@@ -134,6 +135,7 @@ def test_a_picture_says_how_it_was_made_and_is_made_again(command, tmp_path):
 )
 def test_what_is_refused_is_one_line_and_leaves_no_folder(command, tmp_path, caplog, arguments, words):  # fmt: skip
     photo(tmp_path)
+    Image.new("RGB", (900, 3)).save(tmp_path / "long.png")
     command(*[argument.replace("{tmp}", str(tmp_path)) for argument in arguments], status=1)
     error = caplog.records[-1].getMessage()
     assert error.startswith("error: ") and words in error and "\n" not in error

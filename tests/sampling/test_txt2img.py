@@ -174,6 +174,26 @@ def test_what_has_no_effect_is_said(sample, tmp_path, caplog, arguments, said):
     assert "without effect" not in caplog.text and "not read" not in caplog.text
 
 
+OUT_OF_MEMORY = {
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+    "CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 4 bytes"),
+}
+
+
+@pytest.mark.parametrize("where", OUT_OF_MEMORY)
+def test_too_little_memory_is_one_line_that_says_what_needs_less(
+    ckpt, tmp_path, monkeypatch, caplog, where
+):
+    def fails(*_args, **_options):
+        raise OUT_OF_MEMORY[where]
+
+    monkeypatch.setattr(drawing, "draw_shares", fails)
+    assert stable_txt2img.main(["--ckpt", str(ckpt), "--outdir", str(tmp_path / "out")]) == 1
+    error = caplog.records[-1].getMessage()
+    assert error.startswith("error: out of memory: ") and "to need less: --n_samples 1" in error
+    assert "\n" not in error
+
+
 # seeds and places
 
 
@@ -233,6 +253,7 @@ def test_a_number_that_another_command_takes_meanwhile_is_left_to_it(tmp_path, m
         (["--from-file", "{tmp}/latin.txt"], "latin.txt: cannot read this file of prompts"),
         (["--from-file", "{tmp}/zeros.txt"], "zero bytes in it"),
         (["--from-file", "{tmp}"], "no such file"),
+        (["--outdir=~/out"], "'~' is not replaced here; write /"),
         (["--from-file", "{tmp}/comments.txt", "--suite", "art"], "--suite and --from-file: both"),
     ],
 )

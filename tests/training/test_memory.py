@@ -360,7 +360,7 @@ def test_out_of_memory_ends_in_advice_with_the_last_checkpoint_kept(workspace, c
 
 
 def test_other_errors_stay_what_they_are():
-    assert not memory.is_out_of_memory(RuntimeError("shapes do not match"))
-    assert memory.is_out_of_memory(
+    assert not host.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert host.is_out_of_memory(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     )
