@@ -30,11 +30,11 @@ from ldm.checkpoints.diffusers_format import (
 )
 from ldm.checkpoints.lora_formats import LowRank, parse_lora, place
 from ldm.errors import UserError
+from ldm.modules.adapters import DOWN, UP
 from ldm.modules.encoders.names import open_clip_to_transformers
 
 State = dict[str, Tensor]
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
 TEXT_WIDTHS = {768: "1", 1024: "2", 2048: "XL"}
 
 # ---- extracting

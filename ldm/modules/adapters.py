@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 
 from ldm.errors import ParameterError
+from ldm.rng import generator
 from ldm.util import check_mapping, check_params
 
 NAME = "lora"  # the parameter of `LatentDiffusion`
+DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
 # Names of the layers, as they end: of our `CrossAttention` and of transformers' CLIP.
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -88,7 +91,11 @@ def adaptable_weights(module: nn.Module, endings: Sequence[str], prefix: str = "
 
 
 def add_adapters(module: nn.Module, layers: Sequence[str], options: LoraOptions) -> None:
-    """Put trainable adapters on a module's linear layers of these names."""
+    """Put trainable adapters on a module's linear layers of these names.
+
+    How they start is a function of torch's seed and of each one's name. What was drawn before, such
+    as for class images or by the processes of a group at their start, does not change it.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     # peft's annotation says int; it divides by it.
@@ -98,6 +105,16 @@ def add_adapters(module: nn.Module, layers: Sequence[str], options: LoraOptions)
         target_modules=list(layers),
     )
     inject_adapter_in_model(config, module)
+    for name, parameter in module.named_parameters():
+        if name.endswith(DOWN):
+            _draw(parameter, generator(NAME, torch.initial_seed(), name))
+
+
+@torch.no_grad()
+def _draw(down: nn.Parameter, chance: torch.Generator) -> None:
+    """Draw a matrix (r, d) as peft and PyTorch's own linear layers do: evenly in ±1 / sqrt(d)."""
+    bound = 1 / math.sqrt(down.shape[1])
+    down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=chance))
 
 
 @contextmanager

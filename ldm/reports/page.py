@@ -48,11 +48,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture inside the page. `alt` says in words what it shows."""
+    """A picture inside the page. `alt` says in words what it shows.
+
+    Args:
+        width: in pixels, which the caption does not pass; None for as wide as it comes.
+    """
 
     source: str
     alt: str
     caption: str = ""
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ def picture(path: Path, alt: str, caption: str = "") -> Figure:
     content, kind = path.read_bytes(), "image/png"
     if len(content) > LARGEST or path.suffix.lower() != ".png":
         content, kind = _smaller(path), "image/jpeg"
-    return Figure(data_uri(content, kind), alt, caption)
+    with Image.open(io.BytesIO(content)) as shown:
+        width = shown.width
+    return Figure(data_uri(content, kind), alt, caption, width)
 
 
 def _smaller(path: Path) -> bytes:

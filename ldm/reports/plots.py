@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ldm.reports.page import Figure, data_uri
 
 Curve = Sequence[tuple[float, float]]  # steps and values
-SIZE = (7.2, 3.2)  # inches
+SIZE = (5.6, 3.2)  # inches: two stand beside each other on a page
+LEGEND = 0.22  # inches of a line of a legend
+COLOURS, STYLES = 10, ("-", "--", ":")
 MOST_POINTS = 600  # of a curve: more cannot be told apart
 
 
 def curves(series: Mapping[str, Curve], title: str, axis: str = "loss") -> Figure:
     """Plot curves over the steps."""
     figure, axes = _axes("step", axis)
-    for name, points in series.items():
+    for number, (name, points) in enumerate(series.items()):
         shown = thinned(points)
         marker = "o" if len(shown) < 20 else ""
-        axes.plot(*zip(*shown), label=name, marker=marker, markersize=3, linewidth=1.2)
+        # The colours begin again after the last one.
+        dashes = STYLES[number // COLOURS % len(STYLES)]
+        axes.plot(*zip(*shown), dashes, label=name, marker=marker, markersize=3, linewidth=1.2)
     if series:
-        axes.legend(frameon=False, fontsize=8)
+        _legend(figure, series)
     said = "; ".join(
         f"{name} from {points[0][1]:.4g} at step {points[0][0]:g} to {points[-1][1]:.4g} at step "
         f"{points[-1][0]:g}"
@@ -64,6 +68,7 @@ def intervals(
             interval = f" [{low:.3f}, {high:.3f}]"
         said.append(f"{name} {mean:.3f}{interval}")
     axes.set_yticks([-place for place in range(len(rows))], list(rows))
+    axes.set_ylim(0.5 - len(rows), 0.5)  # none of them on the edge
     return _figure(figure, f"{title}: {'; '.join(said)}", title)
 
 
@@ -102,6 +107,14 @@ def _axes(x: str, y: str) -> tuple[Any, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+def _legend(figure: Any, names: Collection[str]) -> None:
+    """Name the curves under the plot, where none runs through the names."""
+    columns = 1 if max(map(len, names)) > 30 else min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure.set_size_inches(SIZE[0], SIZE[1] + LEGEND * lines)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def _figure(drawing: Any, alt: str, caption: str) -> Figure:

@@ -166,7 +166,7 @@ def _loss_section(run: RunFacts) -> Iterator[Section]:
 
 def _picture_sections(run: RunFacts) -> Iterator[Section]:
     """Yield the panel by step, then the last grids of the other kinds."""
-    panels = list(_sheets(run, "panel"))
+    panels = list(_sheets(run, "panel", alone=True))
     if panels:
         yield Section("The panel: the same prompts from the same noise", [Figures(panels)])
     grids: list[Figure] = []
@@ -176,8 +176,12 @@ def _picture_sections(run: RunFacts) -> Iterator[Section]:
         yield Section("Grids of the last logged step", [Figures(grids)])
 
 
-def _sheets(run: RunFacts, group: str) -> Iterator[Figure]:
-    """Yield a group's pictures by step: the first, the last, and some between."""
+def _sheets(run: RunFacts, group: str, alone: bool = False) -> Iterator[Figure]:
+    """Yield a group's pictures by step: the first, the last, and some between.
+
+    Args:
+        alone: on a page of this run, whose name need not be said.
+    """
     paths = sorted((run.folder / "images" / group).glob("*.png"))
     count = min(len(paths), MOST_SHEETS)
     chosen = {round(n * (len(paths) - 1) / max(count - 1, 1)) for n in range(count)}
@@ -186,7 +190,7 @@ def _sheets(run: RunFacts, group: str) -> Iterator[Figure]:
         yield picture(
             paths[number],
             f"Sheet of labelled pictures of {run.name} at step {step}",
-            f"{run.name}, step {step}",
+            f"step {step}" if alone else f"{run.name}, step {step}",
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm.reports.page import Figures, Link, Page, Section, Table, Text, picture
 from ldm.reports.plots import curves, pareto, scatter
-from ldm.reports.runs import FIXED, PAGE, RunFacts, read_run
+from ldm.reports.runs import FIXED, LOSS, PAGE, RunFacts, read_run
 
 # What says how well a trial shows the subject, and how well it keeps the rest: the first of each
 # that every trial has. A loss counts with its sign turned, so that more is better.
@@ -28,15 +29,23 @@ def sweep_page(title: str, rows: Sequence[Row], runs: Mapping[str, Path]) -> Pag
         runs: the run folders by trial, which lie in the folder `trials` beside the page.
     """
     done = [row for row in rows if row["status"] == "done"]
+    names = {str(row["trial"]): named(row) for row in rows}
     sections = [
         *_trade_off(done),
-        Section("Trials", [_table(rows, runs), *_pinned(rows)]),
-        *_curves(runs),
-        *_panels(runs),
+        Section("Trials", [*_tables(rows, runs), *_pinned(rows)]),
+        *_curves(runs, names),
+        *_panels(runs, names),
     ]
     failed = len(rows) - len(done)
     subtitle = f"{len(done)} trials done" + (f", {failed} failed" if failed else "")
     return Page(f"Sweep {title}", subtitle, sections)
+
+
+def named(row: Row) -> str:
+    """Return a trial's number with the values that it tries: `003: base_learning_rate 0.0001`."""
+    keys = itertools.takewhile(lambda key: key != "status", row)
+    values = [f"{key.rpartition('.')[2]} {_cell(row[key])}" for key in keys if key != "trial"]
+    return f"{row['trial']}: {', '.join(values)}" if values else str(row["trial"])
 
 
 def axes(rows: Sequence[Row]) -> tuple[str, str] | None:
@@ -67,8 +76,27 @@ def _worth(row: Row, name: str) -> float:
     return -row[name] if "loss" in name else row[name]
 
 
-def _table(rows: Sequence[Row], runs: Mapping[str, Path]) -> Table:
+def _tables(rows: Sequence[Row], runs: Mapping[str, Path]) -> list[Table]:
+    """Return what the trials tried and what came of it; the losses of the last batch, which are
+    mostly noise, stand in a table of their own.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in PINNED))
+    noisy = [key for key in columns if LOSS.match(key) and not FIXED.match(key)]
+    first = [key for key in columns if key not in noisy]
+    tables = [_table("What the trials tried, and what came of it", first, rows, runs)]
+    if noisy:
+        caption = "Losses of the last batch, which are mostly noise"
+        tables.append(_table(caption, ["trial", *noisy], rows, runs, folded=True))
+    return tables
+
+
+def _table(
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    runs: Mapping[str, Path],
+    folded: bool = False,
+) -> Table:
     shown = []
     for row in rows:
         cells: list[str | Link] = [_cell(row.get(column)) for column in columns]
@@ -76,7 +104,7 @@ def _table(rows: Sequence[Row], runs: Mapping[str, Path]) -> Table:
         if run is not None and (run / PAGE).is_file():
             cells[0] = Link(str(row["trial"]), f"{run.parent.name}/{run.name}/{PAGE}")
         shown.append(cells)
-    return Table("As in table.csv", columns, shown)
+    return Table(caption, columns, shown, folded)
 
 
 def _pinned(rows: Sequence[Row]) -> Iterator[Text]:
@@ -92,26 +120,29 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _curves(runs: Mapping[str, Path]) -> Iterator[Section]:
+def _curves(runs: Mapping[str, Path], trials: Mapping[str, str]) -> Iterator[Section]:
     """Yield the fixed-noise losses of the first trials, side by side."""
     facts: dict[str, RunFacts] = {name: read_run(runs[name]) for name in sorted(runs)[:MOST_CURVES]}
     names = dict.fromkeys(key for each in facts.values() for key in each.matching(FIXED))
     plots = []
     for name in names:
         series = {
-            trial: each.numbers[name] for trial, each in facts.items() if name in each.numbers
+            trials.get(trial, trial): each.numbers[name]
+            for trial, each in facts.items()
+            if name in each.numbers
         }
         plots.append(curves(series, name))
     if plots:
         yield Section("Losses at fixed time steps with fixed noise", [Figures(plots)])
 
 
-def _panels(runs: Mapping[str, Path]) -> Iterator[Section]:
+def _panels(runs: Mapping[str, Path], trials: Mapping[str, str]) -> Iterator[Section]:
     """Yield the last panel of the first trials."""
     figures = []
     for name in sorted(runs)[:MOST_CURVES]:
         for path in sorted(runs[name].glob("images/panel/*.png"))[-1:]:
-            alt = f"Sheet of labelled pictures of trial {name} at its last panel"
-            figures.append(picture(path, alt, f"trial {name}"))
+            shown = trials.get(name, name)
+            alt = f"Sheet of labelled pictures of trial {shown} at its last panel"
+            figures.append(picture(path, alt, f"trial {shown}"))
     if figures:
         yield Section("Last panels: the same prompts from the same noise", [Figures(figures)])

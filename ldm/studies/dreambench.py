@@ -235,7 +235,8 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
     write_atomically(outdir / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
     pinned = bench.scoring.pinned()
     write_atomically(outdir / SCORES_FILE, lambda path: _write_csv(path, rows, pinned))
-    sheets = [(method, _sheet(bench, outdir, method)) for method in bench.methods if method in rows]
+    drawn = {method: _sheet(bench, outdir, method) for method in bench.methods if method in rows}
+    sheets = [(method, path) for method, path in drawn.items() if path is not None]
     settings: Mapping[str, Any] = {
         **{f"method {name}": " ".join(method.arguments) for name, method in bench.methods.items()},
         "flags of all methods": " ".join(bench.common),
@@ -256,15 +257,26 @@ def _write_csv(path: Path, rows: Mapping[str, Scored], pinned: Mapping[str, str]
             writer.writerows({"method": name, **row, **pinned} for row in scored.rows)
 
 
-def _sheet(bench: Bench, outdir: Path, method: str) -> Path:
-    """Draw the first pictures of the first subjects on a sheet."""
+def _caption(prompt: str, subject: Subject, identifier: str) -> str:
+    """Return what a prompt asks for beside the subject: there is room for a few words."""
+    start = f"a {identifier} {subject.class_word} "
+    return prompt.removeprefix(start).removeprefix(f"a {subject.class_word} ")
+
+
+def _sheet(bench: Bench, outdir: Path, method: str) -> Path | None:
+    """Draw the first pictures of the first subjects on a sheet; None where none is drawn yet."""
     rows: list[Any] = []
     for subject in bench.subjects[:SHEET_SUBJECTS]:
         folder = outdir / "images" / method / subject.name / f"seed{bench.seeds[0]}"
+        firsts = sorted(folder.glob("*-0.png"))[:SHEET_PROMPTS]
+        if not firsts:  # it is still to be trained
+            continue
         photo = ("a photo", load_image(find_images(subject.photos)[0]))
         prompts = bench.methods[method].prompts(subject, bench.identifier)
-        firsts = sorted(folder.glob("*-0.png"))[:SHEET_PROMPTS]
-        rows.append((subject.name, [photo, *zip(prompts, map(load_image, firsts))]))
+        captions = [_caption(prompt, subject, bench.identifier) for prompt in prompts]
+        rows.append((subject.name, [photo, *zip(captions, map(load_image, firsts))]))
+    if not rows:
+        return None
     path = outdir / f"{method}.png"
     write_atomically(path, lambda temporary: contact_sheet(rows).save(temporary, "PNG"))
     return path

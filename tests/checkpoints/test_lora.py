@@ -104,6 +104,25 @@ def logged(caplog):
 # The model
 
 
+def test_how_adapters_start_is_a_function_of_the_seed_and_of_their_names():
+    """So two processes start as one does, and a run with class images as one that finds them."""
+
+    def starts(seed, drawn_before=0):
+        torch.manual_seed(seed)
+        torch.rand(drawn_before)
+        model = small()
+        model.configure_model()
+        named = model.named_parameters()
+        return {name: value.detach() for name, value in named if ".lora_A." in name}
+
+    first, again, other = starts(1), starts(1, drawn_before=7), starts(2)
+    assert same(first, again) and not any(map(torch.equal, first.values(), other.values()))
+    for value in first.values():
+        bound = value.shape[1] ** -0.5
+        assert 0.5 * bound < value.abs().max() <= bound and value.mean().abs() < bound / 2
+    assert len({tuple(value.flatten()[:3].tolist()) for value in first.values()}) == len(first)
+
+
 def test_adapters_change_nothing_at_first(base):
     model = small()
     model.configure_model()

@@ -7,9 +7,12 @@ random numbers an example has, and what one optimizer step of the trainer really
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +23,8 @@ from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
 from tests.support import families, golden
 from tests.support.models import loader, small_trainer
+from tests.support.runs import same
+from tests.support.together import of_torchrun, together
 
 SMALLEST = -30.0  # a posterior's log variance
 
@@ -33,6 +38,7 @@ class Case:
     lora: bool = False
     precision: str = "64-true"
     accumulated: int = 1
+    processes: int = 1  # that share a step; each takes every so many-th batch
     masks: bool = False
     words: int = 0  # vectors of the new word "sks", which alone train
     sizes: tuple[int, int] = (2, 2)  # examples of the subject and of the prior
@@ -52,11 +58,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """What an optimizer step was: its loss, its gradients by name, and the captions encoded."""
+    """What an optimizer step was: its loss, its gradients by name, the captions encoded, and whether
+    all processes ended with the same gradients.
+    """
 
     loss: float
     gradients: dict[str, Tensor]
     captions: list[list[str]]
+    is_shared: bool = True
 
 
 class _Watch(pl.Callback):
@@ -148,6 +157,28 @@ class Adapter:
 
     def step(self, batches: Sequence[Sequence[Part]]) -> Found:
         """Take one optimizer step over some batches and say what it was."""
+        count = self.case.processes
+        if count == 1:
+            return self._step(batches)
+        # The processes are forks of this one, and leave behind what each has found.
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+
+            def job(rank: int) -> None:
+                found = self._step(batches[rank::count], devices=count, strategy="ddp")
+                torch.save(dataclasses.asdict(found), folder / f"{rank}.pt")
+
+            together(folder, job, of_torchrun)
+            files = [folder / f"{rank}.pt" for rank in range(count)]
+            parts = [Found(**torch.load(file)) for file in files]
+        first, *others = parts
+        is_shared = all(same(other.gradients, first.gradients) for other in others)
+        loss = sum(part.loss for part in parts) / count
+        captions = [texts for part in parts for texts in part.captions]
+        return Found(loss, first.gradients, captions, is_shared)
+
+    def _step(self, batches: Sequence[Sequence[Part]], **options: Any) -> Found:
+        """Take the step, as one process."""
         seen: list[list[str]] = []
         encoder, watch = self.model.cond_stage_model, _Watch()
         hook = encoder.register_forward_pre_hook(lambda _, args: seen.append(list(args[0])))
@@ -155,7 +186,7 @@ class Adapter:
         data = loader(*(parts if len(parts) > 1 else parts[0] for parts in entries))
         trainer = small_trainer(
             max_steps=1, callbacks=[watch], accumulate_grad_batches=len(batches),
-            precision=self.case.precision, use_distributed_sampler=False,
+            precision=self.case.precision, use_distributed_sampler=False, **options,
         )  # fmt: skip
         trainer.fit(self.model, data)
         hook.remove()

@@ -64,7 +64,14 @@ def reference(case: Case, adapter: Adapter, batch: Sequence[Part]) -> Tensor:
             )
         if number == 0:
             factor = factor * (1 - (1 - given("noisy_step_weight", 1.0)) * t / 999)
-        losses.append((factor * each).mean())
+        loss = factor * each
+        if elbo := given("original_elbo_weight"):
+            before = torch.cat([torch.ones(1).double(), alphas[:-1]])
+            variance = betas * (1 - before) / (1 - alphas)
+            bound = betas**2 / (2 * variance * (1 - betas) * (1 - alphas))  # DDPM, eq. 12
+            bound[0] = bound[1]
+            loss = loss + elbo * bound[t] * each
+        losses.append(loss.mean())
     subject, *prior = losses
     return subject + given("reg_weight", 1.0) * prior[0] if prior else subject
 
@@ -84,7 +91,7 @@ def part(first: int, count: int, word: str, masks: bool, named: bool) -> Part:
 
 def batches_of(case: Case) -> list[list[Part]]:
     found = []
-    for number in range(case.accumulated):
+    for number in range(case.accumulated * case.processes):
         batch = [part(10 * number, case.sizes[0], "sks dog", case.masks, True)]
         if case.method in ("class_images", "prior_prediction"):
             batch.append(part(500 + 10 * number, case.sizes[1], "cat", False, False))
@@ -101,6 +108,8 @@ def problems(case: Case, tolerance: float = EXACT) -> list[str]:
     expected = {n: g for n, g in zip(named, gradients) if g is not None}
     found: Found = adapter.step(batches)
     wrong = [] if abs(found.loss - loss.item()) <= tolerance * loss.item() else ["loss"]
+    if not found.is_shared:
+        wrong.append("processes end with other gradients")
     if found.gradients.keys() != expected.keys():
         wrong.append("which tensors have gradients")
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -120,9 +129,14 @@ CASES = {
     "weight": Case(params={"reg_weight": 0.3}),
     "unequal": Case(sizes=(1, 3)),
     "accumulated": Case(accumulated=3),
+    "two-processes": Case(processes=2, sizes=(1, 2)),
+    "two-processes-lora": Case(processes=2, lora=True, accumulated=2, params={"reg_weight": 0.3}),
+    "two-processes-words": Case(processes=2, method="none", words=2, masks=True),
+    "two-processes-dop": Case(processes=2, method="dop", masks=True),
     "masks": Case(masks=True),
     "l1": Case(params={"loss_type": "l1"}),
     "min-snr": Case(params={"min_snr_gamma": 5.0}),
+    "elbo": Case(params={"original_elbo_weight": 0.5}),
     "noisy-steps": Case(params={"noisy_step_weight": 0.2}),
     "offset-noise": Case(params={"offset_noise": 0.1}),
     "x0": Case(params={"parameterization": "x0"}),
@@ -289,6 +303,22 @@ def prior_weighed_by_its_time_step_as_the_subject(patch):
 
 @fault(Case(accumulated=2))
 def accumulated_gradients_summed(patch):
+    def total(original, self, batch, losses):
+        loss, logged = original(self, batch, losses)
+        return 2 * loss, logged
+
+    changed(patch, Objective, "total", total)
+
+
+@fault(Case(processes=2))
+def processes_that_learn_alone(patch):
+    """Their gradients are not shared."""
+    parallel = torch.nn.parallel.DistributedDataParallel
+    changed(patch, parallel, "forward", lambda _, self, *args, **more: self.module(*args, **more))
+
+
+@fault(Case(processes=2))
+def gradients_of_processes_summed(patch):
     def total(original, self, batch, losses):
         loss, logged = original(self, batch, losses)
         return 2 * loss, logged

@@ -66,6 +66,9 @@ def test_a_sweep_that_is_stopped_ends_in_the_same_table(
     page = read_page(straight / PAGE)
     assert "Pareto front of DINO and -val/loss_prior_fixed" in page.alternatives[0]
     assert "2 trials done" in page.words
+    # A trial is named by what it tries.
+    shown = " ".join(map(str, page.alternatives))
+    assert "000: base_learning_rate 0.001 from" in shown
 
     # All is there: nothing is done again.
     in_this_process.clear()

@@ -96,6 +96,12 @@ def _written(
     return path
 
 
+def without_class_images(arguments: list[str]) -> list[str]:
+    """A command line without the folder of class images."""
+    where = arguments.index("--reg_data_root")
+    return arguments[:where] + arguments[where + 2 :]
+
+
 class Workspace:
     """A folder with subject photos, class images and a config, in which the training command can be
     called.

@@ -26,7 +26,7 @@ from ldm.errors import UserError
 from ldm.training.run import STAMP_VARIABLE, Run, held
 from tests.support.cascade import ENLARGING
 from tests.support.exact import EMA, SCHEDULE, assert_same_end, smallest
-from tests.support.runs import Workspace, checkpoint, csv_rows, same
+from tests.support.runs import Workspace, checkpoint, csv_rows, same, without_class_images
 from tests.support.starts import DEADLINE, KILL_AT, KILLER, SPY, begin, forked, run_to_end
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,11 @@ INPAINTING = [
 INPAINTED = [*ACCUMULATED, *INPAINTING]
 # The prior is compared with a copy of the weights, which a run that goes on has to have again.
 TAUGHT = ["model.params.preservation=prior_prediction"]
+# The prior without class images: on the photos, as the class and as nothing. The subject counts less
+# at noisy steps.
+OUTPUTS = ["model.params.preservation=dop", "model.params.noisy_step_weight=0.3"]
+BLANK = ["model.params.preservation=blank"]
+ADAPTERS = ["model.params.lora={rank: 2}", "model.params.use_ema=false"]
 # Only new words train: two vectors, which the optimizer's state is of.
 WORDS = [
     "model.params.unfreeze_model=false",
@@ -74,7 +79,10 @@ RUNS = {
     # In pixels, with noise on small pictures.
     "enlarging": ENLARGING,
     "concepts": CONCEPTS,
+    "outputs": OUTPUTS,
+    "adapters": [*ADAPTERS, *BLANK],
 }
+NOT_WHOLE = ("words", "adapters")  # what keeps no averages and trains a small part
 if WHOLE:
     RUNS |= {"fp32": [], "bf16": BF16, "cached": CACHED, "bf16-accumulated": [*BF16, *ACCUMULATED]}
     RUNS |= {"inpainting": INPAINTING}
@@ -101,12 +109,19 @@ def deterministic_as_before(monkeypatch):
 def train(workspace, base, name, *more, kill=None, status=0):
     """A new run in a process of its own, which `kill` may end; the run's folder."""
     run_to_end(
-        workspace.arguments(name, KILLER, *more, base=base),
+        arguments_of(workspace, name, KILLER, *more, base=base),
         workspace.path / "log",
         at(kill),
         status,
     )
     return workspace.run(name)
+
+
+def arguments_of(workspace, name, *more, base):
+    """The command line of a new run, without class images for what takes none."""
+    found = workspace.arguments(name, *more, base=base)
+    takes_none = any(word in more for word in (OUTPUTS[0], BLANK[0]))
+    return without_class_images(found) if takes_none else found
 
 
 def resume(workspace, run, *more, kill=None, status=0):
@@ -154,7 +169,7 @@ def test_a_run_that_is_killed_twice_ends_as_the_uninterrupted_one(workspace, bas
     resume(workspace, run, kill=f"start:{2 * third}", status=-signal.SIGKILL)
     assert checkpoint(run)["global_step"] == 2 * third // 4 * 4
     resume(workspace, run)
-    assert_same_end(run, straight(kind), STEPS, whole=kind != "words")
+    assert_same_end(run, straight(kind), STEPS, whole=kind not in NOT_WHOLE)
 
 
 @pytest.mark.parametrize("place", ["last:8", "checkpoint:8"])
@@ -268,7 +283,7 @@ def ranks(workspace, name, base, *more):
         "NODE_RANK": "0",
     }
     environment |= {"TEST_SPY": str(workspace.path), STAMP_VARIABLE: "2020-01-01T00-00-00"}
-    arguments = workspace.arguments(name, SPY, *DDP, *more, base=base)
+    arguments = arguments_of(workspace, name, SPY, *DDP, *more, base=base)
     log = workspace.path / "log"
     processes = [
         forked(arguments, log, {**environment, "LOCAL_RANK": str(rank)}) for rank in (0, 1)
@@ -285,7 +300,10 @@ def ranks(workspace, name, base, *more):
 
 @pytest.mark.parametrize(
     "accumulated, kind",
-    [(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING), (1, CONCEPTS)],
+    [
+        *[(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING), (1, CONCEPTS)],
+        *[(1, OUTPUTS), (2, [*ADAPTERS, *BLANK])],
+    ],
 )
 def test_two_processes_compute_what_one_does_with_twice_the_batch(
     workspace, base, accumulated, kind

@@ -10,7 +10,13 @@ from ldm.models.diffusion.preservation import PRESERVATIONS
 from ldm.sampling.text_to_image import load_model
 from ldm.training.defaults import WITHOUT_CLASS_IMAGES
 from tests.support.exact import smallest
-from tests.support.runs import Workspace, assert_resumes_exactly, checkpoint, metrics
+from tests.support.runs import (
+    Workspace,
+    assert_resumes_exactly,
+    checkpoint,
+    metrics,
+    without_class_images,
+)
 
 METHOD = "model.params.preservation"
 
@@ -77,8 +83,3 @@ def test_a_run_without_class_images_goes_on_with_its_teacher(tmp_path, monkeypat
         assert end["teacher"]
     # What samples from the checkpoint takes no notice.
     assert isinstance(load_model(straight / "checkpoints/last.ckpt"), torch.nn.Module)
-
-
-def without_class_images(arguments):
-    where = arguments.index("--reg_data_root")
-    return arguments[:where] + arguments[where + 2 :]

@@ -11,7 +11,9 @@ import torch
 from omegaconf import OmegaConf
 
 import main
+from ldm.config import RunConfig
 from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.training.saved import with_files_found
 from tests.support import runs
 from tests.support.runs import checkpoint, metrics, same
 
@@ -261,6 +263,20 @@ def test_a_run_goes_on_from_another_folder_and_after_it_was_moved(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     workspace.resume(moved, "--max_steps", "3")
     assert checkpoint(moved)["global_step"] == 3 and not list(home.glob("logs/*"))
+
+
+def test_the_folders_of_each_subject_are_found_again(tmp_path, monkeypatch):
+    for name in ("photos", "class"):
+        (tmp_path / "moved" / name).mkdir(parents=True)
+    concepts = [{"data_root": "photos", "reg_data_root": "class", "class_word": "photos"}]
+    config = RunConfig({"data": {"params": {"concepts": concepts}}})
+    monkeypatch.chdir(tmp_path)
+    (found,) = with_files_found(config, tmp_path / "moved/logs/run").concepts
+    assert found == {
+        "data_root": str(tmp_path / "moved/photos"),
+        "reg_data_root": str(tmp_path / "moved/class"),
+        "class_word": "photos",
+    }
 
 
 def test_names_that_look_like_something_else(tmp_path, monkeypatch):
