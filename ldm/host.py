@@ -61,6 +61,22 @@ def default_precision(accelerator: str) -> str:
     return "bf16-mixed" if kind == "cpu" and BF16_FLAGS & _cpu_flags() else "32-true"
 
 
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Return whether oneDNN multiplies matrices of float32 faster than MKL, which torch takes.
+
+    MKL uses AVX512 on Intel's processors alone.
+    """
+    import torch
+
+    try:
+        is_amd = "AuthenticAMD" in CPU_INFO.read_text()
+    except OSError:
+        return False
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return is_amd and wide and torch.backends.mkldnn.is_available()
+
+
 def _cpu_flags() -> set[str]:
     """Return what the processor says that it can, where the system says it."""
     try:

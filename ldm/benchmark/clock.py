@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.benchmark.machine import CLOCKS, synchronize
+from ldm.benchmark.machine import CLOCKS, counting_flops, synchronize
 from ldm.callbacks.timing import peak_memory_bytes
 from ldm.host import CUDA
 
@@ -52,7 +52,7 @@ class StepClock:
     def before(self) -> None:
         """Note that a step follows, or a further batch of a step that accumulates."""
         if self._done == self.total - 1 and self._counter is None:
-            self._counter = FlopCounterMode(display=False)
+            self._counter = counting_flops()
             self._counter.__enter__()
 
     def after(self) -> None:

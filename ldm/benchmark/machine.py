@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.checkpoints.export import DTYPES
 from ldm.errors import UserError
@@ -43,6 +45,19 @@ def synchronize(device: torch.device) -> None:
     """Wait for what the device still computes."""
     if device.type == CUDA:
         torch.cuda.synchronize(device)
+
+
+def counting_flops() -> FlopCounterMode:
+    """Return what counts the floating-point operations inside of it."""
+    own: dict[Any, Callable[..., int]] = {}
+    if torch.backends.mkldnn.is_available():  # of `ldm.modules.layers`
+        own[torch.ops.mkldnn._linear_pointwise] = _product_flops
+    return FlopCounterMode(display=False, custom_mapping=own)
+
+
+def _product_flops(x: Sequence[int], weight: Sequence[int], *_: object, **__: object) -> int:
+    """Count the operations of x W^T, from the shapes."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def matmul_rate(

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.benchmark.machine import CLOCKS, synchronize
+from ldm.benchmark.machine import CLOCKS, counting_flops, synchronize
 from ldm.benchmark.reference import diffusers_networks
 from ldm.callbacks.timing import peak_memory_bytes, resident_bytes
 from ldm.checkpoints.export import DTYPES, target_of
@@ -156,7 +155,7 @@ def measure_sampling(kind: str, config: Path, weights: Path, settings: Settings)
 
 def _counted(program: Program, steps: int) -> int:
     """Count the floating-point operations of a batch."""
-    with FlopCounterMode(display=False) as counter:
+    with counting_flops() as counter:
         program.draw(steps)
     return counter.get_total_flops()
 

@@ -33,12 +33,23 @@ def save_memory(model: LatentDiffusion, tiling: bool = False, slicing: bool = Fa
     model.first_stage_model.slices = slicing or tiling
 
 
+# Pixels of a picture that keeps a processor busy alone.
+LARGE_PICTURE = 256 * 256
+
+
 def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
     """Return images, about in [-1, 1], of scaled latents.
 
     Where half precision overflows, which would be a black picture, it is decoded in full.
     """
-    return _without_overflow(model, model.decode_first_stage, latents)
+    # On a CPU a batch of large pictures takes no less time than one after another, and a multiple
+    # of the memory.
+    pixels = latents.shape[-2] * latents.shape[-1] * model.downsampling**2
+    parts = 1 if latents.device.type == "cpu" and pixels >= LARGE_PICTURE else len(latents)
+    found = [
+        _without_overflow(model, model.decode_first_stage, part) for part in latents.split(parts)
+    ]
+    return torch.cat(found)
 
 
 def encode(model: LatentDiffusion, images: Tensor) -> Tensor:

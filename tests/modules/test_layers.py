@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from ldm.benchmark.machine import counting_flops
 from ldm.modules import layers
 from ldm.modules.layers import Conv2d, Linear, plain_layers
 
@@ -96,6 +97,41 @@ def test_a_product_is_the_convolution(monkeypatch, side, last):
             plain = half(x.to(BF16))
     assert len(products) == count + 1
     assert (found - plain).norm() < 1e-3 * plain.norm()
+
+
+ONEDNN = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here"
+)
+
+
+@ONEDNN
+@pytest.mark.parametrize("name", ["linear", "linear without bias", "rows", "1x1", "convolution"])
+def test_onednn_s_product_is_the_product(monkeypatch, name):
+    """On an AMD processor with AVX512 float32 goes this way, and here every size."""
+    monkeypatch.setattr(layers, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(layers, "WORTH_ONEDNN", 1)
+    monkeypatch.setattr(layers, "LARGE_WEIGHT", 1)
+    layer, x = made(name)
+    if x.dim() == 4:
+        layer, x = layer.to(memory_format=LAST), x.contiguous(memory_format=LAST)
+
+    def through(plain):
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        with plain_layers() if plain else nullcontext(), counting_flops() as counter:
+            output = layer(given)
+            output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape))
+        gradients = [given.grad, *(parameter.grad for parameter in layer.parameters())]
+        return [output.detach(), *gradients], counter
+
+    (ours, counted), (theirs, as_many) = through(False), through(True)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    kernels = {str(kernel) for kernel in counted.get_flop_counts()["Global"]}
+    assert "mkldnn._linear_pointwise" in kernels
+    assert counted.get_total_flops() == as_many.get_total_flops()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), theirs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_many_pixels_and_small_weights_stay_convolutions(monkeypatch):
