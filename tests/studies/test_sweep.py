@@ -61,10 +61,10 @@ def test_a_sweep_that_is_stopped_ends_in_the_same_table(
     assert {row["status"] for row in rows} == {"done"}
     assert rows[0]["val/loss_subject_fixed"] != rows[1]["val/loss_subject_fixed"]
     assert all(0 < float(row["DINO"]) <= 1 and 0 < float(row["PRES"]) <= 1 for row in rows)
-    assert all(float(row["DIV"]) > 0 for row in rows)
+    assert all(float(row["DIV"]) > 0 and -1 <= float(row["CLIP-T"]) <= 1 for row in rows)
     assert rows[0]["protocol"] == "miniature" and "DINO EfficientNet" in rows[0]["encoders"]
     page = read_page(straight / PAGE)
-    assert "Pareto front of DINO and -val/loss_prior_fixed" in page.alternatives[0]
+    assert "Pareto front of DINO and CLIP-T" in page.alternatives[0]
     assert "2 trials done" in page.words
     # A trial is named by what it tries.
     shown = " ".join(map(str, page.alternatives))
