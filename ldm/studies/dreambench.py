@@ -199,6 +199,7 @@ def run_subject(task: Task) -> dict[str, float]:
         task["texts"],
     )
     content = {"scoring": task["scoring"], "prompts": task["prompts"], "scores": scores}
+    content["encoders"] = scoring.pinned()["encoders"]
     text = json.dumps(content)
     write_atomically(Path(task["result"]), lambda path: path.write_text(text, encoding="utf-8"))
     return scores
@@ -211,6 +212,9 @@ def _scores(task: Task, bench: Bench) -> dict[str, float] | None:
     except (OSError, ValueError):
         return None
     same = found["scoring"] == asdict(bench.scoring) and found["prompts"] == task["prompts"]
+    # The weights of an encoder may have changed under the same name. Older files do not say them.
+    now = bench.scoring.pinned()["encoders"]
+    same = same and found.get("encoders", now) == now
     return found["scores"] if same else None
 
 

@@ -79,6 +79,13 @@ def test_the_protocol_goes_on_at_the_next_picture(
     run = next((out / "runs").glob("*_no-prior-dog-23"))
     assert checkpoint(run)["config"]["model"]["params"]["reg_weight"] == 0
 
+    # Scores of other encoders are made anew, from the pictures that are there.
+    (path,) = (out / "scores/no-prior").glob("dog-*.json")
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({**old, "encoders": "DINO of others", "scores": {"DINO": 0.0}}))
+    assert dreambench.main(flags) == 0 and json.loads(path.read_text()) == old
+    assert in_this_process == [] and pictures_of(out / "images") == after
+
     # The same scores by the command over anyone's folders.
     scores = tmp_path / "scores.json"
     given = [
