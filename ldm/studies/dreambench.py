@@ -35,11 +35,13 @@ class Method:
         arguments: words of the training command. {identifier} and {class_word} are the subject's.
         noun: the class noun in captions and prompts, instead of the subject's; "" for none.
         trains: whether there is a training at all; without one the base model draws the class.
+        class_images: whether the training reads some.
     """
 
     arguments: Sequence[str] = ()
     noun: str | None = None
     trains: bool = True
+    class_images: bool = True
 
     def words(self, subject: Subject, identifier: str, common: Sequence[str]) -> list[str]:
         """Return the words of the training command for a subject, without its photos."""
@@ -58,10 +60,16 @@ class Method:
         return given if self.trains else given[:1]
 
 
+PRESERVATION = "model.params.preservation"
+NO_CLASS_IMAGES = "data.params.num_class_images=0"
 METHODS: dict[str, Method] = {
     "base": Method(trains=False),
     "dreambooth": Method(),
     "no-prior": Method(["model.params.reg_weight=0"]),
+    # Other ways to keep the prior; the last two need no class images.
+    "prior_prediction": Method([f"{PRESERVATION}=prior_prediction"]),
+    "dop": Method([f"{PRESERVATION}=dop", NO_CLASS_IMAGES], class_images=False),
+    "blank": Method([f"{PRESERVATION}=blank", NO_CLASS_IMAGES], class_images=False),
     "lora": Method(
         [
             "model.params.lora={rank: 8, alpha: 8.0}",
@@ -76,7 +84,7 @@ METHODS: dict[str, Method] = {
             "EmbeddingManager, params: {placeholder_strings: ['{identifier}']}}",
             "model.params.unfreeze_model=false",
             "model.params.use_ema=false",
-            "model.params.preservation=none",
+            f"{PRESERVATION}=none",
             "model.base_learning_rate=5.0e-3",
             "--init_word",
             "{class_word}",
@@ -155,7 +163,9 @@ def _training(
     noun = method.noun or subject.class_word
     shared = noun.replace(" ", "_")
     folder = outdir / "class_images" / (shared if alone else f"{shared}-{task['name']}")
-    words = ["--data_root", str(subject.photos), "--reg_data_root", str(folder)]
+    words = ["--data_root", str(subject.photos)]
+    if method.class_images:
+        words += ["--reg_data_root", str(folder)]
     words += ["--seed", str(seed), *method.words(subject, bench.identifier, bench.common)]
     if bench.identifier != IDENTIFIER:
         words.append(f"data.params.train.params.identifier={bench.identifier}")

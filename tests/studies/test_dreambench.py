@@ -8,9 +8,10 @@ import json
 import pytest
 
 import ldm.studies.drawing
+import main
 from ldm.config import RunConfig, load_config, to_plain
 from ldm.sampling.metadata import read_recipe
-from ldm.studies.dreambench import tasks
+from ldm.studies.dreambench import METHODS, tasks
 from ldm.training.cli import parse_args, with_flags
 from ldm.util import instantiate_from_config
 from scripts import dreambench, evaluate
@@ -165,6 +166,19 @@ def test_the_class_noun_of_a_method(
     photos = instantiate_from_config(words.get("data.params.train"))
     assert photos[0]["caption"] == caption
     assert given.class_word == class_word
+
+
+@pytest.mark.parametrize("method", [*METHODS])
+def test_the_training_of_every_method_is_taken(workspace, base_model, tmp_path, method):
+    """Its words make a config that the model and its data accept."""
+    flags = command(workspace, base_model, tmp_path, "--method", method, "--subjects", "dog")
+    bench = dreambench.bench_of(*dreambench.build_parser().parse_known_args(flags))
+    (task,) = tasks(bench, tmp_path, alone=True)
+    if not METHODS[method].trains:
+        assert task["arguments"] == []
+        return
+    words = [word for word in task["arguments"] if word not in ("-t", "--max_steps", "1")]
+    assert main.main([*words, "-t", "--max_steps", "1", "-l", str(tmp_path / "logs")]) == 0
 
 
 def test_the_base_model_draws_the_class_and_is_not_trained(
