@@ -36,8 +36,8 @@ class Linear(nn.Linear):
     """A linear layer that keeps no copy of its weight for the backward pass.
 
     Under autocast torch casts the weight and keeps the copy, 2 bytes for each number. This one
-    casts the weight again in the backward pass. The numbers are the same. In float32 it takes the
-    quicker of two libraries.
+    casts a large weight again in the backward pass. The numbers are the same. In float32 it takes
+    the quicker of two libraries.
     """
 
     def forward(self, input: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
@@ -68,12 +68,16 @@ class Conv2d(nn.Conv2d):
         return found
 
 
+# Numbers of a weight whose copy is worth a cast more. Of less, calling Python takes longer.
+CAST_AGAIN = 2**20
+
+
 def _cast_to(input: Tensor, weight: Tensor) -> torch.dtype | None:
     """Return the precision that autocast on the CPU computes in; None for a layer of torch's."""
     if input.device.type != CPU or not torch.is_autocast_enabled(CPU) or _leaves_alone():
         return None
     # A weight that is computed would be kept whole where its copy takes half the memory.
-    if weight.dtype != torch.float32 or not weight.is_leaf:
+    if weight.dtype != torch.float32 or not weight.is_leaf or weight.numel() < CAST_AGAIN:
         return None
     return torch.get_autocast_dtype(CPU)
 

@@ -24,6 +24,11 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch):
+    monkeypatch.setattr(layers, "CAST_AGAIN", 1)
+
+
 def made(name):
     torch.manual_seed(0)
     make, shape = CASES[name]
