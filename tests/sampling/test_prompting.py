@@ -123,6 +123,7 @@ def test_a_recipe_says_all_of_its_guidance():
 
 def parsed(*arguments):
     parser = ArgumentParser()
+    flags.add_prompt_flags(parser)
     flags.add_recipe_flags(parser)
     return flags.parse(parser, arguments)
 
