@@ -29,6 +29,7 @@ import tests.support.typechecker  # noqa: F401 - the hook looks it up by name
 install_import_hook(["ldm.modules", "ldm.models"], "tests.support.typechecker.typechecker")
 
 import pytest
+import torch
 
 from tests.support import golden, processors
 
@@ -69,3 +70,14 @@ def golden_model():
 def fresh_golden_model():
     """The same, for tests that train it."""
     return golden.latent_diffusion()
+
+
+@pytest.fixture
+def one_thread():
+    """Compute on one thread, as the processes of `tests.support.together` do, whatever
+    TEST_THREADS says: other sums round otherwise.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

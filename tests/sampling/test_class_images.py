@@ -118,6 +118,7 @@ def test_a_plan_of_other_pictures_does_not_count(make, tmp_path):
     assert names(tmp_path) == ["00003.png", "00004.png", "00005.png"]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_command_fills_a_folder(model_once, tmp_path, capsys, caplog):
     """It draws what is missing, alone or as two processes, and shows all on a sheet."""
     caplog.set_level("INFO")

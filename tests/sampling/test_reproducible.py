@@ -221,6 +221,7 @@ def test_only_names_a_line_of_a_file(draw, tmp_path):
     assert same(picture, draw(*given, outdir="all")[4])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_same_pixels_from_batches_of_1_and_4_and_from_two_processes(draw, tmp_path):
     given = [*SMALL, "--sampler", "dpmpp_2m_sde", "--scale", 4]
     one = draw(*given, "--n_samples", 1, "--n_iter", 4, outdir="one")

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 
 def of_torchrun(rank: int) -> dict[str, str]:
     """What torchrun tells a process of two."""
@@ -48,6 +50,9 @@ def _process(
     os.chdir(folder)
     logging.getLogger().handlers.clear()  # of pytest
     os.environ.update(environment)
+    # OpenMP's threads are not copied by a fork: where this process has used some (TEST_THREADS=2),
+    # the copy would wait for them for ever.
+    torch.set_num_threads(1)
     status = 1
     try:
         job(rank)
