@@ -48,7 +48,7 @@ from ldm.tiny.miniature import (
     CLIP_IMAGES,
     CONFIG,
     WEIGHTS,
-    Painter,
+    PromptSampler,
     class_word_of,
     photos_of,
     subject_names,
@@ -136,7 +136,9 @@ def encoders() -> Mapping[str, Encoder]:
 @functools.cache
 def pictures_of_class(class_word: str, seed: int) -> Tensor:
     """Draw the class with the base model."""
-    return to_tensor(Painter(WEIGHTS, seed)([f"photo of a {class_word}"] * CLASS_IMAGES), SIZE)
+    return to_tensor(
+        PromptSampler(WEIGHTS, seed)([f"photo of a {class_word}"] * CLASS_IMAGES), SIZE
+    )
 
 
 def gone(pictures: Sequence[Image.Image], subject: str, seed: int) -> Values:
@@ -158,7 +160,7 @@ def measure(
     case: Case, seed: int, args: argparse.Namespace
 ) -> tuple[dict[str, Values], dict[str, list[Image.Image]]]:
     """Train a case, draw its subjects, and compare; return both by subject."""
-    draw = Painter(tuned(case, seed, args), seed)
+    draw = PromptSampler(tuned(case, seed, args), seed)
     values, drawn = {}, {}
     for subject, word in case.words.items():
         prompt = f"photo of a {word} {class_word_of(photos_of(subject))}"
