@@ -8,30 +8,43 @@ Shards that exist stay as they are, so the command can be stopped and started ag
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from ldm.commands import exit_status
+from ldm.tiny.encoders import miniature_nouns
 from ldm.tiny.rendered import SHARD, shard_path, write_shard
 from ldm.tiny.sprites import SPRITES
 from ldm.tiny.world import World
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--outdir", type=Path, required=True, help="where the shards go")
-    parser.add_argument("--count", type=int, default=24_000, help="pictures in all")
-    parser.add_argument("--sprites", type=Path, default=SPRITES, help="default: %(default)s")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="default: all")
-    parser.add_argument("--balance", type=float, default=0.0, help="as of ldm.tiny.world.World")
-    parser.add_argument("--split", choices=("train", "test"), default="train")
-    parser.add_argument(
-        "--held_out", type=float, default=0.0, help="share of designs that the split test has"
+    add = parser.add_argument
+    add("--outdir", type=Path, required=True, help="where the shards go")
+    add("--count", type=int, default=24_000, help="pictures in all")
+    add("--sprites", type=Path, default=SPRITES, help="default: %(default)s")
+    add(
+        "--classes",
+        nargs="+",
+        default=miniature_nouns(),
+        metavar="CLASS",
+        help="'all' for every class that has sprites (default: those of the miniature)",
     )
-    args = parser.parse_args(argv)
+    add("--balance", type=float, default=0.0, help="as of ldm.tiny.world.World")
+    add("--split", choices=("train", "test"), default="train")
+    add("--held_out", type=float, default=0.0, help="share of designs that the split test has")
+    return parser
+
+
+def render(args: argparse.Namespace) -> None:
+    """Draw the shards that are not there yet."""
     world = World(
         args.sprites,
-        classes=args.classes or "all",
+        classes="all" if args.classes == ["all"] else args.classes,
         labels=True,
         balance=args.balance,
         split=args.split,
@@ -45,5 +58,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{shard_path(args.outdir, number)}", flush=True)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    return exit_status(lambda: render(args))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,7 +42,8 @@ def test_shards_that_come_later_are_read(toys, tmp_path):
 
 def test_drawing_goes_on_where_it_was_stopped(toys, tmp_path, capsys):
     arguments = ["--outdir", str(tmp_path / "out"), "--sprites", str(toys), "--count", "5"]
-    render_world.main(arguments)
+    arguments += ["--classes", "all"]
+    assert render_world.main(arguments) == 0
     assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [
         "0000.safetensors",
         "0001.safetensors",
@@ -51,6 +52,12 @@ def test_drawing_goes_on_where_it_was_stopped(toys, tmp_path, capsys):
     capsys.readouterr()
     render_world.main(arguments)
     assert capsys.readouterr().out.strip().endswith("0001.safetensors")
+
+
+def test_a_class_without_sprites_is_named(toys, tmp_path, capsys):
+    arguments = ["--outdir", str(tmp_path), "--sprites", str(toys), "--classes", "zebra"]
+    assert render_world.main(arguments) == 1
+    assert "unknown class 'zebra'" in capsys.readouterr().err
 
 
 def test_an_empty_folder_names_the_script(tmp_path):
