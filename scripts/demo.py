@@ -36,6 +36,7 @@ from ldm.tiny.miniature import (
     photos_of,
     subject_names,
 )
+from ldm.training.stages import Stages
 
 SHOWN = 6  # pictures in a row of the sheet
 SCENES = (
@@ -117,7 +118,7 @@ def tune_cascade(photos: Path, class_word: str, outdir: Path, more: Sequence[str
 
 def demo(args: argparse.Namespace) -> None:
     """Train on the photos, draw samples, and write a contact sheet of them all."""
-    begin = time.monotonic()
+    begin, stages = time.monotonic(), Stages()
 
     def say(what: str) -> None:
         print(f"\n[{(time.monotonic() - begin) / 60:.1f} min] {what}", flush=True)
@@ -135,15 +136,17 @@ def demo(args: argparse.Namespace) -> None:
     more += ["model.params.reg_weight=0"] if args.without_prior else []
     train = tune_cascade if cascade else tune
     tuned, base, command = train(photos, class_word, outdir, more)
+    stages.end("training, as it says above")
 
     say("sampling")
     rows = sheet_rows(pictures, class_word, tuned, base)
+    stages.end("sampling")
     without = " without prior preservation" if args.without_prior else ""
     of_cascade = "-cascade" if cascade else ""
     sheet = outdir / f"{photos.resolve().name}{of_cascade}{without.replace(' ', '-')}.png"
     contact_sheet(rows, title=f"DreamBooth{without}: a sks {class_word}").save(sheet)
 
-    say(f"contact sheet: {sheet}\nanother prompt:")
+    say(f"contact sheet: {sheet}\ntime: {stages}\nanother prompt:")
     prompt = f"photo of a sks {class_word} floating on top of water"
     command += ["--ddim_steps", "25", "--scale", "4", "--prompt", prompt]
     print(f"  .venv/bin/python {shlex.join(command)}")

@@ -23,12 +23,14 @@ from ldm.host import is_out_of_memory
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import warn_of_cut
 from ldm.sampling.class_images import check_class, make_class_images
+from ldm.training.stages import Stages
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
+LATENTS = "latents"  # a stage
 FIRST_STAGE = "first_stage_model."  # how the keys of an autoencoder's weights begin
 
 
@@ -51,6 +53,7 @@ def prepare(
     model: Any,
     data: pl.LightningDataModule,
     trainer: pl.Trainer,
+    stages: Stages,
     resume_from: Path | None = None,
 ) -> None:
     """Make the class images that lack and the latents that are to be cached, and open the data.
@@ -59,6 +62,7 @@ def prepare(
 
     Args:
         model: with its initial weights; those of a resumed run are in `resume_from`.
+        stages: learns how long the class images and the latents take.
 
     Raises:
         UserError: a resumed run lacks something that only its untrained model can make.
@@ -68,7 +72,7 @@ def prepare(
     _warn_of_cut_captions(model, data)
 
     # What is in files is made once for all processes of the run.
-    first_alone(lambda: _make_files(model, data, trainer, resumes=resume_from is not None))
+    first_alone(lambda: _make_files(model, data, trainer, stages, resume_from is not None))
     data.setup("fit")
 
     # What is in memory, each process makes for itself.
@@ -76,6 +80,7 @@ def prepare(
         if resume_from is not None:
             _load_first_stage(model, resume_from)
         _cache_latents(model, data, trainer)
+    stages.end(LATENTS)
 
 
 def _warn_of_cut_captions(model: nn.Module, data: DataModuleFromConfig) -> None:
@@ -87,7 +92,9 @@ def _warn_of_cut_captions(model: nn.Module, data: DataModuleFromConfig) -> None:
         warn_of_cut(texts, encoder.max_length, encoder.all_added_words())
 
 
-def _make_files(model: Any, data: DataModuleFromConfig, trainer: pl.Trainer, resumes: bool) -> None:
+def _make_files(
+    model: Any, data: DataModuleFromConfig, trainer: pl.Trainer, stages: Stages, resumes: bool
+) -> None:
     """Fill latent caches of whole datasets, and draw the class images that the folder lacks."""
     device = trainer.strategy.root_device
     for dataset in data.datasets.values():
@@ -98,11 +105,13 @@ def _make_files(model: Any, data: DataModuleFromConfig, trainer: pl.Trainer, res
             continue
         with _moved(model.first_stage_model, device, model.device):
             dataset.fill(encoder_of(model, device))
+    stages.end(LATENTS)
 
     # Each subject's class, one after another: of a folder that two share, the second lacks nothing.
     for concept in data.concepts:
         if concept.class_images_to_make:
             _make_class_images(model, data, concept, device, resumes)
+    stages.end("class images")
 
 
 def _make_class_images(

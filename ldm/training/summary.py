@@ -24,6 +24,7 @@ from ldm.optim.schedules import WarmupDecay
 from ldm.training import memory
 from ldm.training.resume import Resumed
 from ldm.training.run import Run, lost_steps, nothing_saved, relative, resume_command
+from ldm.training.stages import Stages
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -212,6 +213,7 @@ def end(
     exported: Path | None = None,
     embeddings: Sequence[Path] = (),
     run: Run | None = None,
+    stages: Stages | None = None,
 ) -> str:
     """Say what has happened: steps, their time and memory, the checkpoints, and how to sample."""
     done, limit = f"{trainer.global_step} steps", ""
@@ -224,6 +226,8 @@ def end(
         done += f", {timing.seconds_per_step:.3g} s a step"
         done += f", {timing.peak_bytes / 1e9:.2f} GB peak memory"
     rows = {"trained": done}
+    if stages is not None:
+        rows["time"] = str(stages)
     if keeper is None or not keeper.last_path.exists():
         return _rows("Done, without a checkpoint, as configured", rows)
     rows["last"] = str(keeper.last_path)

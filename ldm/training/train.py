@@ -56,6 +56,7 @@ from ldm.training.prepare import check_images, prepare
 from ldm.training.resume import Resumed, check_resume
 from ldm.training.run import Run
 from ldm.training.sharding import check_shardable, whole_state
+from ldm.training.stages import Stages
 from ldm.util import instantiate_from_config
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         UserError: what the user gave cannot be used. Whatever can be known before anything is
             written is refused then.
     """
-    start = start or Start()
+    start, stages = start or Start(), Stages()
     quiet_lightning()
     # Compare a run that goes on with its own past. That reads no tensor, so it comes first.
     resumed = check_resume(config, run) if run.resume_from else None
@@ -130,7 +131,8 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
         first_alone(lambda: check_disk(trainer, model, _keeper(trainer), config.export, first))
 
         # Class images and cached latents, made by the model as it is now.
-        prepare(model, data, trainer, run.resume_from)
+        stages.end("start")
+        prepare(model, data, trainer, stages, run.resume_from)
         # Wait until the first process is here. Later waits are torch's: they would go on for half
         # an hour after the first process has ended.
         first_alone(lambda: None)
@@ -141,11 +143,12 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
             trainer.ckpt_path = str(run.resume_from)
             _check_goes_on(model, run.resume_from)
         _fit(trainer, model, data, run, first)
+        stages.end("steps")
 
         # Write what is made of the trained weights beside the checkpoints, and say what to do with
         # them.
         try:
-            _finish(trainer, model, data, config, run)
+            _finish(trainer, model, data, config, run, stages)
             if test and "test" in data.datasets:
                 trainer.test(model, datamodule=data)
         except signals.Interrupted as stop:
@@ -251,6 +254,7 @@ def _finish(
     data: DataModuleFromConfig,
     config: RunConfig,
     run: Run,
+    stages: Stages,
 ) -> None:
     """Write the adapters and the export that are asked for, and say what there is now."""
     # Every process takes part in gathering sharded weights; only the first one writes.
@@ -269,7 +273,7 @@ def _finish(
         raise UserError(f"{error}; {summary.trained_already(keeper, config)}") from error
     prompts = found["subject_prompts"]
     prompt = prompts[0] if prompts else None
-    log.info(summary.end(trainer, keeper, timing, prompt, exported, embeddings, run))
+    log.info(summary.end(trainer, keeper, timing, prompt, exported, embeddings, run, stages))
 
 
 def _write_adapters(

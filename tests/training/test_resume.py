@@ -4,6 +4,7 @@ refused or shown.
 
 import logging
 import os
+import re
 import shutil
 
 import pytest
@@ -164,6 +165,7 @@ def test_a_run_that_a_limit_ends_says_so_and_goes_on(run, workspace, caplog, lim
     *_, folder, override = said(caplog, "Done", "go on").split()
     workspace.resume(folder, "--max_steps", "41", override)
     assert checkpoint(run)["global_step"] == 41
+    assert re.fullmatch(r"(start|latents) .* steps [\d.]+ s", said(caplog, "Done", "time"))
     assert said(caplog, "Done", "trained").startswith("41 steps") and not said(
         caplog, "Done", "go on"
     )
