@@ -158,6 +158,6 @@ def check_cascade() -> None:
     for weights in (BASE_WEIGHTS, SR_WEIGHTS):
         if not weights.is_file():
             raise UserError(
-                f"{weights}: not there: the miniature cascade has no weights yet; "
-                "docs/cascade.md says how they are trained"
+                f"{weights}: not there, though it comes with the project: get it again, or train "
+                "it as docs/cascade.md says"
             )

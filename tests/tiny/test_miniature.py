@@ -1,6 +1,7 @@
 """The embedded default: its weights, what they know, and the demo on them."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,13 @@ def test_the_weights_are_small_and_say_what_they_fit():
     assert (model.image_size, model.downsampling, model.latent_channels) == (16, 4, 4)
     assert len(model.betas) == 1000
     assert model.get_learned_conditioning(["photo of a sks dog"]).shape == (1, 77, 128)
+
+
+def test_the_cascade_is_small_and_enlarges(photos):
+    base, large = (load_model(path) for path in (miniature.BASE_WEIGHTS, miniature.SR_WEIGHTS))
+    sizes = [p.stat().st_size for p in (miniature.BASE_WEIGHTS, miniature.SR_WEIGHTS)]
+    assert sum(sizes) < 40 * MEGABYTES
+    assert (base.image_size, large.image_size, large.small.factor) == (32, 64, 2)
 
 
 def test_latents_have_the_scale_that_the_schedule_expects(photos):
@@ -133,35 +141,50 @@ def test_a_picture_does_not_depend_on_its_neighbours():
         assert difference.abs().max() < 0.05
 
 
-def test_the_demo(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Two class images, and two steps of sampling, for both models."""
+    for where, name in (
+        (miniature, "CONFIG"),
+        (demo, "BASE_CONFIG"),
+        (demo, "SR_CONFIG"),
+    ):
+        config = OmegaConf.load(getattr(where, name))
+        if "num_class_images" in config.data.params:
+            config.data.params |= {
+                "num_class_images": 2,
+                "class_images": {"steps": 2, "scale": 4.0, "batch_size": 2},
+            }
+        # What watches a run is tested where it is written, and takes longer than two steps.
+        config.merge_with({"lightning": {"callbacks": {"image_logger": None, "fixed_loss": None}}})
+        OmegaConf.save(config, tmp_path / f"{name}.yaml")
+        monkeypatch.setattr(where, name, tmp_path / f"{name}.yaml")
+    recipe = Recipe(steps=2, scale=4.0, height=64, width=64)
+    monkeypatch.setattr(miniature, "RECIPE", recipe)
+    monkeypatch.setattr(miniature, "SMALL", replace(recipe, height=32, width=32))
+
+
+@pytest.mark.parametrize(
+    ("model", "sheet", "folder", "command"),
+    [
+        ("latent", "mug.png", "class_images", "scripts/stable_txt2img.py"),
+        ("cascade", "mug-cascade.png", "class_images_cascade", "scripts/cascade_txt2img.py"),
+    ],
+)
+def test_the_demo(model, sheet, folder, command, quick, tmp_path, capsys):
     """The whole loop with two class images and steps, on a folder of a user's own pictures."""
-    config = OmegaConf.load(miniature.CONFIG)
-    config.data.params |= {
-        "num_class_images": 2,
-        "class_images": {"steps": 2, "scale": 4.0, "batch_size": 2},
-    }
-    # What watches a run is tested where it is written, and takes longer than two steps.
-    config.merge_with({"lightning": {"callbacks": {"image_logger": None, "fixed_loss": None}}})
-    OmegaConf.save(config, tmp_path / "quick.yaml")
-    monkeypatch.setattr(miniature, "CONFIG", tmp_path / "quick.yaml")
-    monkeypatch.setattr(miniature, "RECIPE", Recipe(steps=2, scale=4.0, height=64, width=64))
     (tmp_path / "mug").mkdir()
     for number in range(2):
         Image.new("RGB", (80, 60), (90 * number, 90, 200)).save(tmp_path / "mug" / f"{number}.png")
-    command = [
-        "--subject",
-        str(tmp_path / "mug"),
-        "--steps",
-        "2",
-        "--outdir",
-        str(tmp_path / "out"),
-    ]
-    assert demo.main(command) == 0
+    out = tmp_path / "out"
+    words = ["--subject", str(tmp_path / "mug"), "--model", model, "--steps", "2"]
+    assert demo.main([*words, "--outdir", str(out)]) == 0
     said = capsys.readouterr().out
     assert "calls a mug 'bowl'" in said and "photos of a bowl" in said
-    assert "scripts/stable_txt2img.py" in said
-    assert Image.open(tmp_path / "out" / "mug.png").width > 600
-    assert len(list((tmp_path / "out" / "class_images" / "bowl").glob("*.png"))) == 2
+    assert command in said
+    assert "time: training, as it says above" in said
+    assert Image.open(out / sheet).width > 600
+    assert len(list((out / folder / "bowl").glob("*.png"))) == 2
 
 
 def test_a_demo_without_a_subject(caplog):
@@ -174,7 +197,7 @@ def test_a_demo_of_a_cascade_without_its_weights(caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(miniature, "SR_WEIGHTS", tmp_path / "cascade-sr.safetensors")
     monkeypatch.setattr(miniature, "BASE_WEIGHTS", miniature.WEIGHTS)
     assert demo.main(["--model", "cascade", "--outdir", str(tmp_path / "out")]) == 1
-    assert "cascade-sr.safetensors: not there: the miniature cascade has no weights" in caplog.text
+    assert "cascade-sr.safetensors: not there, though it comes with the project" in caplog.text
     assert not (tmp_path / "out").exists()
 
 
