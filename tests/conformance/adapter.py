@@ -6,27 +6,33 @@ random numbers an example has, and what one optimizer step of the trainer really
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.diffusion.inpainting import RandomMasks
 from ldm.rng import SampleRandom, derive_seed
 from ldm.util import instantiate_from_config
-from tests.support import families, golden
+from tests.support import cascade, families, golden
 from tests.support.models import loader, small_trainer
 from tests.support.runs import same
 from tests.support.together import of_torchrun, together
 
 SMALLEST = -30.0  # a posterior's log variance
+# What an example is: a latent that a cache holds, or a picture of a model that needs it whole.
+LATENT, PICTURE = (4, 4, 4), (3, 8, 8)
+OF_CASCADE = {"pixels": "base", "enlarging": "sr"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Part:
-    """Examples of the subject or of the prior: latents (b, z, h, w), of seeds."""
+    """Examples of the subject or of the prior: latents or pictures (b, c, h, w), of seeds."""
 
     latents: Tensor
     captions: list[str]
@@ -90,7 +96,8 @@ class Adapter:
         self.case = case
         self.dtype = dtype = torch.float64 if case.precision == "64-true" else torch.float32
         more = {"lora": {"rank": 2}, "use_ema": False} if case.lora else {"use_ema": False}
-        small = families.params(case.family) | {"cond_stage_trainable": not _is_open(case)}
+        config = config_of(case.family)
+        small = config["params"] | {"cond_stage_trainable": not _is_open(case)}
         small["unet_config"]["params"] |= {
             "channel_mult": [1], "attention_resolutions": [1], "num_res_blocks": 1,
             "use_checkpoint": False,
@@ -102,7 +109,9 @@ class Adapter:
             named = {"placeholder_strings": ["sks"], "num_vectors_per_token": case.words}
             manager = "ldm.modules.embedding_manager.EmbeddingManager"
             given["personalization_config"] = {"target": manager, "params": named}
-        self.model = build_model(given).to(dtype)
+        self.model = build_model({**config, "params": given}).to(dtype)
+        self.has_pictures = case.family in (*OF_CASCADE, "v1-inpainting")
+        self.shape = PICTURE if self.has_pictures else LATENT
         # The networks before the training, then as they are after some of it.
         self.model.configure_model()
         self.before = self._networks()
@@ -124,32 +133,77 @@ class Adapter:
 
     def draws(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Return each example's scaled latent, time step and noise."""
-        # A run in float64 draws in it, too.
+        with self._default_dtype():
+            random = SampleRandom(part.seeds)
+            x = self._scaled(part.latents, random)
+            t = random.randint(1000, len(part.seeds))
+            noise = random.randn(x.shape).double()
+            if strength := self.case.params.get("offset_noise"):
+                own = SampleRandom(_seeds("offset", part))
+                noise = noise + strength * own.randn((*x.shape[:2], 1, 1)).double()
+        return x, t, noise
+
+    def beside(self, part: Part) -> dict[str, list[Tensor]]:
+        """Return what the UNet reads of a part beside its noisy latent and its text."""
+        with self._default_dtype():
+            if self.case.family == "v1-inpainting":
+                return {"c_concat": [self._masked(part)]}
+            if self.case.family == "enlarging":
+                small, levels = self._small(part)
+                return {"c_concat": [small], "c_adm": [levels]}
+        return {}
+
+    def _masked(self, part: Part) -> Tensor:
+        """Return each example's mask, and the latent of the picture without what it hides."""
+        count, _, height, width = part.latents.shape
+        hidden = RandomMasks().draw(part.seeds, count, height, width).double()
+        own = SampleRandom(_seeds("masked image", part))
+        seen = self._scaled(part.latents * (1 - hidden), own)
+        return torch.cat([F.interpolate(hidden, seen.shape[2:]), seen], 1)
+
+    def _small(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return each example made smaller, with noise, and enlarged; and the level of the noise."""
+        side = part.latents.shape[-1]
+        small = F.interpolate(
+            part.latents, side // cascade.FACTOR, mode="bicubic", antialias=True
+        ).clamp(-1, 1)
+        # The levels have betas whose roots are evenly spaced, as Stable Diffusion's.
+        betas = torch.linspace(1e-5**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2
+        levels = SampleRandom(_seeds("augmentation level", part)).randint(
+            cascade.LEVELS, len(part.seeds)
+        )
+        a = torch.cumprod(1 - betas, 0)[levels][:, None, None, None]
+        noise = SampleRandom(_seeds("augmentation noise", part)).randn(small.shape).double()
+        noisy = a.sqrt() * small + (1 - a).sqrt() * noise
+        return F.interpolate(noisy, side, mode="bilinear"), levels
+
+    def _scaled(self, x: Tensor, random: SampleRandom) -> Tensor:
+        """Return a sample of what the autoencoder makes of pictures; latents have been encoded."""
+        deviation: Tensor | float = math.exp(SMALLEST / 2)
+        if self.has_pictures:
+            posterior = self.model.first_stage_model.encode(x.to(self.dtype))
+            x, deviation = posterior.mean.double(), posterior.std.double()
+        sampled = x + deviation * random.randn(x.shape).double()
+        return self.model.scale_factor * sampled
+
+    @contextlib.contextmanager
+    def _default_dtype(self) -> Iterator[None]:
+        """Draw in the precision of the run, as the trainer does."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            return self._draws(part)
+            yield
         finally:
             torch.set_default_dtype(before)
 
-    def _draws(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        random, shape = SampleRandom(part.seeds), part.latents.shape
-        sampled = part.latents + math.exp(SMALLEST / 2) * random.randn(shape).double()
-        t = random.randint(1000, len(part.seeds))
-        noise = random.randn(shape).double()
-        if strength := self.case.params.get("offset_noise"):
-            own = [derive_seed("offset", seed) for seed in part.seeds]
-            noise = noise + strength * SampleRandom(own).randn((*shape[:2], 1, 1)).double()
-        return self.model.scale_factor * sampled, t, noise
-
-    def predict(self, x: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
-        """Return what the networks predict that are trained."""
-        return predicted(self.now, x, t, captions)
+    def predict(self, part: Part, x: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return what the networks predict of a part that are trained."""
+        return predicted(self.now, x, t, captions, self.beside(part))
 
     @torch.no_grad()
-    def predict_before(self, x: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
+    def predict_before(self, part: Part, x: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
         """Return what they predicted before the training."""
-        return predicted(self.before, x, t, captions)
+        return predicted(self.before, x, t, captions, self.beside(part))
 
     def parameters(self) -> dict[str, Tensor]:
         """Return what `predict` is a function of and what is trained."""
@@ -182,7 +236,7 @@ class Adapter:
         seen: list[list[str]] = []
         encoder, watch = self.model.cond_stage_model, _Watch()
         hook = encoder.register_forward_pre_hook(lambda _, args: seen.append(list(args[0])))
-        entries = [tuple(_entries(part, self.dtype) for part in batch) for batch in batches]
+        entries = [tuple(self._entries(part) for part in batch) for batch in batches]
         data = loader(*(parts if len(parts) > 1 else parts[0] for parts in entries))
         trainer = small_trainer(
             max_steps=1, callbacks=[watch], accumulate_grad_batches=len(batches),
@@ -193,19 +247,47 @@ class Adapter:
         # Lightning has divided each by the number of batches.
         return Found(sum(watch.losses), watch.gradients, seen)
 
+    def _entries(self, part: Part) -> dict[str, Any]:
+        """Return a part as our data loader yields it; latents as posteriors of hardly any
+        variance.
+        """
+        found: dict[str, Any] = {"caption": part.captions, "noise_seed": part.seeds}
+        if self.has_pictures:
+            found["image"] = part.latents.permute(0, 2, 3, 1).to(self.dtype)
+        else:
+            moments = torch.cat([part.latents, torch.full_like(part.latents, SMALLEST)], dim=1)
+            found["moments"] = moments.to(self.dtype)
+        if part.class_captions is not None:
+            found["class_caption"] = part.class_captions
+        if part.masks is not None:
+            found["mask"] = part.masks.to(self.dtype)
+        return found
 
-def build_model(params: dict[str, Any]) -> Any:
+
+def config_of(family: str) -> dict[str, Any]:
+    """Return the config of a family's small model."""
+    if family in OF_CASCADE:
+        return cascade.config(OF_CASCADE[family])
+    return families.config(family)["model"]
+
+
+def build_model(config: dict[str, Any]) -> Any:
     """Return our model with weights that are a function of their names."""
-    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
-    model = instantiate_from_config({"target": target, "params": params}, "model")
+    model = instantiate_from_config(config, "model")
     golden.load_golden_weights(model)
     return model.train()
 
 
-def predicted(networks: nn.ModuleDict, x: Tensor, t: Tensor, captions: Sequence[str]) -> Tensor:
+def predicted(
+    networks: nn.ModuleDict,
+    x: Tensor,
+    t: Tensor,
+    captions: Sequence[str],
+    beside: dict[str, list[Tensor]],
+) -> Tensor:
     """Return the UNet's output."""
     cond = networks["cond_stage_model"](list(captions))
-    return networks["model"](x, t, c_crossattn=[cond])
+    return networks["model"](x, t, c_crossattn=[cond], **beside)
 
 
 def _is_open(case: Case) -> bool:
@@ -213,10 +295,6 @@ def _is_open(case: Case) -> bool:
     return case.lora and "v2" in case.family
 
 
-def _entries(part: Part, dtype: torch.dtype) -> dict[str, Any]:
-    """Return a part as our data loader yields it, with posteriors of hardly any variance."""
-    moments = torch.cat([part.latents, torch.full_like(part.latents, SMALLEST)], dim=1)
-    found = {"moments": moments.to(dtype), "caption": part.captions, "noise_seed": part.seeds}
-    if part.class_captions is not None:
-        found["class_caption"] = part.class_captions
-    return found if part.masks is None else found | {"mask": part.masks.to(dtype)}
+def _seeds(name: str, part: Part) -> list[int]:
+    """Return the seeds of another stream of each example's random numbers."""
+    return [derive_seed(name, seed) for seed in part.seeds]

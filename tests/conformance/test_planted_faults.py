@@ -1,12 +1,16 @@
 """Faults that trainers have had, planted in ours: the suite of the prior loss finds each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ldm.models.diffusion import ddpm, super_resolution
 from ldm.models.diffusion import objective as objectives
 from ldm.models.diffusion.objective import Draws, Objective
 from ldm.models.diffusion.preservation import OutputPreservation
 from ldm.models.diffusion.teacher import AdaptersOff, FrozenCopy
+from ldm.modules.losses.batch import Batch
 from tests.conformance.adapter import Case
 from tests.conformance.test_prior_loss import problems
 
@@ -146,13 +150,17 @@ def prior_weighed_by_its_time_step_as_the_subject(patch):
     patch.setattr(Objective, "step_weights", weights)
 
 
-@fault(Case(accumulated=2))
-def accumulated_gradients_summed(patch):
+def with_twice_the_loss(patch):
     def total(original, self, batch, losses):
         loss, logged = original(self, batch, losses)
         return 2 * loss, logged
 
     changed(patch, Objective, "total", total)
+
+
+@fault(Case(accumulated=2))
+def accumulated_gradients_summed(patch):
+    with_twice_the_loss(patch)
 
 
 @fault(Case(processes=2))
@@ -164,11 +172,25 @@ def processes_that_learn_alone(patch):
 
 @fault(Case(processes=2))
 def gradients_of_processes_summed(patch):
-    def total(original, self, batch, losses):
-        loss, logged = original(self, batch, losses)
-        return 2 * loss, logged
+    with_twice_the_loss(patch)
 
-    changed(patch, Objective, "total", total)
+
+@fault(Case("v1-inpainting"))
+def prior_hidden_by_the_subjects_masks(patch):
+    def channels(original, model, masks, batch):
+        prior = replace(batch.prior, seeds=batch.subject.seeds)
+        return original(model, masks, Batch(batch.subject, prior))
+
+    changed(patch, ddpm, "training_channels", channels)
+
+
+@fault(Case("enlarging"))
+def small_pictures_told_anothers_noise(patch):
+    def read(original, model, low_scale, pictures, factor, levels, noise):
+        found = original(model, low_scale, pictures, factor, levels, noise)
+        return {**found, "c_adm": levels.flip(0)}
+
+    changed(patch, super_resolution, "read_small", read)
 
 
 @fault(Case(method="prior_prediction"))

@@ -32,14 +32,25 @@ def terms(method: str, batch: Sequence[Part]) -> list[tuple[Part, list[str], boo
     return found
 
 
+def linear_betas() -> Tensor:
+    """Return Stable Diffusion's betas, whose roots are evenly spaced."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+
+
+def cosine_betas() -> Tensor:
+    """Return the betas of Nichol & Dhariwal, eq. 17."""
+    steps = torch.arange(1001, dtype=torch.float64) / 1000
+    signal = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
+    return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
+
+
 def reference(case: Case, adapter: Adapter, batch: Sequence[Part]) -> Tensor:
     """Return subject + reg_weight x prior (DreamBooth, eq. 2), in float64."""
     given = case.params.get
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alphas, kind = (
-        torch.cumprod(1 - betas, 0),
-        given("parameterization", "v" if "-v" in case.family else "eps"),
-    )
+    in_pixels = case.family in ("pixels", "enlarging")
+    betas = cosine_betas() if in_pixels else linear_betas()
+    alphas = torch.cumprod(1 - betas, 0)
+    kind = given("parameterization", "v" if in_pixels or "-v" in case.family else "eps")
     losses = []
     for number, (part, captions, masked) in enumerate(terms(case.method, batch)):
         x, t, noise = adapter.draws(part)
@@ -48,8 +59,8 @@ def reference(case: Case, adapter: Adapter, batch: Sequence[Part]) -> Tensor:
         x_t = root * x + rest * noise
         target = {"eps": noise, "x0": x, "v": root * noise - rest * x}[kind]
         if number and case.method in TAUGHT:
-            target = adapter.predict_before(x_t, t, captions)
-        error = adapter.predict(x_t, t, captions) - target
+            target = adapter.predict_before(part, x_t, t, captions)
+        error = adapter.predict(part, x_t, t, captions) - target
         error = error.abs() if given("loss_type") == "l1" else error**2
         places = part.masks[:, None].double() if masked and part.masks is not None else 1.0
         places = places * torch.ones_like(error)
@@ -76,29 +87,33 @@ def reference(case: Case, adapter: Adapter, batch: Sequence[Part]) -> Tensor:
 # The comparison
 
 
-def part(first: int, count: int, word: str, masks: bool, named: bool) -> Part:
+def part(
+    first: int, count: int, word: str, masks: bool, named: bool, shape: tuple[int, int, int]
+) -> Part:
     seeds = list(range(first, first + count))
     noise = torch.Generator().manual_seed(first)
-    latents = torch.randn((count, 4, 4, 4), generator=noise).double()
-    drawn = torch.rand((count, 4, 4), generator=noise).double() if masks else None
+    latents = torch.randn((count, *shape), generator=noise).double()
+    drawn = torch.rand((count, *shape[1:]), generator=noise).double() if masks else None
     captions = [f"photo of a {word} {seed}" for seed in seeds]
     classes = [caption.replace("sks ", "") for caption in captions] if named else None
     return Part(latents, captions, seeds, classes, drawn)
 
 
-def batches_of(case: Case) -> list[list[Part]]:
+def batches_of(case: Case, shape: tuple[int, int, int]) -> list[list[Part]]:
+    """Return the batches of a step, of examples of a shape (c, h, w)."""
     found = []
     for number in range(case.accumulated * case.processes):
-        batch = [part(10 * number, case.sizes[0], "sks dog", case.masks, True)]
+        batch = [part(10 * number, case.sizes[0], "sks dog", case.masks, True, shape)]
         if case.method in ("class_images", "prior_prediction"):
-            batch.append(part(500 + 10 * number, case.sizes[1], "cat", False, False))
+            batch.append(part(500 + 10 * number, case.sizes[1], "cat", False, False, shape))
         found.append(batch)
     return found
 
 
 def problems(case: Case, tolerance: float = EXACT) -> list[str]:
     """Return in what a trainer's step differs from the reference; nothing if it conforms."""
-    adapter, batches = Adapter(case), batches_of(case)
+    adapter = Adapter(case)
+    batches = batches_of(case, adapter.shape)
     loss = sum(reference(case, adapter, batch) for batch in batches) / len(batches)
     named = adapter.parameters()
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
@@ -142,6 +157,15 @@ CASES = {
     "v2-words": Case("v2-v", method="none", words=1, accumulated=2, masks=True),
     "v2": Case("v2"),
     "v2-v-lora-min-snr": Case("v2-v", lora=True, params={"min_snr_gamma": 5.0}),
+    # With more than a text beside the noisy latent, and in pixels.
+    "inpainting": Case("v1-inpainting", accumulated=2, sizes=(1, 2), params={"reg_weight": 0.3}),
+    "inpainting-lora": Case("v1-inpainting", processes=2, lora=True),
+    "inpainting-words": Case("v1-inpainting", method="none", words=2),
+    "pixels": Case("pixels", sizes=(2, 1), params={"min_snr_gamma": 5.0}),
+    "pixels-dop": Case("pixels", method="dop", processes=2, masks=True),
+    "pixels-lora": Case("pixels", lora=True, accumulated=2, params={"noisy_step_weight": 0.2}),
+    "enlarging": Case("enlarging", processes=2, sizes=(1, 2), masks=True),
+    "enlarging-lora": Case("enlarging", lora=True, params={"offset_noise": 0.1}),
     "none": Case(method="none"),
     "prior_prediction": Case(method="prior_prediction", sizes=(1, 2), masks=True),
     "dop": Case(method="dop", masks=True, params={"reg_weight": 0.3}),
