@@ -31,7 +31,7 @@ from pathlib import Path
 
 from ldm.checkpoints.checkpoint import Checkpoint
 from ldm.checkpoints.ema import WEIGHTS
-from ldm.checkpoints.embeddings import LAYOUTS, read_words, write_words
+from ldm.checkpoints.embeddings import LAYOUTS, files_of_words, read_words, write_words
 from ldm.checkpoints.export import DTYPES, SUFFIXES
 from ldm.checkpoints.lora import adapters_alone, extract_lora, merge_lora, not_in_lora
 from ldm.checkpoints.lora_formats import read_lora
@@ -54,6 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", required=True, help="a .safetensors or .ckpt file, or a folder for diffusers"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an --output file (never a folder)"
     )
     parser.add_argument(
         "--config",
@@ -161,8 +164,19 @@ def convert_words(args: argparse.Namespace) -> None:
         if getattr(args, flag):
             raise UserError(f"--words: does not go with --{flag}")
     words = read_words(args.ckpt)
+    for file in files_of_words(words, args.output, args.words):
+        check_new_file(file, args.overwrite)
     for file in write_words(words, args.output, args.words):
         print(f"{file}: {', '.join(words)}")
+
+
+def check_new_file(file: Path, overwrite: bool) -> None:
+    """Raise a `UserError` if a file would be replaced that nobody said is to be."""
+    # A model may be gigabytes that took a night to train or to fetch.
+    if file.exists() and not overwrite:
+        raise UserError(
+            f"--output {file}: is there already; give another name, or --overwrite to replace it"
+        )
 
 
 def check_flags(args: argparse.Namespace) -> None:  # noqa: C901, PLR0912 - one check a flag
@@ -185,6 +199,7 @@ def check_flags(args: argparse.Namespace) -> None:  # noqa: C901, PLR0912 - one 
             raise UserError(
                 f"--output {args.output}: is the file that --{flag} reads; give another name"
             )
+    check_new_file(args.output, args.overwrite)
     for alone in ("adapters", "lora_base"):
         if not getattr(args, alone):
             continue

@@ -126,6 +126,14 @@ def embedding_of(key: str, vectors: Tensor, path: Path, alone: bool) -> Embeddin
 # Writing
 
 
+def files_of_words(words: Mapping[str, Tensor], path: Path, layout: str = LAYOUTS[0]) -> list[Path]:
+    """Return the files that `write_words` writes."""
+    if len(words) == 1 or (path.suffix == ".pt" and layout == "ldm"):
+        return [path]
+    count = len(words)
+    return [path.with_name(f"{path.stem}-{n}{path.suffix}") for n in range(1, count + 1)]
+
+
 def write_words(words: Mapping[str, Tensor], path: Path, layout: str = LAYOUTS[0]) -> list[Path]:
     """Write words and their vectors, (n, d) each, and return the files.
 
@@ -141,15 +149,12 @@ def write_words(words: Mapping[str, Tensor], path: Path, layout: str = LAYOUTS[0
     if layout not in LAYOUTS:
         raise UserError(f"{layout}: no layout of .pt files; accepted: {', '.join(LAYOUTS)}")
     rows = {word: vectors.detach().cpu().contiguous() for word, vectors in words.items()}
+    files = files_of_words(words, path, layout)
     if path.suffix == ".pt" and layout == "ldm":
         save_checkpoint(_as_ldm(rows), path)
-        return [path]
-    files = []
-    for number, (word, vectors) in enumerate(rows.items(), 1):
-        name = f"{path.stem}-{number}{path.suffix}" if len(rows) > 1 else path.name
-        file = path.with_name(name)
+        return files
+    for file, (word, vectors) in zip(files, rows.items()):
         _write_one(word, vectors, file)
-        files.append(file)
     return files
 
 

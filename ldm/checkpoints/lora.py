@@ -182,9 +182,15 @@ def merge_lora(
 
     Raises:
         UserError: a file that is not read, a layer that the model does not have, or one of another
-            shape.
+            shape; alphas that are all 0.
     """
     differences = parse_lora(lora, path)
+    # Each difference is scaled by alpha / rank: the merged model would be the old one.
+    if all(difference.alpha == 0 for difference in differences):
+        raise UserError(
+            f"{path}: alpha is 0 in every layer, so that this LoRA changes nothing; set it to the "
+            "rank, or write the file again"
+        )
     weights = weights_by_name(state)
     # Check every layer before the first one changes.
     targets = [find_weight(weights, difference, differences, path) for difference in differences]

@@ -276,7 +276,9 @@ def test_conversion_takes_the_averages_and_says_what_they_fit(tmp_path):
     run = runs.Workspace(tmp_path).train("ema", base=base)
     checkpoint, output = run / "checkpoints" / "last.ckpt", tmp_path / "small.safetensors"
     command = ["--ckpt", str(checkpoint), "--output", str(output)]
-    assert convert.main([*command, "--dtype", "fp16"]) == 0
+    output.touch()
+    assert convert.main([*command, "--dtype", "fp16"]) == 1
+    assert convert.main([*command, "--dtype", "fp16", "--overwrite"]) == 0
 
     state = read_checkpoint(checkpoint)["state_dict"]
     key = "model.diffusion_model.input_blocks.0.0.weight"

@@ -254,6 +254,15 @@ def test_a_file_that_does_not_fit_changes_nothing(state, change, message):
     assert_merged(found, state, {})
 
 
+def test_a_lora_whose_alphas_are_zero_is_refused(state):
+    """It would be merged without effect."""
+    tensors, _ = written(state, "sd-scripts")
+    downs = [key for key in tensors if key.endswith(".lora_down.weight")]
+    alphas = {key.replace("lora_down.weight", "alpha"): torch.zeros(()) for key in downs}
+    with pytest.raises(UserError, match=r"x: alpha is 0 in every layer"):
+        merge_lora(copied(state), tensors | alphas, path="x")
+
+
 @pytest.mark.parametrize("config, message", [
     ({"peft_type": "LOHA"}, "peft_type LOHA, which is not read"),
     ({"peft_type": "LORA", "use_dora": True}, "use_dora: True, which is not read"),

@@ -102,6 +102,8 @@ def test_the_command_takes_words_out_of_checkpoints_and_from_one_layout_to_anoth
         (rows,) = read_words(tmp_path / name).values()
         assert torch.equal(rows, ROWS)
         assert str(tmp_path / name) in capsys.readouterr().out
+    assert convert.main(flags) == 1
+    assert convert.main([*flags, "--overwrite"]) == 0
     assert convert.main([*flags, "--only", "x"]) == 1
     with pytest.raises(UserError, match=r"ends in \.safetensors or \.pt"):
         write_words({"*": ROWS}, tmp_path / "x.ckpt")

@@ -292,6 +292,10 @@ def test_a_file_without_an_autoencoder_gets_one(folder, state, yaml, tmp_path):
     [
         (["--output", "{pipeline}/"], "is there already"),
         (["--output", "{file}"], "is the file that --ckpt reads"),
+        (
+            ["--output", "{pipeline}/unet/diffusion_pytorch_model.safetensors"],
+            "is there already; give another name, or --overwrite",
+        ),
         (["--output", "x/", "--keep_ema"], "has one set of weights"),
         (["--output", "x/", "--only", "model."], "has all of the weights"),
         (["--output", "x/", "--lora_base", "{file}"], "--lora_base writes a .safetensors file"),
