@@ -95,6 +95,7 @@ def new_run(args: argparse.Namespace) -> Run:
         else ""
     )
     name = args.name or (Path(args.base[0]).stem if args.base else "run")
+    _check_name(name, args.postfix)
     made: list[Path] = []
 
     def folder(stamp: str) -> Path:
@@ -246,6 +247,16 @@ def _drop_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_drop_locks)
+
+
+def _check_name(name: str, postfix: str) -> None:
+    """Raise a `UserError` for a name that says another folder, which is what --logdir is for."""
+    for flag, text in (("--name", name), ("--postfix", postfix)):
+        if "/" in text or os.sep in text:
+            raise UserError(
+                f"{flag} {text}: is a path; give a name without slashes, and say with --logdir "
+                "where run folders are made"
+            )
 
 
 def _check_length(name: Path) -> None:

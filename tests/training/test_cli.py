@@ -82,6 +82,12 @@ def test_run_folder_names(flags, folder):
     assert str(new_run(cli.parse_args(["--base", V1, "-t", *flags])).folder) == folder
 
 
+@pytest.mark.parametrize("flags", [["-n", "../up"], ["-n", "a/b"], ["-f", "/lr1"]])
+def test_a_name_that_says_another_folder_is_refused(flags):
+    with pytest.raises(UserError, match=f"{flags[1]}: is a path; give a name without slashes"):
+        new_run(cli.parse_args(["--base", V1, "-t", *flags]))
+
+
 @pytest.mark.parametrize(
     "accelerator, flags, expected",
     [
