@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.commands import exit_status
-from ldm.data.prompts import SUBJECT_TEMPLATE
+from ldm.data.prompts import SUBJECT_TEMPLATE, captions_from_templates
 from ldm.errors import UserError
 from ldm.evaluation.class_nouns import all_nouns
 from ldm.evaluation.identifiers import (
@@ -112,6 +112,17 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--ranks {args.ranks[0]} {args.ranks[1]}: expected 0 <= LOW < HIGH")
     if "{identifier}" not in args.prompt:
         raise UserError(f"--prompt {args.prompt!r}: expected a template with {{identifier}}")
+    plain_prompt(args)  # raises for one that cannot be filled
+    if not all(word.strip() for word in args.identifiers or []):
+        raise UserError("--identifiers: a word is empty")
+
+
+def plain_prompt(args: argparse.Namespace) -> str:
+    """Return the prompt without an identifier."""
+    # Where no class word is given, any noun stands for it: all of them are screened.
+    class_word = args.class_word or all_nouns()[0]
+    (plain,) = captions_from_templates(class_word, "", args.prompt)
+    return plain
 
 
 def find(args: argparse.Namespace) -> None:
@@ -129,8 +140,7 @@ def candidates(args: argparse.Namespace) -> list[Identifier]:
     if args.identifiers:
         found = [identifier_of(vocabulary, word) for word in dict.fromkeys(args.identifiers)]
     else:
-        plain = args.prompt.format(identifier="", class_word=args.class_word or "")
-        screened = {*words_of(plain), *words_of(" ".join(all_nouns()))}
+        screened = {*words_of(plain_prompt(args)), *words_of(" ".join(all_nouns()))}
         window = (args.ranks[0], args.ranks[1]) if args.ranks else None
         found = find_identifiers(
             vocabulary, args.candidates, screened, args.tokens, window, args.seed

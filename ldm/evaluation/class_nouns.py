@@ -117,7 +117,7 @@ def suggest(
         given: a class word to compare with them.
         nouns: instead of those that the CLIP knows.
     """
-    words = list(nouns or clip.nouns or all_nouns())
+    words = list(dict.fromkeys(nouns or clip.nouns or all_nouns()))
     if given and given not in words:
         words.append(given)
     images = F.normalize(clip.images(photos).float(), dim=-1)

@@ -40,6 +40,11 @@ def test_the_noun_of_the_photos_comes_first():
     assert sum(found.shares.values()) == pytest.approx(1)
 
 
+def test_a_noun_that_is_given_twice_counts_once():
+    twice = suggest([0], ImageText(shown, said), nouns=["dog", "teapot", "dog"])
+    assert sum(twice.shares.values()) == pytest.approx(1) and len(twice.shares) == 2
+
+
 @pytest.mark.parametrize(
     ("noun", "given", "is_doubtful"),
     [

@@ -209,6 +209,9 @@ def test_the_command_asks_the_model(capsys, tmp_path):
         (["--no_samples", "--candidates", "0"], "--candidates 0: expected 1 or more"),
         (["--no_samples", "--ranks", "9", "3"], "expected 0 <= LOW < HIGH"),
         (["--no_samples", "--prompt", "a dog"], "expected a template with {identifier}"),
+        (["--no_samples", "--prompt", "a {identifier} {clas_word}"], "unknown field {clas_word}"),
+        (["--no_samples", "--prompt", "a {identifier} {"], "is no template"),
+        (["--no_samples", "--identifiers", "zqx", " "], "--identifiers: a word is empty"),
     ],
 )
 def test_the_command_refuses_in_one_line(flags, reason, caplog, tmp_path):
