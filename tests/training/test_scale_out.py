@@ -265,9 +265,22 @@ def test_strategies_have_options():
     assert sharding.make_strategy("ddp") == "ddp"
 
 
+WORDS = {
+    "target": "ldm.modules.embedding_manager.EmbeddingManager",
+    "params": {"placeholder_strings": ["*"], "initializer_words": ["dog"]},
+}
+
+
 @pytest.mark.parametrize(
     "params",
-    [{"use_ema": True}, {"lora": {"rank": 2}}, {"text_encoder_stop": 1}, {"optimizer": "muon"}],
+    [
+        {"use_ema": True},
+        {"lora": {"rank": 2}},
+        {"text_encoder_stop": 1},
+        {"optimizer": "muon"},
+        {"preservation": "dop"},
+        {"personalization_config": WORDS},
+    ],
 )
 def test_what_needs_whole_weights_is_not_sharded(params):
     text = {
