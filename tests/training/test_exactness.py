@@ -59,6 +59,12 @@ WORDS = [
     "model.params.personalization_config={target: ldm.modules.embedding_manager.EmbeddingManager, "
     "params: {placeholder_strings: ['*'], initializer_words: [dog], num_vectors_per_token: 2}}",
 ]
+# The model around them trains, which stay as they are: with the prior left alone.
+NONE = ["model.params.preservation=none"]
+PIVOTAL = [
+    WORDS[2].replace("num_vectors_per_token: 2", "num_vectors_per_token: 2, pivotal: true"),
+    *NONE,
+]
 # Two subjects, of which one has its turn twice as often.
 CONCEPTS = [
     "data.params.concepts=["
@@ -81,6 +87,7 @@ RUNS = {
     "concepts": CONCEPTS,
     "outputs": OUTPUTS,
     "adapters": [*ADAPTERS, *BLANK],
+    "pivotal": PIVOTAL,
 }
 NOT_WHOLE = ("words", "adapters")  # what keeps no averages and trains a small part
 if WHOLE:
@@ -120,7 +127,7 @@ def train(workspace, base, name, *more, kill=None, status=0):
 def arguments_of(workspace, name, *more, base):
     """The command line of a new run, without class images for what takes none."""
     found = workspace.arguments(name, *more, base=base)
-    takes_none = any(word in more for word in (OUTPUTS[0], BLANK[0]))
+    takes_none = any(word in more for word in (OUTPUTS[0], BLANK[0], NONE[0]))
     return without_class_images(found) if takes_none else found
 
 
@@ -302,7 +309,7 @@ def ranks(workspace, name, base, *more):
     "accumulated, kind",
     [
         *[(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING), (1, CONCEPTS)],
-        *[(1, OUTPUTS), (2, [*ADAPTERS, *BLANK])],
+        *[(1, OUTPUTS), (2, [*ADAPTERS, *BLANK]), (1, [*ADAPTERS, *PIVOTAL])],
     ],
 )
 def test_two_processes_compute_what_one_does_with_twice_the_batch(
