@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
+from ldm.files import write_atomically
 from ldm.host import CUDA
 
 
@@ -41,9 +43,13 @@ def resident_bytes() -> tuple[int, int]:
 class TimingCallback(pl.Callback):
     """Measures a run's optimizer steps: `seconds_per_step` (without the first, which warms up) and
     `peak_bytes`.
+
+    Args:
+        file: a JSON file that is to have both at the end, with the number of `steps` of the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: str | None = None) -> None:
+        self.file = None if file is None else Path(file)
         self.steps = 0
         self.seconds = 0.0
         self.peak_bytes = 0
@@ -73,6 +79,14 @@ class TimingCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.peak_bytes = peak_memory_bytes(pl_module.device)
+        if self.file is not None and trainer.is_global_zero:
+            found = {
+                "seconds_per_step": self.seconds_per_step,
+                "steps": trainer.global_step,
+                "peak_bytes": self.peak_bytes,
+            }
+            text = json.dumps(found)
+            write_atomically(self.file, lambda path: path.write_text(text, encoding="utf-8"))
 
     @property
     def seconds_per_step(self) -> float | None:

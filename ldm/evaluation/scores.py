@@ -23,6 +23,12 @@ SCORES = {
     "PRES": (False, "likeness of pictures of the class to the subject's photos"),
     "DIV": (True, "difference of pictures of one prompt"),
 }
+# What a training took, where it was measured.
+COSTS = {
+    "seconds": (False, "of all optimizer steps"),
+    "GB": (False, "the most memory in use: the GPU's, or the process's"),
+}
+MEASURED = SCORES | COSTS
 REAL = "real images"
 
 
@@ -51,13 +57,15 @@ class Scored:
 
     protocol: str
     hashes: Mapping[str, str]
-    rows: list[dict[str, object]] = field(default_factory=list)  # subject, seed, a key a score
+    rows: list[dict[str, object]] = field(
+        default_factory=list
+    )  # subject, seed, a key a score or cost
 
     def estimates(self) -> dict[str, Estimate]:
-        """Return the mean and interval of each score over subjects and seeds."""
+        """Return the mean and interval of each score and cost over subjects and seeds."""
         return {
             name: estimate(values)
-            for name in SCORES
+            for name in MEASURED
             if (values := self._by_subject(name)) is not None
         }
 

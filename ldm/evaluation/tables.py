@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ldm.evaluation.protocols import MINIATURE, NO_COMPARISON, Protocol
-from ldm.evaluation.scores import SCORES, Scored
+from ldm.evaluation.scores import MEASURED, Scored
 
 
 def score_table(rows: Mapping[str, Scored], protocol: Protocol) -> str:
-    """Return a table in Markdown: a row a method, a column a score that any of them has.
+    """Return a table in Markdown: a row a method, a column a score or cost that any of them has.
 
     Under it stand the protocol and the hashes of the encoders: no score goes without them.
     """
     found = {name: scored.estimates() for name, scored in rows.items()}
-    columns = [score for score in SCORES if any(score in each for each in found.values())]
+    columns = [score for score in MEASURED if any(score in each for each in found.values())]
     heads = []
     for score in columns:
-        larger_is_better = SCORES[score][0]
+        larger_is_better = MEASURED[score][0]
         heads.append(f"{score} ↑" if larger_is_better else f"{score} ↓")
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
     for name, estimates in found.items():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.evaluation.protocols import Protocol
-from ldm.evaluation.scores import SCORES, Scored
+from ldm.evaluation.scores import MEASURED, Scored
 from ldm.evaluation.tables import pinned
 from ldm.reports.page import Figures, Page, Section, Table, Text, picture
 from ldm.reports.plots import intervals
@@ -34,7 +34,7 @@ def protocol_page(
         settings: what the command was asked for.
     """
     found = {name: scored.estimates() for name, scored in rows.items() if scored.rows}
-    scores = [score for score in SCORES if any(score in each for each in found.values())]
+    scores = [score for score in MEASURED if any(score in each for each in found.values())]
     means = [
         [name, *(str(each[score]) if score in each else "" for score in scores)]
         for name, each in found.items()
@@ -43,7 +43,7 @@ def protocol_page(
     for score in scores:
         having = {name: each[score] for name, each in found.items() if score in each}
         ends = {name: (e.mean, e.low, e.high) for name, e in having.items()}
-        plots.append(intervals(ends, f"{score}: {SCORES[score][1]}", score))
+        plots.append(intervals(ends, f"{score}: {MEASURED[score][1]}", score))
     sections = [
         Section(
             "Scores",

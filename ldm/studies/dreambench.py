@@ -15,7 +15,7 @@ from ldm.data.finding import find_images
 from ldm.data.reading import load_image
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import Subject
-from ldm.evaluation.scores import REAL, SCORES, Scored, score_real
+from ldm.evaluation.scores import MEASURED, REAL, Scored, score_real
 from ldm.evaluation.tables import score_table
 from ldm.files import write_atomically
 from ldm.reports.protocols import protocol_page
@@ -166,6 +166,7 @@ def _training(
     words = ["--data_root", str(subject.photos)]
     if method.class_images:
         words += ["--reg_data_root", str(folder)]
+    words.append(f"lightning.callbacks.timing.params.file={json.dumps(task['timing'])}")
     words += ["--seed", str(seed), *method.words(subject, bench.identifier, bench.common)]
     if bench.identifier != IDENTIFIER:
         words.append(f"data.params.train.params.identifier={bench.identifier}")
@@ -177,6 +178,7 @@ def _task(bench: Bench, outdir: Path, name: str, seed: int, subject: Subject) ->
         "name": f"{name}-{subject.name}-{seed}",
         "runs": str(outdir / "runs"),
         "ckpt": str(bench.ckpt.resolve()),
+        "timing": str(outdir / "runs" / f"{name}-{subject.name}-{seed}.timing.json"),
         "result": str(outdir / "scores" / name / f"{subject.name}-{seed}.json"),
         # As scripts/evaluate.py reads them: --images images/METHOD --real dataset.
         "images": str(outdir / "images" / name / subject.name / f"seed{seed}"),
@@ -208,11 +210,25 @@ def run_subject(task: Task) -> dict[str, float]:
         task["identifier"],
         task["texts"],
     )
+    scores |= costs(Path(task["timing"])) if task["arguments"] else {}
     content = {"scoring": task["scoring"], "prompts": task["prompts"], "scores": scores}
     content["encoders"] = scoring.pinned()["encoders"]
     text = json.dumps(content)
     write_atomically(Path(task["result"]), lambda path: path.write_text(text, encoding="utf-8"))
     return scores
+
+
+def costs(timing: Path) -> dict[str, float]:
+    """Return what a training took, as its callback measured it; nothing where that is not there."""
+    try:
+        found = json.loads(timing.read_text(encoding="utf-8"))
+    except OSError:  # a run of before
+        return {}
+    taken = {"GB": found["peak_bytes"] / 1e9}
+    # The first step warms up and is not measured: a run of one step has no seconds.
+    if found["seconds_per_step"] is not None:
+        taken["seconds"] = found["seconds_per_step"] * found["steps"]
+    return taken
 
 
 def _scores(task: Task, bench: Bench) -> dict[str, float] | None:
@@ -265,7 +281,7 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
 def _write_csv(path: Path, rows: Mapping[str, Scored], pinned: Mapping[str, str]) -> None:
     """Write every score in a row with what pins it."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["method", "subject", "seed", *SCORES, *pinned])
+        writer = csv.DictWriter(file, ["method", "subject", "seed", *MEASURED, *pinned])
         writer.writeheader()
         for name, scored in rows.items():
             writer.writerows({"method": name, **row, **pinned} for row in scored.rows)

@@ -53,7 +53,7 @@ def test_the_protocol_goes_on_at_the_next_picture(
         save(image, path, texts)
         made.append(path)
 
-    flags = command(workspace, base_model, tmp_path, "--method", "no-prior")
+    flags = command(workspace, base_model, tmp_path, "--method", "no-prior", "--max_steps", "3")
     with monkeypatch.context() as patch:
         patch.setattr(ldm.studies.drawing, "save_png", killed)
         assert dreambench.main(flags) == 130
@@ -75,6 +75,14 @@ def test_the_protocol_goes_on_at_the_next_picture(
     assert [(row["method"], row["subject"]) for row in rows] == [
         (name, subject) for name in ("real images", "no-prior") for subject in CLASSES
     ]
+    # A training's seconds and memory stand beside its scores.
+    costs = [(float(row["seconds"] or 0), float(row["GB"] or 0)) for row in rows]
+    assert costs[:2] == [(0, 0)] * 2 and all(0.1 < gigabytes < 50 for _, gigabytes in costs[2:])
+    for (seconds, _), subject in zip(costs[2:], CLASSES):
+        timing = json.loads((out / f"runs/no-prior-{subject}-23.timing.json").read_text())
+        assert timing["steps"] == 3
+        assert seconds == pytest.approx(3 * timing["seconds_per_step"]) and seconds > 0
+    assert "| seconds ↓ | GB ↓ |" in table
     page = read_page(out / "index.html")
     assert page.alternatives[0].startswith("DINO: real images 0.") and "bear_plushie" in page.words
     run = next((out / "runs").glob("*_no-prior-dog-23"))
