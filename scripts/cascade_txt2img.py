@@ -46,7 +46,8 @@ from ldm.sampling.flags import (
 from ldm.sampling.metadata import picture_texts
 from ldm.sampling.photos import read_photo
 from ldm.sampling.pictures import save_numbered
-from ldm.sampling.series import Draw, Picture, series_of
+from ldm.sampling.read_ahead import read_ahead
+from ldm.sampling.series import Batch, Draw, Picture, series_of
 from ldm.sampling.super_resolution import check_upscales, enlarge
 from ldm.sampling.text_to_image import Recipe, check_draws
 
@@ -121,7 +122,13 @@ def sample(args: argparse.Namespace) -> None:
     pictures = series_of(args, prompts, recipe)
     how = {name: getattr(args, name) for name in OF_SR if getattr(args, name) is not None}
     draw = enlarging(large, draw_small, args)
-    draw_pictures(_of_sr(args) if base is None else args, pictures, draw, print, **how)
+
+    def ahead(batches: Sequence[Batch]) -> None:
+        if base is not None:
+            read_ahead(base, batches, args.precision)
+        read_ahead(large, [batch_of_large(args, batch) for batch in batches], args.precision)
+
+    draw_pictures(_of_sr(args) if base is None else args, pictures, draw, print, ahead, **how)
 
 
 def of_large(args: argparse.Namespace, recipe: Recipe) -> Recipe:
@@ -137,6 +144,12 @@ def of_large(args: argparse.Namespace, recipe: Recipe) -> Recipe:
         seed=recipe.seed,
         thresholding=recipe.thresholding,
     )
+
+
+def batch_of_large(args: argparse.Namespace, batch: Batch) -> Batch:
+    """Return a batch with the recipe of the super-resolution model."""
+    pictures = [replace(one, recipe=of_large(args, one.recipe)) for one in batch.pictures]
+    return replace(batch, pictures=tuple(pictures))
 
 
 def _of_sr(args: argparse.Namespace) -> argparse.Namespace:

@@ -30,6 +30,7 @@ from ldm.sampling.class_images import check_class, make_class_images
 from ldm.sampling.contact_sheet import contact_sheet
 from ldm.sampling.flags import add_model_flags, check_folder, how_made, model_of
 from ldm.sampling.pictures import save_numbered
+from ldm.sampling.read_ahead import reading_ahead
 
 COLUMNS, SHOWN = 10, 200  # of the sheet: pictures in a row, and in all
 
@@ -111,6 +112,7 @@ def fill(args: argparse.Namespace) -> None:
         precision=args.precision,
         shared=True,
         how=how_made(args),
+        ahead=reading_ahead(model, args.precision),
     )
     if is_first():
         print(sheet_of(folder, Path(args.sheets)))

@@ -39,6 +39,7 @@ from ldm.sampling.flags import (
 from ldm.sampling.image_to_image import image_to_image
 from ldm.sampling.photo_flags import add_photo_flags
 from ldm.sampling.photos import central_box, drawn_size, read_photo
+from ldm.sampling.read_ahead import reading_ahead
 from ldm.sampling.series import series_of
 from ldm.sampling.text_to_image import Recipe, size_step
 
@@ -79,7 +80,8 @@ def sample(args: argparse.Namespace) -> None:
 
     draw = partial(image_to_image, model, image, precision=args.precision, verbose=True)
     pictures = series_of(args, prompts, recipe)
-    draw_pictures(args, pictures, drawing_with(draw), print, init_img=str(args.init_img))
+    ahead = reading_ahead(model, args.precision, photos=True)
+    draw_pictures(args, pictures, drawing_with(draw), print, ahead, init_img=str(args.init_img))
 
 
 def fitted(photo: Image.Image, recipe: Recipe, path: str) -> Image.Image:

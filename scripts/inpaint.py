@@ -40,6 +40,7 @@ from ldm.sampling.flags import (
 from ldm.sampling.inpainting import inpaint
 from ldm.sampling.photo_flags import add_mask_flags, add_photo_flags
 from ldm.sampling.photos import mask_of_box, read_mask, read_photo
+from ldm.sampling.read_ahead import reading_ahead
 from ldm.sampling.series import series_of
 
 
@@ -76,7 +77,9 @@ def sample(args: argparse.Namespace) -> None:
     places = {"mask": args.mask, "box": args.box, "padding": args.padding}
     how = {name: value for name, value in places.items() if value is not None}
     pictures = series_of(args, prompts, recipe)
-    draw_pictures(args, pictures, drawing_with(draw), print, init_img=str(args.init_img), **how)
+    ahead = reading_ahead(model, args.precision, photos=True)
+    how["init_img"] = str(args.init_img)
+    draw_pictures(args, pictures, drawing_with(draw), print, ahead, **how)
 
 
 def check(args: argparse.Namespace) -> None:

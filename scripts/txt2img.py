@@ -41,6 +41,7 @@ from ldm.sampling.flags import (
     recipe_of,
 )
 from ldm.sampling.pictures import save_numbered
+from ldm.sampling.read_ahead import reading_ahead
 from ldm.sampling.series import Picture, draw_shares, series_of
 from ldm.sampling.xy_grid import add_grid_flags, by_checkpoint, cells, grid_axes, labelled_grid
 
@@ -81,7 +82,8 @@ def sample(args: argparse.Namespace) -> None:
     prompts = asked_prompts(args)
     model = model_of(args, prompts)
     pictures = series_of(args, prompts, recipe_of(args, model))
-    draw_pictures(args, pictures, text_drawing(model, args.precision), print)
+    draw = text_drawing(model, args.precision)
+    draw_pictures(args, pictures, draw, print, reading_ahead(model, args.precision))
 
 
 def sample_grid(args: argparse.Namespace) -> None:
@@ -107,10 +109,11 @@ def sample_grid(args: argparse.Namespace) -> None:
             for place in places
         ]
         draw, how = text_drawing(model, cell.precision), {} if args.skip_save else how_made(cell)
+        ahead = reading_ahead(model, cell.precision)
         size = 1 if args.exact else args.n_samples
-        images = draw_shares(pictures, draw, size, folder, how, print)
+        images = draw_shares(pictures, draw, size, folder, how, print, ahead)
         made.update(zip(places, images))
-        del model, draw
+        del model, draw, ahead
     if not args.skip_grid and is_first():
         title = args.prompt if "prompt" not in (across.name, down.name) else ""
         print(save_numbered(labelled_grid(across, down, made, title), outdir, prefix="xy-"))

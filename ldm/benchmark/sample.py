@@ -18,7 +18,9 @@ from ldm.callbacks.timing import peak_memory_bytes, resident_bytes
 from ldm.checkpoints.export import DTYPES, target_of
 from ldm.checkpoints.pipeline_folder import save_tokenizer
 from ldm.config import load_config, to_plain
-from ldm.sampling.precision import halve
+from ldm.sampling.precision import computing_in, halve
+from ldm.sampling.read_ahead import read_ahead
+from ldm.sampling.series import Batch, Picture
 from ldm.sampling.text_to_image import Recipe, load_model, text_to_image
 from ldm.util import instantiate_from_config
 
@@ -45,6 +47,9 @@ class Program(Protocol):
 
     unet: torch.nn.Module
 
+    def read(self) -> None:
+        """Do what a command does once before it draws."""
+
     def draw(self, steps: int) -> None:
         """Draw a batch of pictures."""
 
@@ -64,14 +69,23 @@ class Ours:
             self.model.model.diffusion_model.compile_for_sampling()
         self.unet = self.model.model.diffusion_model
         self.side = settings.size or self.model.image_size * self.model.downsampling
+        # What only the first text takes, such as imports, is no part of the time.
+        with torch.no_grad(), computing_in(self.model, self.precision):
+            self.model.get_learned_conditioning([PROMPT] * settings.batch)
+
+    def read(self) -> None:
+        pictures = (Picture(PROMPT, self.recipe(steps=1)),) * self.settings.batch
+        batch = Batch(pictures, tuple(range(len(pictures))))
+        read_ahead(self.model, [batch], self.precision)
+
+    def recipe(self, steps: int) -> Recipe:
+        """Return how a picture is drawn."""
+        return Recipe(steps, GUIDANCE, height=self.side, width=self.side)
 
     def draw(self, steps: int) -> None:
-        batch, recipe = (
-            self.settings.batch,
-            Recipe(steps, GUIDANCE, height=self.side, width=self.side),
-        )
-        prompts = [PROMPT] * batch
-        text_to_image(self.model, prompts, range(batch), recipe, precision=self.precision)
+        prompts, seeds = [PROMPT] * self.settings.batch, range(self.settings.batch)
+        recipe = self.recipe(steps)
+        text_to_image(self.model, prompts, seeds, recipe, precision=self.precision)
 
 
 class Diffusers:
@@ -99,6 +113,9 @@ class Diffusers:
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline.to(settings.device, DTYPES[settings.dtype])
         self.settings, self.unet = settings, networks.unet
+
+    def read(self) -> None:
+        pass  # its pipeline reads the texts whenever it draws
 
     def draw(self, steps: int) -> None:
         side, prompts = self.settings.size, [PROMPT] * self.settings.batch
@@ -145,29 +162,45 @@ def measure_sampling(kind: str, config: Path, weights: Path, settings: Settings)
     before = resident_bytes()[0] if device.type == "cpu" else 0
     try:
         program = PROGRAMS[kind](config, weights, settings)
-        one, two = _counted(program, 1), _counted(program, 2)  # they warm up, too
-        timed = _timed(program, settings, device)
+        now = _clock(settings, device)
+        # A command reads once, so this can be measured only once.
+        start = now()
+        reading = _counted(program.read)
+        read_seconds = now() - start
+        # These warm up, too.
+        one = _counted(lambda: program.draw(1))
+        two = _counted(lambda: program.draw(2))
+        timed = _timed(program, settings, now, read_seconds)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
-    flops = one + (settings.steps - 1) * (two - one)
+    flops = reading + one + (settings.steps - 1) * (two - one)
     return {**timed, "peak_bytes": peak_memory_bytes(device) - before, "flops": flops}
 
 
-def _counted(program: Program, steps: int) -> int:
-    """Count the floating-point operations of a batch."""
-    with counting_flops() as counter:
-        program.draw(steps)
-    return counter.get_total_flops()
+def _clock(settings: Settings, device: torch.device) -> Callable[[], float]:
+    """Return what gives the seconds, once the device has done all that it was told."""
 
-
-def _timed(program: Program, settings: Settings, device: torch.device) -> dict[str, list[float]]:
     def now() -> float:
         synchronize(device)
         return CLOCKS[settings.clock]()
 
+    return now
+
+
+def _counted(work: Callable[[], object]) -> int:
+    """Count the floating-point operations of some work."""
+    with counting_flops() as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _timed(
+    program: Program, settings: Settings, now: Callable[[], float], read_seconds: float
+) -> dict[str, list[float]]:
+    """Return the seconds of a batch, with those of reading its texts, and of a denoising step."""
     span = UNetSpan(program.unet, now)
     start = now()
     program.draw(settings.steps)
-    seconds = now() - start
+    seconds = now() - start + read_seconds
     assert span.first is not None, "no UNet ran"
     return {"seconds": [seconds], "step_seconds": [(span.last - span.first) / settings.steps]}

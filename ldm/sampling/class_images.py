@@ -24,7 +24,7 @@ from ldm.files import write_atomically
 from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.sampling.metadata import recipe_in
 from ldm.sampling.pictures import next_number, taken_numbers
-from ldm.sampling.series import Picture, draw_series, in_batches, numbered
+from ldm.sampling.series import Ahead, Picture, draw_series, in_batches, numbered
 from ldm.sampling.text_to_image import Recipe, text_to_image
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def make_class_images(
     precision: str = "full",
     shared: bool = False,
     how: Mapping[str, Any] | None = None,
+    ahead: Ahead | None = None,
 ) -> None:
     """Write `count` pictures of the prompts, in turn, as numbered PNG files into `folder`.
 
@@ -65,6 +66,7 @@ def make_class_images(
             the subject, it moves the class away from it.
         shared: whether all processes call this, each to draw its share.
         how: what else the pictures' metadata says.
+        ahead: gets the batches before the first is drawn, from who owns the model.
     """
     # These pictures show what the model knows of the class before it is trained, which is what the
     # prior's loss preserves. So they have to come before the first step.
@@ -106,7 +108,7 @@ def make_class_images(
     model.to(device).eval()
     begin = time.monotonic()
     try:
-        draw_series(batches, draw, folder, how or {}, first=0, desc="class images")
+        draw_series(batches, draw, folder, how or {}, first=0, desc="class images", ahead=ahead)
     finally:
         model.to(home).train(was_training)
     # The plan may go only when all processes have written their pictures.

@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.distributed import is_first
 from ldm.sampling.flags import how_made
 from ldm.sampling.pictures import grid, save_numbered
-from ldm.sampling.series import Draw, Picture, as_in_batch, draw_series, draw_shares
+from ldm.sampling.series import Ahead, Draw, Picture, as_in_batch, draw_series, draw_shares
 from ldm.sampling.text_to_image import text_to_image
 
 if TYPE_CHECKING:
@@ -48,12 +48,14 @@ def draw_pictures(
     pictures: Sequence[Picture],
     draw: Draw,
     say: Callable[[object], object],
+    ahead: Ahead | None = None,
     **how: object,
 ) -> None:
     """Draw a series as the flags say, write it, and show all of it on one sheet.
 
     Args:
         say: gets a line for what is written.
+        ahead: gets the batches before the first is drawn.
         how: what else the metadata of all pictures says.
     """
     outdir = Path(args.outdir)
@@ -65,10 +67,10 @@ def draw_pictures(
         if not is_first():
             return  # one picture has no shares
         batches = as_in_batch(pictures[0], *args.like_batch)
-        made = list(draw_series(batches, draw, folder, how, say=say).values())
+        made = list(draw_series(batches, draw, folder, how, say=say, ahead=ahead).values())
     else:
         size = 1 if args.exact else args.n_samples
-        made = draw_shares(pictures, draw, size, folder, how, say)
+        made = draw_shares(pictures, draw, size, folder, how, say, ahead)
     # The first process has all pictures, so it makes the sheet.
     if not args.skip_grid and is_first():
         say(save_numbered(grid(made, args.n_rows or args.n_samples), outdir, prefix="grid-"))

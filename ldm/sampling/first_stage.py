@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ldm.host import give_back_free_pages
 from ldm.models.autoencoder import IdentityFirstStage
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def decode(model: LatentDiffusion, latents: Tensor) -> Tensor:
 
     Where half precision overflows, which would be a black picture, it is decoded in full.
     """
+    # What the UNet has freed lies between the weights, and the decoder takes larger blocks.
+    if latents.device.type == "cpu":
+        give_back_free_pages()
     # On a CPU a batch of large pictures takes no less time than one after another, and a multiple
     # of the memory.
     pixels = latents.shape[-2] * latents.shape[-1] * model.downsampling**2

@@ -98,6 +98,17 @@ def read_prompts(
 
 
 def _embed(model: LatentDiffusion, prompts: Sequence[str], weighting: str | None) -> Tensor:
+    """Return embeddings of prompts; those of before where `read_ahead` keeps them."""
+    known = model.known_texts
+    if known is None:
+        return _computed(model, prompts, weighting)
+    key = tuple(prompts), weighting
+    if key not in known:
+        known[key] = _computed(model, prompts, weighting)
+    return known[key]
+
+
+def _computed(model: LatentDiffusion, prompts: Sequence[str], weighting: str | None) -> Tensor:
     # As trained: plain words, and the encoder cuts what is too long.
     if weighting is None:
         return model.get_learned_conditioning(prompts)

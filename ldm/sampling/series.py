@@ -102,6 +102,8 @@ class Batch:
 
 # Draws the pictures of a batch.
 Draw = Callable[[Sequence[Picture]], list[Image.Image]]
+# Gets all batches before the first is drawn.
+Ahead = Callable[[Sequence[Batch]], None]
 
 
 def in_batches(
@@ -136,6 +138,7 @@ def draw_series(
     first: int | None = None,
     say: Callable[[str], object] = log.info,
     desc: str = "batches",
+    ahead: Ahead | None = None,
 ) -> dict[int, Image.Image]:
     """Draw batches, write each picture as soon as it is there, and return them by position.
 
@@ -144,8 +147,11 @@ def draw_series(
         how: what else the metadata of all of them says.
         first: the number of the file of position 0; by default each file has the next free number.
         say: gets a line about what was written, also after an error.
+        ahead: gets the batches before the first is drawn, to read their texts.
     """
     made: dict[int, Image.Image] = {}
+    if ahead is not None:
+        ahead(batches)
     try:
         for batch in tqdm(batches, desc=desc, disable=len(batches) < 2):
             images = draw(batch.pictures)
@@ -181,6 +187,7 @@ def draw_shares(
     folder: Path | None,
     how: Mapping[str, object],
     say: Callable[[str], object] = log.info,
+    ahead: Ahead | None = None,
 ) -> list[Image.Image]:
     """Draw a series as `draw_series` does, each of several processes a share of it.
 
@@ -193,12 +200,12 @@ def draw_shares(
     rank, world = share()
     batches = in_batches(pictures, size, rank, world)
     if world == 1:
-        made = draw_series(batches, draw, folder, how, say=say)
+        made = draw_series(batches, draw, folder, how, say=say, ahead=ahead)
         return [made[position] for position in sorted(made)]
 
     # The processes agree on the number of the first file, from which each knows those of its own.
     first = int(agreed(lambda: str(next_number(folder) if folder else 0)))
-    made = draw_series(batches, draw, folder, how, first, say)
+    made = draw_series(batches, draw, folder, how, first, say, ahead=ahead)
     # All have written now. The first reads the others' pictures, for the sheet of all of them.
     wait_for_all()
     if rank == 0 and folder is not None:

@@ -182,10 +182,15 @@ class Recipe:
             object.__setattr__(self, "apg", astuple(Projection(*self.apg)))
 
 
+def has_guide(recipe: Recipe) -> bool:
+    """Return whether a recipe names a weaker model, and guides by it."""
+    return recipe.guide_ckpt is not None and recipe.scale != 1.0
+
+
 def guide_of(model: LatentDiffusion, recipe: Recipe) -> LatentDiffusion | None:
     """Return the weaker model that a recipe names, None if it names none or does not guide."""
     # A guide that would have no effect is not even read: it is as large as the model.
-    if recipe.guide_ckpt is None or recipe.scale == 1.0:
+    if recipe.guide_ckpt is None or not has_guide(recipe):
         return None
     return load_guide(model, recipe.guide_ckpt, recipe.guide_mix)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm.sampling.metadata import weights_names
 from ldm.sampling.pictures import save_png
+from ldm.sampling.read_ahead import read_ahead
 from ldm.sampling.series import Picture, in_batches
 from ldm.sampling.text_to_image import Recipe, load_model, pick_device, text_to_image
 
@@ -42,10 +43,14 @@ def draw(
     model = load_model(checkpoint, device=pick_device(device))
     how = {**weights_names(checkpoint), "ckpt": str(checkpoint), "precision": PRECISION}
     pictures = [Picture(picture.prompt, recipe, picture.index) for picture in wanted]
-    for batch in in_batches(pictures, batch_size):
+    batches = [
+        batch
+        for batch in in_batches(pictures, batch_size)
+        if not all(wanted[position].path.exists() for position in batch.positions)
+    ]
+    read_ahead(model, batches, PRECISION)
+    for batch in batches:
         paths = [wanted[position].path for position in batch.positions]
-        if all(path.exists() for path in paths):
-            continue
         prompts = [picture.prompt for picture in batch.pictures]
         seeds = [picture.noise_seed for picture in batch.pictures]
         images = text_to_image(model, prompts, seeds, recipe, precision=PRECISION)

@@ -35,6 +35,8 @@ from ldm.sampling.text_to_image import Recipe, image_seed, load_model, text_to_i
 from ldm.tiny.measure import SIZE, Judges, subject_prompts
 from ldm.tiny.miniature import CLIP_IMAGES, RECIPE, WEIGHTS, class_word_of, photos_of
 from ldm.tiny.world import SPRITES
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `scripts` is
 from scripts.tiny.evaluate import make_judges, remembered, worlds
 
 # Samplers that solve the same equation: from the same noise they all go to the same picture.

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from ldm.sampling import flags
 from ldm.tiny.miniature import WEIGHTS
 from scripts import txt2img
 
-load_once = functools.cache(flags.load_model)
+_load = functools.cache(flags.load_model)
+
+
+def load_once(*arguments, **named) -> nn.Module:
+    """Return a model whose weights are read once. A command may free parts of its own."""
+    return with_own_parts(_load(*arguments, **named))
+
+
+def with_own_parts(module: nn.Module) -> nn.Module:
+    """Return a module with the same weights, whose parts can be replaced."""
+    made = copy.copy(module)
+    parts = module.named_children()
+    made._modules = {name: with_own_parts(part) for name, part in parts}
+    return made
 
 
 @pytest.fixture
 def model_once(monkeypatch):
-    """Let the commands read each model once for all tests."""
-    monkeypatch.setattr(flags, "load_model", load_once)
+    """Let the commands read each model once for all tests; the models that they got, in order."""
+    loaded = []
+
+    def load(*arguments, **named):
+        loaded.append(load_once(*arguments, **named))
+        return loaded[-1]
+
+    monkeypatch.setattr(flags, "load_model", load)
+    return loaded
 
 
 @pytest.fixture

@@ -49,6 +49,8 @@ class CompVisInterface(pl.LightningModule):
     model_ema: LitEma | None
     first_stage_model: AutoencoderKL | IdentityFirstStage
     cond_stage_model: TextEncoder
+    # (prompts, weighting) -> their embeddings, where a command reads all texts before it draws.
+    known_texts: dict[tuple[tuple[str, ...], str | None], Tensor] | None = None
     objective: Objective
     scale_factor: float
     zero_terminal_snr: bool

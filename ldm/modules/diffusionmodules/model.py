@@ -20,6 +20,11 @@ def normalize(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def silu(x: Tensor) -> Tensor:
+    """Return x sigmoid(x), in the place of x where no gradient needs it: x must be new."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 def conv3(channels_in: int, channels_out: int) -> nn.Conv2d:
     """Make a 3x3 convolution that keeps the size."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
@@ -79,8 +84,8 @@ class ResnetBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(self.dropout(silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
@@ -203,7 +208,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -251,4 +256,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
