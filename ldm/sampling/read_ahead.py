@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.files import tensor_bytes
@@ -68,7 +68,8 @@ def read_ahead(
     if any(has_guide(batch.pictures[0].recipe) for batch in batches):
         return
     # Each batch as it will be drawn: in a batch of another size kernels may round differently.
-    model.known_texts = known = {}
+    known: dict[tuple[tuple[str, ...], str | None], Tensor] = {}
+    model.known_texts = known
     limit = tensor_bytes(list(model.cond_stage_model.parameters()))
     with computing_in(model, precision):
         for batch in batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 from ldm.sampling import flags
 from ldm.tiny.miniature import WEIGHTS
 from scripts import txt2img
+from tests.support.models import with_own_parts
 
 _load = functools.cache(flags.load_model)
 
@@ -19,14 +19,6 @@ _load = functools.cache(flags.load_model)
 def load_once(*arguments, **named) -> nn.Module:
     """Return a model whose weights are read once. A command may free parts of its own."""
     return with_own_parts(_load(*arguments, **named))
-
-
-def with_own_parts(module: nn.Module) -> nn.Module:
-    """Return a module with the same weights, whose parts can be replaced."""
-    made = copy.copy(module)
-    parts = module.named_children()
-    made._modules = {name: with_own_parts(part) for name, part in parts}
-    return made
 
 
 @pytest.fixture

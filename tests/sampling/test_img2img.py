@@ -15,7 +15,7 @@ from ldm.sampling.photos import to_tensor
 from ldm.sampling.pictures import to_pil
 from ldm.sampling.text_to_image import Recipe
 from scripts import img2img
-from tests.support.models import build
+from tests.support.models import build, with_own_parts
 from tests.support.photos import picture
 
 SIDE = 32
@@ -29,7 +29,7 @@ def model():
 @pytest.fixture
 def command(model, monkeypatch, tmp_path):
     """Call the script with a model that is there already; its pictures, in order."""
-    monkeypatch.setattr("ldm.sampling.flags.load_model", lambda *_: model)
+    monkeypatch.setattr("ldm.sampling.flags.load_model", lambda *_: with_own_parts(model))
     monkeypatch.setattr(model, "image_size", SIDE // model.downsampling)
     (tmp_path / "model.ckpt").write_bytes(b"weights")
 

@@ -15,7 +15,7 @@ from ldm.sampling.text_to_image import Recipe
 from scripts import inpaint as script
 from tests.support import golden
 from tests.support.families import params
-from tests.support.models import build
+from tests.support.models import build, with_own_parts
 from tests.support.photos import picture
 
 SIDE = 32
@@ -139,7 +139,7 @@ def test_a_native_model_draws_what_diffusers_does(tmp_path):
 @pytest.fixture
 def command(plain, monkeypatch, tmp_path):
     """Call the script with a model that is there already; its pictures, in order."""
-    monkeypatch.setattr("ldm.sampling.flags.load_model", lambda *_: plain)
+    monkeypatch.setattr("ldm.sampling.flags.load_model", lambda *_: with_own_parts(plain))
     monkeypatch.setattr(plain, "image_size", SIDE // plain.downsampling)
     (tmp_path / "model.ckpt").write_bytes(b"weights")
     picture(70, 50).save(tmp_path / "photo.png")

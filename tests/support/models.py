@@ -1,5 +1,6 @@
 """The golden files' model with other parameters, batches for it, and what trains it in a moment."""
 
+import copy
 from typing import Any
 
 import pytorch_lightning as pl
@@ -111,3 +112,11 @@ def groups_of(model: nn.Module) -> list[tuple[str | None, float, int]]:
 def parts_that_moved(first: dict[str, Tensor], last: dict[str, Tensor]) -> set[str]:
     """Return the networks of which two state dicts hold other weights."""
     return {key.split(".")[0] for key in first if not torch.equal(first[key], last[key])}
+
+
+def with_own_parts(module: nn.Module) -> nn.Module:
+    """Return a module with the same weights, whose parts can be replaced."""
+    made = copy.copy(module)
+    parts = module.named_children()
+    made._modules = {name: with_own_parts(part) for name, part in parts}
+    return made
