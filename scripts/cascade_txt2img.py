@@ -119,6 +119,7 @@ def sample(args: argparse.Namespace) -> None:
     else:
         check_draws(base)
         recipe, draw_small = recipe_of(args, base), drawing(base, args)
+        warn_of_size(large, recipe)
     pictures = series_of(args, prompts, recipe)
     how = {name: getattr(args, name) for name in OF_SR if getattr(args, name) is not None}
     draw = enlarging(large, draw_small, args)
@@ -129,6 +130,17 @@ def sample(args: argparse.Namespace) -> None:
         read_ahead(large, [batch_of_large(args, batch) for batch in batches], args.precision)
 
     draw_pictures(_of_sr(args) if base is None else args, pictures, draw, print, ahead, **how)
+
+
+def warn_of_size(large: LatentUpscaleDiffusion, recipe: Recipe) -> None:
+    """Warn of small pictures of another size than the second model was taught to enlarge."""
+    side = large.image_size * large.downsampling // large.small.factor
+    if (recipe.width, recipe.height) != (side, side):
+        log.warning(
+            "the small pictures are %d x %d pixels, and --sr_ckpt was taught %d x %d: "
+            "is --base_ckpt the right one?",
+            *(recipe.width, recipe.height, side, side),
+        )
 
 
 def of_large(args: argparse.Namespace, recipe: Recipe) -> Recipe:

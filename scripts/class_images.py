@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from ldm.commands import exit_status
 from ldm.data.finding import list_images
 from ldm.data.prompts import captions_from_templates
+from ldm.data.reading import load_image
 from ldm.distributed import agreed, is_first
 from ldm.errors import UserError
 from ldm.models.diffusion.sampler_names import find_sampler
@@ -72,6 +72,8 @@ def check(args: argparse.Namespace) -> list[str]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: expected at least 1")
+    if not math.isfinite(args.scale):
+        raise UserError(f"--scale {args.scale}: expected a number")
     if not 0 <= args.unconditional < 1:
         raise UserError(f"--unconditional {args.unconditional}: expected a share below 1")
     if not 0 <= args.eta <= 1:
@@ -79,6 +81,9 @@ def check(args: argparse.Namespace) -> list[str]:
     find_sampler(args.sampler, args.schedule)
     check_folder(Path(args.outdir))
     check_folder(Path(args.sheets))
+    # A sheet among the class images would be trained on.
+    if Path(args.sheets).resolve().is_relative_to(Path(args.outdir).resolve()):
+        raise UserError(f"--sheets {args.sheets}: is in --outdir; choose another folder")
     return args.prompt or captions_from_templates(args.class_word, reg=True)
 
 
@@ -125,8 +130,7 @@ def sheet_of(folder: Path, sheets: Path) -> Path:
     for start in range(0, len(paths), COLUMNS):
         row = []
         for path in paths[start : start + COLUMNS]:
-            with Image.open(path) as image:
-                row.append((path.stem, image.convert("RGB")))
+            row.append((path.stem, load_image(path)))
         rows.append(("", row))
     sheet = contact_sheet(rows, cell=96, title=str(folder))
     return save_numbered(sheet, sheets, prefix=f"{folder.resolve().name}-")

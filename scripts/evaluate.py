@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.commands import exit_status
+from ldm.commands import check_writable, exit_status
 from ldm.data.reading import load_image
 from ldm.errors import UserError
 from ldm.evaluation.encoders import Encoders, load_encoders
@@ -112,6 +112,10 @@ def evaluate(args: argparse.Namespace) -> None:
     """Find the pictures, score them, and print a table."""
     # What can be refused is refused before the encoders are loaded.
     protocol = chosen_protocol(args)
+    if args.output:
+        check_writable(args.output.parent, "choose another --output")
+        if args.output.is_dir():
+            raise UserError(f"--output {args.output}: is a folder; name a file in it")
     found = places(args.images, args.real, args.class_images)
     given = read_prompts(args.prompts, args.class_word, args.identifier) if args.prompts else None
     prompts = [prompts_of(place.images, given, args.order) for place in found]

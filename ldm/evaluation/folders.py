@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.data.captions import read_text
 from ldm.data.finding import find_images, list_images
+from ldm.data.reading import load_image
 from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import filled, read_suite
 from ldm.sampling.metadata import read_recipe
@@ -38,7 +40,8 @@ def places(images: Path, real: Path, of_class: Path | None = None) -> list[Place
     subjects as folders. A subject's pictures of several trainings are in `seed...` folders.
 
     Raises:
-        UserError: a folder is not there or is empty, or a subject has no photos.
+        UserError: a folder is not there or is empty, a subject has no photos, or a picture is one
+            of them.
     """
     for folder in filter(None, (images, real, of_class)):
         if not folder.is_dir():
@@ -69,13 +72,22 @@ def _of_subject(
 ) -> Iterator[Place]:
     """Yield a place for each of a subject's seeds."""
     seeds = [folder for folder in _folders(images) if folder.name.startswith(SEED)]
+    if seeds and _own(images):
+        log.warning("%s: pictures beside %s are left out", images, seeds[0].name)
     for folder in seeds or [images]:
         seed = folder.name if seeds else ""
         classes: list[Path] = []
         if of_class is not None:
             beside = of_class / seed
             classes = find_images(beside if seed and beside.is_dir() else of_class)
-        yield Place(name, seed, find_images(folder), real, classes)
+        pictures = find_images(folder)
+        # A photo that is compared with itself is as like as can be.
+        photos = {path.resolve() for path in real}
+        for path in pictures:
+            if path.resolve() in photos:
+                problem = "is a photo of --real, too: keep the two in folders apart"
+                raise UserError(f"{path}: {problem}")
+        yield Place(name, seed, pictures, real, classes)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -95,12 +107,13 @@ def read_prompts(path: Path, class_word: str | None, identifier: str) -> list[st
     """
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file")
-    if path.suffix in (".yaml", ".yml"):
+    kind = path.suffix.lower()
+    if kind in (".yaml", ".yml"):
         if class_word is None:
             raise UserError(f"--prompts {path}: a suite of templates needs --class_word")
         return filled(read_suite(path), class_word, identifier)
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
+    text = read_text(path, "file of prompts")
+    if kind == ".json":
         try:
             found = json.loads(text)
         except ValueError as error:
@@ -172,6 +185,13 @@ def _own_prompt(path: Path) -> str | None:
     """Return what a picture's file, or the text beside it, says that it was made of."""
     beside = path.with_suffix(".txt")
     if beside.is_file():
-        return beside.read_text(encoding="utf-8").strip()
-    recipe = read_recipe(path) if path.suffix.lower() == ".png" else None
+        return read_text(beside, "caption").strip()
+    if path.suffix.lower() != ".png":
+        return None
+    try:
+        recipe = read_recipe(path)
+    except UserError:
+        # Texts that cannot be read say nothing; pixels that cannot be read are refused now.
+        load_image(path)
+        return None
     return None if recipe is None else str(recipe["prompt"])

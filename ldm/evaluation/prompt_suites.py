@@ -33,7 +33,8 @@ def read_suite(path: str | Path) -> list[str]:
     try:
         templates = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot read this suite of prompts ({error})") from error
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot read this suite of prompts ({problem})") from error
     if (
         not isinstance(templates, list)
         or not templates
@@ -50,17 +51,19 @@ def read_suite(path: str | Path) -> list[str]:
 def _check(template: str, path: Path) -> None:
     """Raise a `UserError` where a template has a field that is not known, or none."""
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise UserError(f"{path}: {template!r} is no template ({error})") from error
-    for field in fields:
+    for _, field, form, conversion in parts:
+        if form or conversion:
+            raise UserError(f"{path}: {template!r}: write {{{field}}} without a format")
         if field not in FIELDS:
-            hint = nearest(field, set(FIELDS))
+            hint = nearest(str(field), set(FIELDS))
             raise UserError(
                 f"{path}: unknown field {{{field}}} in {template!r}{hint}; known are "
                 f"{{subject}}, {{class}}"
             )
-    if not fields:
+    if not parts:
         raise UserError(f"{path}: {template!r} names neither {{subject}} nor {{class}}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm.errors import UserError
 from ldm.files import write_atomically
 
 LARGEST = 400_000  # bytes of a picture that is embedded as it is
@@ -106,12 +107,20 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def picture(path: Path, alt: str, caption: str = "") -> Figure:
-    """Return a picture's file as a figure. A large one is embedded as a JPEG."""
+    """Return a picture's file as a figure. A large one is embedded as a JPEG.
+
+    Raises:
+        UserError: the file cannot be read as an image.
+    """
     content, kind = path.read_bytes(), "image/png"
-    if len(content) > LARGEST or path.suffix.lower() != ".png":
-        content, kind = _smaller(path), "image/jpeg"
-    with Image.open(io.BytesIO(content)) as shown:
-        width = shown.width
+    try:
+        if len(content) > LARGEST or path.suffix.lower() != ".png":
+            content, kind = _smaller(path), "image/jpeg"
+        with Image.open(io.BytesIO(content)) as shown:
+            width = shown.width
+    except Exception as error:  # Pillow's readers raise whatever their parsers do
+        problem = "cannot read this image; replace or remove it"
+        raise UserError(f"{path}: {problem}") from error
     return Figure(data_uri(content, kind), alt, caption, width)
 
 

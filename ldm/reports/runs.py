@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import load_config, to_plain
+from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.host import environment
 from ldm.reports.page import Figure, Figures, Page, Section, Table, picture
@@ -67,16 +68,27 @@ def read_run(folder: Path) -> RunFacts:
 def read_numbers(folder: Path) -> dict[str, Curve]:
     """Read a run's CSV files, in the order of its starts. Of a step that two starts have logged,
     the later start counts.
+
+    Raises:
+        UserError: a file has something else than numbers, as one that was damaged.
     """
     numbers: dict[str, dict[float, float]] = {}
     for path in sorted(folder.glob("csv/*/metrics.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                step = float(row.get("step") or "nan")
-                for key, text in row.items():
-                    if key not in (None, "step", "epoch") and text and math.isfinite(step):
-                        numbers.setdefault(key, {})[step] = float(text)
+        try:
+            _add_numbers(path, numbers)
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"{path}: damaged ({error}): mend or remove it") from error
     return {key: sorted(values.items()) for key, values in numbers.items()}
+
+
+def _add_numbers(path: Path, numbers: dict[str, dict[float, float]]) -> None:
+    """Add the rows of a CSV file to the values of each metric by step."""
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step = float(row.get("step") or "nan")
+            for key, text in row.items():
+                if key not in (None, "step", "epoch") and text and math.isfinite(step):
+                    numbers.setdefault(key, {})[step] = float(text)
 
 
 def flat(value: object, key: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.checkpoints.export import sha256
+from ldm.errors import UserError
 from ldm.host import environment
 from ldm.sampling.infotext import infotext
 
@@ -92,11 +93,18 @@ def read_recipe(picture: str | Path | Image.Image) -> dict[str, Any] | None:
     """Return what our entry of a picture's PNG file says, None if it has none.
 
     Older pictures of ours have the same JSON under `parameters`.
+
+    Raises:
+        UserError: the file is no image, or its texts cannot be read.
     """
     # A file is opened for as long as its texts are read.
     if not isinstance(picture, Image.Image):
-        with Image.open(picture) as opened:
-            return read_recipe(opened)
+        try:
+            with Image.open(picture) as opened:
+                return read_recipe(opened)
+        except Exception as error:  # Pillow's readers raise whatever their parsers do
+            problem = f"cannot read the texts of this image ({error}); replace or remove it"
+            raise UserError(f"{picture}: {problem}") from error
     return recipe_in(getattr(picture, "text", {}))
 
 

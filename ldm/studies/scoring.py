@@ -11,12 +11,16 @@ from typing import Any
 from ldm.config import IDENTIFIER
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
+from ldm.errors import ParameterError, check_counts, under
 from ldm.evaluation.encoders import Encoders, load_encoders
 from ldm.evaluation.protocols import MINIATURE, Protocol, find_protocol
 from ldm.evaluation.scores import Group, score_group
+from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.sampling.text_to_image import Recipe
 from ldm.studies.drawing import draw, series
 from ldm.util import check_params
+
+ENCODERS = ("dino", "clip", "lpips")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Scoring:
     dino: str | None = None
     clip: str | None = None
     lpips: str | None = None
-    encoders: list[str] = field(default_factory=lambda: ["dino", "clip", "lpips"])
+    encoders: list[str] = field(default_factory=lambda: list(ENCODERS))
     device: str | None = None
 
     @classmethod
@@ -57,7 +61,21 @@ class Scoring:
         check_params(cls, given, where)
         scoring = cls(**given)
         scoring.rules()
+        with under(where):
+            scoring.check()
         return scoring
+
+    def check(self) -> None:
+        """Raise a `UserError` for what could not be drawn or scored, before anything is trained."""
+        check_counts(steps=self.steps, side=self.side, batch_size=self.batch_size)
+        if self.images is not None:
+            check_counts(images=self.images)
+        if self.class_images < 0:
+            raise ParameterError("class_images", f"expected 0 or more, got {self.class_images}")
+        names = self.encoders
+        if not isinstance(names, list) or not set(names) <= set(ENCODERS):
+            raise ParameterError("encoders", f"accepted: {', '.join(ENCODERS)}; got {names!r}")
+        find_sampler(self.sampler)
 
     def rules(self) -> Protocol:
         """Return the protocol; another number of pictures than it asks for makes it custom."""

@@ -62,6 +62,13 @@ class Plan:
         """Return the plan that a YAML describes; raise a `UserError` for what is none."""
         check_params(cls, given, "sweep")
         plan = cls(**given)
+        words = plan.arguments
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ParameterError("arguments", f"expected a list of texts, got {words!r}")
+        for name in ("score", "early_stop"):
+            value = getattr(plan, name)
+            if value is not None and not isinstance(value, dict):
+                raise ParameterError(name, f"expected keys and values, got {value!r}")
         if plan.early_stop is not None:
             check_params(StopOnFixedLoss, plan.early_stop, "early_stop")
             with under("early_stop"):
@@ -81,8 +88,8 @@ class Plan:
         """Return how models are scored, and the suite of prompts."""
         given = dict(self.score or {})
         prompts = given.pop("prompts", None)
-        if not prompts:
-            raise ParameterError("score.prompts", "a suite of prompts is needed")
+        if not prompts or not isinstance(prompts, str):
+            raise ParameterError("score.prompts", f"expected a suite's file, got {prompts!r}")
         return Scoring.of(given, "score"), Path(prompts)
 
 

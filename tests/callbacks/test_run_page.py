@@ -6,6 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ldm.callbacks.run_page
 import main
 from ldm.reports.runs import INDEX, PAGE, compare_page, differences, read_run
+from scripts import report
 from tests.support.pages import read_page
 from tests.support.spies import fixed, panels, with_panel
 
@@ -68,6 +69,23 @@ def test_runs_side_by_side(workspace, paged, tmp_path):
     compare_page(runs, "Two runs").save(tmp_path / "compare.html")
     page = read_page(tmp_path / "compare.html")
     assert "model.base_learning_rate" in page.words and paged.name in page.words
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("csv/a/metrics.csv", b"step,train/loss\n1,x\n", "metrics.csv: damaged"),
+        ("csv/a/metrics.csv", b"step,train/\xfcloss\n1,2\n", "metrics.csv: damaged"),
+        ("images/panel/panel_gs-000003.png", b"cut", "000003.png: cannot read this image"),
+    ],
+)
+def test_a_damaged_run_is_named_in_one_line(tmp_path, caplog, name, content, message):
+    for path, data in (("configs/a-project.yaml", b"model: {}\nseed: 1\n"), (name, content)):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(data)
+    assert report.main([str(tmp_path), "--output", str(tmp_path / "page.html")]) == 1
+    assert message in caplog.messages[-1]
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_a_page_that_cannot_be_written_does_not_end_the_run(workspace, monkeypatch, caplog):

@@ -73,6 +73,9 @@ def test_the_miniatures_suites_have_every_word_of_its_world():
         ("prompts: none", "expected a YAML list of prompts"),
         ("- [a]", "expected a YAML list of prompts"),
         ("- '", "cannot read this suite"),
+        ("- a {subject!x}", "without a format"),
+        ("- a {subject:9d}", "without a format"),
+        ("\tx:", "cannot read this suite"),
     ],
 )
 def test_a_suite_that_is_none_is_refused(tmp_path, text, message):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.evaluation.encoders import Encoders
-from ldm.evaluation.folders import places, prompts_of
+from ldm.evaluation.folders import places, prompts_of, read_prompts
 from ldm.evaluation.intervals import estimate
 from ldm.evaluation.protocols import KEPT, find_protocol
 from ldm.evaluation.scores import Group, score_group, score_real
@@ -142,6 +142,8 @@ def test_pictures_without_words_are_named_by_their_order(tmp_path):
         prompts_of(pictures, ["a", "b"])
     with pytest.raises(UserError, match="4 pictures and 3 prompts"):
         prompts_of(pictures, ["a", "b", "c"])
+    (tmp_path / "windows.txt").write_bytes("a\r\nb\r\n".encode("utf-16"))
+    assert read_prompts(tmp_path / "windows.txt", None, "sks") == ["a", "b"]
     pictures[0].with_suffix(".txt").write_text("a dog\n")
     with pytest.raises(UserError, match="says no prompt, and others do"):
         prompts_of(pictures, ["a", "b"], "grouped")
@@ -171,11 +173,22 @@ def test_the_command_scores_folders_with_the_miniatures_encoders(tmp_path, capsy
         (["--scores", "CLIP-T"], "give --prompts"),
         (["--dino", "nowhere.pth"], "nowhere.pth: no such file"),
         (["--class_images", "nowhere"], "nowhere: no such folder"),
+        (["--output", "{here}"], "is a folder; name a file in it"),
+        (["--output", "{here}/real/00000.png/x.json"], "choose another --output"),
+        (["--real", "{here}/mine"], "mine/00000.png: is a photo of --real, too"),
+        (["--images", "{here}/cut"], "cut/a.png: cannot read this image"),
+        (["--prompts", "{here}/latin.txt"], "latin.txt: cannot read this file of prompts"),
+        (["--prompts", "{here}/X.JSON"], "X.JSON: no JSON"),
     ],
 )
 def test_what_the_command_cannot_do_is_one_line(tmp_path, caplog, flags, message):
     make(tmp_path / "real", [10])
     make(tmp_path / "mine", [20])
-    command = ["--images", str(tmp_path / "mine"), "--real", str(tmp_path / "real"), *flags]
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/a.png").write_bytes((tmp_path / "mine/00000.png").read_bytes()[:60])
+    (tmp_path / "latin.txt").write_bytes("süß".encode("latin1"))
+    (tmp_path / "X.JSON").write_text("{")
+    command = ["--images", str(tmp_path / "mine"), "--real", str(tmp_path / "real")]
+    command += [flag.format(here=tmp_path) for flag in flags]
     assert evaluate.main(command) == 1
     assert message in caplog.text

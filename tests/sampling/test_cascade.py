@@ -48,6 +48,7 @@ def large(workspace):
     more = [
         "model.params.noise_augmentation=1e-5",
         "model.params.low_scale_config.params.max_noise_level=1",
+        "model.params.image_size=16",
     ]
     run = workspace.train("sr", *ENLARGING, *FEW, *SIZES, *more)
     return run / "checkpoints" / "last.ckpt"
@@ -94,6 +95,14 @@ def test_both_models_draw_and_a_picture_is_drawn_again(base, large, draw, tmp_pa
     assert same(alone, made[0])
     (again,) = draw("--like", alone, outdir="alone again")
     assert same(alone, again)
+
+
+def test_small_pictures_of_another_size_are_warned_of(base, large, draw, caplog):
+    models = ["--base_ckpt", base, "--sr_ckpt", large, "--n_samples", 1]
+    draw(*models)
+    assert "is --base_ckpt the right one?" not in caplog.text
+    draw(*models, "--H", 16)
+    assert "are 8 x 16 pixels, and --sr_ckpt was taught 8 x 8" in caplog.text
 
 
 def test_what_is_no_cascade_is_refused_in_one_line(base, large, draw, caplog):

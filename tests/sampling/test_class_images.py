@@ -153,6 +153,22 @@ def test_the_command_adds_no_other_class_to_a_folder(model_once, tmp_path, caplo
     assert names(tmp_path / "out") == ["00000.png"]
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--sheets", "{out}"], "is in --outdir; choose another folder"),
+        (["--sheets", "{out}/sheets"], "is in --outdir; choose another folder"),
+        (["--scale", "nan"], "--scale nan: expected a number"),
+    ],
+)
+def test_what_the_command_cannot_do_is_one_line(tmp_path, caplog, flags, message):
+    out = str(tmp_path / "out")
+    command = ["--ckpt", str(WEIGHTS), "--class_word", "dog", "--outdir", out]
+    assert command_of_class_images.main([*command, *(flag.format(out=out) for flag in flags)]) == 1
+    assert message in caplog.messages[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_by_default_the_command_draws_with_the_ancestral_sampler(model_once, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

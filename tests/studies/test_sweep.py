@@ -109,11 +109,24 @@ def test_another_sweep_has_another_folder(workspace, tmp_path, caplog):
         (["nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["{plan}"], "sweep.searches: unknown key"),
         (["{plan}", "--set", "a.b=1"], "not together with"),
+        ([{"arguments": "--base x"}], "arguments: expected a list of texts, got '--base x'"),
+        ([{"arguments": [1]}], "arguments: expected a list of texts, got [1]"),
+        ([{"score": 3}], "score: expected keys and values, got 3"),
+        ([{"early_stop": 3}], "early_stop: expected keys and values, got 3"),
+        ([{"score": {"prompts": 3}}], "score.prompts: expected a suite's file, got 3"),
+        ([{"score": SCORE | {"steps": 0}}], "score.steps: expected 1 or more, got 0"),
+        ([{"score": SCORE | {"images": 0}}], "score.images: expected 1 or more, got 0"),
+        ([{"score": SCORE | {"class_images": -1}}], "score.class_images: expected 0 or more"),
+        ([{"score": SCORE | {"sampler": "dim"}}], "did you mean 'ddim'"),
+        ([{"score": SCORE | {"encoders": ["dyno"]}}], "score.encoders: accepted: dino, clip"),
     ],
 )
 def test_what_a_sweep_cannot_be_is_one_line(tmp_path, caplog, flags, message):
     plan = tmp_path / "plan.yaml"
     plan.write_text("arguments: []\nset: {a.b: [1]}\nsearches: grid\n")
+    if flags and isinstance(flags[0], dict):
+        plan.write_text(json.dumps({"arguments": [], "set": {"a.b": [1]}, **flags[0]}))
+        flags = ["{plan}"]
     outdir = ["--outdir", str(tmp_path / "out")]
     assert sweep.main([flag.format(plan=plan) for flag in flags] + outdir) == 1
     assert message in caplog.text

@@ -24,7 +24,7 @@ from ldm.callbacks.csv_log import CsvLog
 from ldm.callbacks.setup import SetupCallback
 from ldm.errors import UserError
 from ldm.training.run import STAMP_VARIABLE, Run, held
-from tests.support.cascade import ENLARGING
+from tests.support.cascade import ENLARGING, IN_PIXELS
 from tests.support.exact import EMA, SCHEDULE, assert_same_end, smallest
 from tests.support.runs import Workspace, checkpoint, csv_rows, same, without_class_images
 from tests.support.starts import DEADLINE, KILL_AT, KILLER, SPY, begin, forked, run_to_end
@@ -82,7 +82,8 @@ RUNS = {
     "accumulated": INPAINTED,
     "bf16-cached-chosen-taught": [*BF16, *CACHED, *CHOSEN, *TAUGHT],
     "words": WORDS,
-    # In pixels, with noise on small pictures.
+    # A cascade's two models: in pixels, and with noise on small pictures.
+    "in-pixels": IN_PIXELS,
     "enlarging": ENLARGING,
     "concepts": CONCEPTS,
     "outputs": OUTPUTS,
@@ -309,7 +310,7 @@ def ranks(workspace, name, base, *more):
     "accumulated, kind",
     [
         *[(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING), (1, CONCEPTS)],
-        *[(1, OUTPUTS), (2, [*ADAPTERS, *BLANK]), (1, [*ADAPTERS, *PIVOTAL])],
+        *[(1, OUTPUTS), (2, [*ADAPTERS, *BLANK]), (1, [*ADAPTERS, *PIVOTAL]), (1, IN_PIXELS)],
     ],
 )
 def test_two_processes_compute_what_one_does_with_twice_the_batch(
