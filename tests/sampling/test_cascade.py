@@ -48,8 +48,8 @@ def large(workspace):
     more = [
         "model.params.noise_augmentation=1e-5",
         "model.params.low_scale_config.params.max_noise_level=1",
-        "model.params.image_size=16",
     ]
+    more += [f"model.params.image_size={SIDE}"]
     run = workspace.train("sr", *ENLARGING, *FEW, *SIZES, *more)
     return run / "checkpoints" / "last.ckpt"
 

@@ -82,10 +82,9 @@ RUNS = {
     "accumulated": INPAINTED,
     "bf16-cached-chosen-taught": [*BF16, *CACHED, *CHOSEN, *TAUGHT],
     "words": WORDS,
-    # A cascade's two models: in pixels, and with noise on small pictures.
-    "in-pixels": IN_PIXELS,
+    # A cascade's second model, with noise on small pictures; its first one is in pixels.
     "enlarging": ENLARGING,
-    "concepts": CONCEPTS,
+    "concepts-in-pixels": [*CONCEPTS, *IN_PIXELS],
     "outputs": OUTPUTS,
     "adapters": [*ADAPTERS, *BLANK],
     "pivotal": PIVOTAL,
@@ -309,8 +308,13 @@ def ranks(workspace, name, base, *more):
 @pytest.mark.parametrize(
     "accumulated, kind",
     [
-        *[(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING), (1, CONCEPTS)],
-        *[(1, OUTPUTS), (2, [*ADAPTERS, *BLANK]), (1, [*ADAPTERS, *PIVOTAL]), (1, IN_PIXELS)],
+        *[(1, []), (2, TAUGHT), (1, INPAINTING), (1, WORDS), (1, ENLARGING)],
+        *[
+            (1, [*CONCEPTS, *IN_PIXELS]),
+            (1, OUTPUTS),
+            (2, [*ADAPTERS, *BLANK]),
+            (1, [*ADAPTERS, *PIVOTAL]),
+        ],
     ],
 )
 def test_two_processes_compute_what_one_does_with_twice_the_batch(
