@@ -16,6 +16,7 @@ from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.personalized import PersonalizedBase
 from ldm.errors import UserError
 from ldm.training.prepare import prepare
+from ldm.training.stages import Stages
 from tests.support.photos import folder
 
 PERSONALIZED = "ldm.data.personalized.PersonalizedBase"
@@ -350,13 +351,15 @@ def test_missing_class_images_are_made_by_the_model(tmp_path, monkeypatch):
     data = module(subject, prior, num_class_images=3, seed=5)
     assert data.summary()["class_images_to_make"] == 3
     assert data.summary()["class_prompts"] == ["photo of a dog"]
-    prepare(Recorder(), data, trainer)
+    prepare(Recorder(), data, trainer, Stages())
     assert calls == [(Recorder, ["photo of a dog"], 3, 4, 5, torch.device("cpu"))]
     assert data.summary()["class_images"] == 3
     (prior / "2.png").unlink()
-    prepare(Recorder(), module(subject, prior, num_class_images=2), trainer)  # enough are left
+    prepare(
+        Recorder(), module(subject, prior, num_class_images=2), trainer, Stages()
+    )  # enough are left
     assert len(calls) == 1
-    prepare(Recorder(), module(subject, prior, num_class_images=4), trainer)
+    prepare(Recorder(), module(subject, prior, num_class_images=4), trainer, Stages())
     assert calls[1][2] == 2
 
 
@@ -368,7 +371,7 @@ def test_out_of_memory_for_class_images_names_their_batch_size(tmp_path, monkeyp
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
     data = module(folder(tmp_path / "subject", 1), tmp_path / "class", num_class_images=1)
     with pytest.raises(UserError, match=r"out of memory .*data\.params\.class_images\.batch_size"):
-        prepare(Recorder(), data, trainer)
+        prepare(Recorder(), data, trainer, Stages())
 
 
 def test_class_image_config_is_checked_before_anything_runs(tmp_path):

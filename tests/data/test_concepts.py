@@ -12,6 +12,7 @@ import ldm.training.prepare
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.turns import Turns
 from ldm.errors import UserError
+from ldm.training.stages import Stages
 from tests.data.test_batches import PERSONALIZED, as_rank, examples, module
 from tests.support.photos import folder
 
@@ -139,7 +140,7 @@ def test_class_images_are_made_for_each_subject_and_once_for_a_shared_folder(roo
     assert data.summary()["class_images_to_make"] == 4
     assert "reg" not in data.datasets
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    ldm.training.prepare.prepare(SimpleNamespace(), data, trainer)
+    ldm.training.prepare.prepare(SimpleNamespace(), data, trainer, Stages())
     assert made == [("dogs", ["photo of a dog"], 2), ("cats", ["photo of a cat"], 2)]
     assert data.summary()["class_images"] == 15 and "reg" in data.datasets
 
