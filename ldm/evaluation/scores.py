@@ -57,9 +57,8 @@ class Scored:
 
     protocol: str
     hashes: Mapping[str, str]
-    rows: list[dict[str, object]] = field(
-        default_factory=list
-    )  # subject, seed, a key a score or cost
+    # Of each: subject, seed, and a key a score or cost.
+    rows: list[dict[str, object]] = field(default_factory=list)
 
     def estimates(self) -> dict[str, Estimate]:
         """Return the mean and interval of each score and cost over subjects and seeds."""

@@ -6,7 +6,6 @@ freed. Where no photo is read, those of the autoencoder's encoder are, too.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,8 +24,6 @@ from ldm.sampling.text_to_image import has_guide
 
 if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
-
-log = logging.getLogger(__name__)
 
 
 class Freed(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -78,9 +79,12 @@ def dreambooth(
     Raises:
         UserError: the training failed.
     """
-    before = _folders(logdir)
+    # A name of this process alone: another one may train in the same folder.
+    config = config or CONFIG
+    name = f"{config.stem}-{os.getpid()}"
+    before = _folders(logdir, name)
     # The command line, as a user would write it.
-    words = ["--base", str(config or CONFIG), "-t", "--actual_resume", str(weights)]
+    words = ["--base", str(config), "-t", "-n", name, "--actual_resume", str(weights)]
     words += ["--data_root", str(photos)]
     if class_images:
         words += ["--reg_data_root", str(class_images)]
@@ -94,13 +98,13 @@ def dreambooth(
     if result.returncode:
         tail = f": {result.stderr.strip().splitlines()[-1]}" if result.stderr else ""
         raise UserError(f"the training ended with status {result.returncode}{tail}")
-    (run,) = _folders(logdir) - before
+    (run,) = _folders(logdir, name) - before
     return run / "checkpoints" / "last.ckpt"
 
 
-def _folders(parent: Path) -> set[Path]:
-    """Return the folders in a folder; none where it does not exist."""
-    return {path for path in parent.glob("*") if path.is_dir()}
+def _folders(parent: Path, name: str) -> set[Path]:
+    """Return the run folders of a name; none where their parent does not exist."""
+    return {path for path in parent.glob(f"*_{name}") if path.is_dir()}
 
 
 class PromptSampler:
