@@ -124,14 +124,38 @@ class EfficientNetLite0(nn.Module):
         )
         self.eval().requires_grad_(False)
 
+    def scaled(self, images: Images) -> Images:
+        """Scale images to the side that the network is given."""
+        sides = (self.size, self.size)
+        return F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(-1, 1)
+
     def forward(self, images: Images) -> Features:
         """Return unit vectors of images in [-1, 1]."""
-        scaled = F.interpolate(
-            images, (self.size, self.size), mode="bicubic", antialias=True
-        ).clamp(-1, 1)
-        return F.normalize(
-            self.network.forward_head(self.network.forward_features(scaled), pre_logits=True),
-            dim=-1,
+        maps = self.network.forward_features(self.scaled(images))
+        return F.normalize(self.network.forward_head(maps, pre_logits=True), dim=-1)
+
+
+class EfficientNetMaps(EfficientNetLite0):
+    """Where in a picture EfficientNet-Lite0 sees what: its features of 1/8 and 1/16 of a side,
+    averaged over the fields of a grid, and the pooled ones. Each of the three is a unit vector.
+
+    The pooled features alone say little of small things, and not which way a thing looks.
+
+    Args:
+        size: side that images are scaled to, pixels.
+        grid: fields of a side.
+    """
+
+    def __init__(self, size: int = 128, grid: int = 4):
+        super().__init__(size)
+        self.grid = grid
+
+    def forward(self, images: Images) -> Features:
+        """Return features (b, (40 + 112) grid² + 1280) of images in [-1, 1]."""
+        last, maps = self.network.forward_intermediates(self.scaled(images), indices=[2, 3])
+        fields = [F.adaptive_avg_pool2d(part, self.grid).flatten(1) for part in maps]
+        return torch.cat(
+            [F.normalize(part, dim=-1) for part in (*fields, last.mean((2, 3)))], dim=-1
         )
 
 
@@ -198,54 +222,75 @@ def nearest_psnr(images: Images, training: Images) -> Float[Tensor, " b"]:
 
 
 class Recognizer(nn.Module):
-    """Linear classifiers of class and scene over encoders' features, fitted to renderings of the
-    tiny world.
+    """Linear classifiers of what a picture shows, over encoders' features. They are fitted to
+    renderings of the tiny world.
+
+    Its state (`state_dict`) is that of the classifiers, without the encoders.
 
     Args:
-        encoders: whose features of a picture and of its middle are joined.
+        encoders: whose features of a picture are joined.
         labels: the names that each classifier tells apart, for example `{"class_word": [...],
             "scene": [...]}`.
     """
 
+    BATCH, DROPOUT, RATE = 512, 0.5, 1e-3
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, encoders: Sequence[Encoder], labels: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.encoders, self.labels = (
-            list(encoders),
-            {name: list(values) for name, values in labels.items()},
-        )
+        self.encoders = tuple(encoders)  # a tuple, since modules in it are not part of the state
+        self.labels = {name: list(values) for name, values in labels.items()}
         self.heads = nn.ModuleDict()
 
     def features(self, images: Images) -> Features:
-        """Join the encoders' features, (b, 2 d summed over the encoders)."""
-        views = (images, middle(images))
-        return torch.cat(
-            [features_of(encoder, view) for encoder in self.encoders for view in views], dim=1
-        )
+        """Join the encoders' features, (b, d summed over the encoders)."""
+        return torch.cat([features_of(encoder, images) for encoder in self.encoders], dim=1)
 
     def fit(
         self, features: Features, targets: Mapping[str, Int[Tensor, " b"]], steps: int = 400
     ) -> None:
-        """Fit every head by full-batch Adam on the cross-entropy, with a little weight decay."""
-        self.add_heads(features.shape[1])
-        for name, head in self.heads.items():
-            optimizer = torch.optim.AdamW(head.parameters(), lr=0.02, weight_decay=0.02)
-            for _ in range(steps):
-                optimizer.zero_grad()
-                F.cross_entropy(head(features), targets[name], label_smoothing=0.05).backward()
-                optimizer.step()
-            head.requires_grad_(False)
+        """Fit every classifier by Adam on the cross-entropy, with dropout of the features.
 
-    def add_heads(self, width: int) -> None:
-        """Add untrained heads over features of `width` entries."""
+        Features are taken with mean 0 and deviation 1, so that rare ones count, too.
+        """
+        self.add_heads(features.shape[1])
+        self.mean, self.deviation = features.mean(0), features.std(0) + 1e-6
+        white = (features - self.mean) / self.deviation
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.heads.update(
-                {name: nn.Linear(width, len(values)) for name, values in self.labels.items()}
-            )
+            for name, head in self.heads.items():
+                self._fit_head(head, white, targets[name], steps)
+
+    def _fit_head(
+        self, head: nn.Module, white: Features, target: Int[Tensor, " b"], steps: int
+    ) -> None:
+        """Fit one classifier to whitened features, at a rate that falls to 0."""
+        optimizer = torch.optim.AdamW(head.parameters(), lr=self.RATE, weight_decay=0.02)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, steps)
+        for _ in range(steps):
+            chosen = torch.randint(len(white), (min(self.BATCH, len(white)),))
+            answers = head(F.dropout(white[chosen], self.DROPOUT))
+            optimizer.zero_grad()
+            F.cross_entropy(answers, target[chosen], label_smoothing=0.05).backward()
+            optimizer.step()
+            schedule.step()
+        head.requires_grad_(False)
+
+    def add_heads(self, width: int) -> None:
+        """Add untrained classifiers over features of `width` entries."""
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        for name, values in self.labels.items():
+            head = nn.Linear(width, len(values))
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+            self.heads[name] = head
 
     def recognise(self, features: Features, name: str) -> list[str]:
         """Return the most likely label of each picture."""
-        return [self.labels[name][index] for index in self.heads[name](features).argmax(1).tolist()]
+        white = (features - self.mean) / self.deviation
+        return [self.labels[name][index] for index in self.heads[name](white).argmax(1).tolist()]
 
 
 def accuracy(found: Sequence[str], wanted: Sequence[str]) -> float:

@@ -42,15 +42,13 @@ KINDS: dict[str, list[str]] = {
 FITTED_TO = 6000  # renderings that the judges learn from
 OF_EACH_WORD = 120  # renderings among them, at least, that show each word
 SEARCHED = 20  # pictures that are looked at, at most, for each one that is taken
-CEILING = 1500  # renderings that the judges are tried on
+CEILING = 3000  # renderings that the judges are tried on
 PER_WORD = 8  # samples for each word
 
 
-def make_attribute_judge(encoders: Mapping[str, Encoder]) -> Recognizer:
+def make_attribute_judge(encoder: Encoder) -> Recognizer:
     """Make a recognizer of styles, materials, views and accessories that has not been fitted."""
-    return Recognizer(
-        list(encoders.values()), {kind: ["", *words] for kind, words in KINDS.items()}
-    )
+    return Recognizer([encoder], {kind: ["", *words] for kind, words in KINDS.items()})
 
 
 def fit_attribute_judge(
@@ -137,8 +135,11 @@ def measure_attributes(
         measured[kind] = accuracy(found, wanted)
         measured[f"by {kind}"] = accuracy_by(wanted, found)
 
-        # The ceiling: what the judge finds in renderings that do have something of the kind.
+        # The ceiling: what the judge finds in renderings that show what such a prompt asks for:
+        # something of this kind, and nothing of another.
         shown = [number for number, word in enumerate(labels[kind]) if word]
+        for other in KINDS.keys() - {kind}:
+            shown = [number for number in shown if not labels[other][number]]
         answers = judge.recognise(features[shown], kind)
         true_words = [labels[kind][number] for number in shown]
         measured[f"{kind}, unseen designs"] = accuracy(answers, true_words)

@@ -76,9 +76,9 @@ def renderings(
     return images, labels
 
 
-def make_recognizer(encoders: Mapping[str, Encoder], classes: Sequence[str]) -> Recognizer:
+def make_recognizer(encoder: Encoder, classes: Sequence[str]) -> Recognizer:
     """Make a recognizer of the world's classes and scenes that has not been fitted."""
-    return Recognizer(list(encoders.values()), {"class_word": classes, "scene": list(SCENES)})
+    return Recognizer([encoder], {"class_word": classes, "scene": list(SCENES)})
 
 
 def fit_recognizer(

@@ -18,8 +18,9 @@ Runs = Mapping[tuple[str, str, int], Results]  # (kind, subject, seed) -> result
 HEAD = """# Results of the miniature
 
 Measured by the command below, with the weights in `models/tiny` and `configs/tiny/dreambooth.yaml`.
-Class and scene are read off by linear classifiers on the features of both encoders, fitted to
-renderings of the tiny world (half of them reconstructed by the first stage), never to samples.
+Class, scene, style, material, view and accessory are read off by linear classifiers on feature
+maps of EfficientNet-Lite0. They are fitted to renderings of the tiny world (half of them
+reconstructed by the first stage), never to samples.
 `CLIP-I` is the mean cosine of our small CLIP's image features, the other encoder is
 EfficientNet-Lite0, pretrained on ImageNet.
 """
@@ -38,7 +39,8 @@ ATTRIBUTES = """
 ## Styles, materials, views and accessories
 
 {count} samples for each word, with classes that can show it; the words are read off by linear
-classifiers that may also answer "none". Beside them renderings of unseen designs.
+classifiers that may also answer "none". Beside them renderings of unseen designs that show a word
+of this kind, and nothing of another kind.
 
 | | samples | renderings | by word |
 |---|---|---|---|"""

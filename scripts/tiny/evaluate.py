@@ -34,7 +34,13 @@ from ldm.config import load_config, to_plain
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
 from ldm.errors import UserError
-from ldm.evaluation.metrics import CLIPImages, EfficientNetLite0, Recognizer, to_tensor
+from ldm.evaluation.metrics import (
+    CLIPImages,
+    EfficientNetLite0,
+    EfficientNetMaps,
+    Recognizer,
+    to_tensor,
+)
 from ldm.files import save_checkpoint, write_atomically
 from ldm.sampling.text_to_image import load_model
 from ldm.tiny.applications import known_classes
@@ -117,7 +123,7 @@ def make_judges(clip_images: Path, train: World, path: Path, reconstruct: Recons
     """Make the two encoders, and the classifiers of class and scene."""
     clip = CLIPImages(clip_images, to_plain(load_config([CLIP_CONFIG]))["model"])
     encoders = {"CLIP-I": clip, "EfficientNet-Lite0": EfficientNetLite0()}
-    recognizer = make_recognizer(encoders, train.classes)
+    recognizer = make_recognizer(EfficientNetMaps(), train.classes)
     fitted(recognizer, path, lambda: fit_recognizer(recognizer, train, reconstruct))
     return Judges(encoders, recognizer)
 
@@ -126,11 +132,11 @@ def fitted(recognizer: Recognizer, path: Path, fit: Callable[[], None]) -> Recog
     """Fit a recognizer and keep it in `path`, or read it from there if it was fitted before."""
     if path.is_file():
         state = read_checkpoint(path)
-        recognizer.add_heads(next(iter(state.values())).shape[-1])
-        recognizer.heads.load_state_dict(state)
+        recognizer.add_heads(len(state["mean"]))
+        recognizer.load_state_dict(state)
     else:
         fit()
-        save_checkpoint(recognizer.heads.state_dict(), path)
+        save_checkpoint(recognizer.state_dict(), path)
     return recognizer
 
 
@@ -214,7 +220,7 @@ def make_all_judges(args: argparse.Namespace, outdir: Path) -> AllJudges:
         return first_stage(images, sample_posterior=False)[0]
 
     judges = make_judges(args.clip_images, plain[0], outdir / "recognizer.ckpt", reconstruct)
-    attributes = make_attribute_judge(judges.encoders)
+    attributes = make_attribute_judge(EfficientNetMaps())
     path = outdir / "attributes.ckpt"
     fitted(attributes, path, lambda: fit_attribute_judge(attributes, whole[0], reconstruct))
     return AllJudges(judges, attributes, plain, whole, reconstruct)

@@ -11,6 +11,7 @@ from ldm.data.finding import find_images
 from ldm.data.reading import load_image
 from ldm.evaluation.metrics import (
     EfficientNetLite0,
+    EfficientNetMaps,
     Recognizer,
     accuracy,
     centred_similarity,
@@ -100,6 +101,17 @@ def test_efficientnet_tells_the_subjects_apart():
     within = np.mean([similarity_within(f) for f in features])
     across = np.mean([similarity(features[a], features[b]) for a, b in ((0, 1), (0, 2), (1, 2))])
     assert within > across + 0.1
+
+
+def test_maps_of_efficientnet_tell_where_a_picture_changes():
+    image = to_tensor([load_image(find_images(photos_of("dog"))[0])], 64)
+    changed = image.clone()
+    changed[..., 48:, :16] *= -1  # the field at the bottom left, of 4 x 4
+    encoder = EfficientNetMaps()
+    before, after = features_of(encoder, image), features_of(encoder, changed)
+    assert before.shape == (1, (40 + 112) * 16 + 1280)
+    fields = (after - before)[:, : 40 * 16].reshape(40, 16).norm(dim=0)
+    assert int(fields.argmax()) == 12 and fields[12] > 2 * fields[3]
 
 
 def test_prompts_ask_for_every_class_and_scene_four_times():

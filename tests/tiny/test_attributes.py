@@ -105,7 +105,7 @@ def test_a_judge_learns_from_renderings(toys):
             return nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
 
     world = World(toys, labels=True)
-    fitted = make_attribute_judge({"pooled": Pooled()})
+    fitted = make_attribute_judge(Pooled())
     fit_attribute_judge(fitted, world, lambda images: images, count=24)
     images = torch.stack([torch.as_tensor(world[i]["image"]) for i in range(20)])
     found = fitted.recognise(fitted.features(images.permute(0, 3, 1, 2)), "view")
