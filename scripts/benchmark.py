@@ -12,6 +12,7 @@ peaks are its own.
         --base configs/stable-diffusion/v1-finetune_unfrozen.yaml
     python scripts/benchmark.py sample --config configs/stable-diffusion/v1-inference.yaml \\
         --against diffusers
+    python scripts/benchmark.py class_images --count 10 1000 20000 --clock cpu
 
 Prints a line or a table, and writes all of it as JSON with `--json FILE`. Without `--ckpt` the
 weights are random: the speed does not depend on them. docs/benchmarks.md says what the columns
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from ldm.benchmark import sample
+from ldm.benchmark import class_images, sample
 from ldm.benchmark.isolation import in_own_process
 from ldm.benchmark.load import measure_load, random_weights, report_load
 from ldm.benchmark.machine import CLOCKS, machine, require_diffusers
@@ -64,6 +65,9 @@ def build_parser() -> Parser:
         kinds.add_parser("memory", help="what a training step will need, from the config alone")
     )
     _add_sample(kinds.add_parser("sample", help="seconds, memory and operations of sampling"))
+    _add_class_images(
+        kinds.add_parser("class_images", help="seconds and memory of a start with many of them")
+    )
     for kind in kinds.choices.values():
         kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     return parser
@@ -161,12 +165,31 @@ def _add_comparison(parser: argparse.ArgumentParser, against: Sequence[str]) -> 
         default=1,
         help="rounds in which each row is measured once (default: %(default)s)",
     )
-    add(
+    _add_clock(parser)
+
+
+def _add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
         default="wall",
         help="cpu: this process's time, for a busy machine",
     )
+
+
+def _add_class_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--count",
+        type=int,
+        nargs="+",
+        default=[10, 1000],
+        metavar="N",
+        help="images in a folder, a row for each number (default: 10 1000); "
+        "1000 of 512 pixels take 60 MB of the disk",
+    )
+    add("--size", type=int, default=512, help="pixels of a side (default: %(default)s)")
+    _add_clock(parser)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -262,6 +285,14 @@ def benchmark_sample(args: argparse.Namespace) -> tuple[Measured, str]:
         return _measured(args, rows, device)
 
 
+def benchmark_class_images(args: argparse.Namespace) -> tuple[Measured, str]:
+    """Start with folders of class images, each in a fresh process."""
+    given = {key: value for key, value in vars(args).items() if key != "json"}
+    found = class_images.measure_class_images(args.count, args.size, args.clock)
+    measured = {"given": given, "kind": args.kind, **found}
+    return measured, class_images.report_class_images(measured)
+
+
 def _device(args: argparse.Namespace) -> str:
     device = pick_device(args.device).type
     if device not in ("cpu", "cuda"):
@@ -288,6 +319,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], tuple[Measured, str]]] = {
     "train": benchmark_train,
     "memory": benchmark_memory,
     "sample": benchmark_sample,
+    "class_images": benchmark_class_images,
 }
 
 

@@ -66,7 +66,11 @@ def table(variants: Sequence[Mapping[str, Any]], compared_to: str) -> str:
     rows = [header]
     for variant in variants:
         rows.append([variant["name"], *_cells(variant)])
-    rows = [row + [""] * (len(header) - len(row)) for row in rows]
+    return in_columns([row + [""] * (len(header) - len(row)) for row in rows])
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Format a header and rows as long as it as a table in Markdown, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [_line([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     rule = _line("-" * (w - 1) + (":" if n else "-") for n, w in enumerate(widths))
