@@ -8,7 +8,7 @@
 Pictures go to {outdir}/samples, as those of txt2img.py do; with --save_base the small ones go to
 {outdir}/base. --sampler, --steps, --scale, --H and --W are of the small pictures, --sr_sampler,
 --sr_steps and --sr_scale of the large ones. --augmentation says how far the second model trusts
-the small picture.
+the small picture. A picture of --init-img keeps its size: its sides times the model's factor.
 """
 
 from __future__ import annotations
@@ -109,10 +109,11 @@ def sample(args: argparse.Namespace) -> None:
     """Read the prompts, load both models, draw, and show all pictures on one sheet."""
     check(args)
     prompts = asked_prompts(args)
+    photo = given_picture(args) if args.init_img else None
     large = check_upscales(model_of(_of_sr(args)))
-    base = None if args.init_img else model_of(args, prompts)
+    base = model_of(args, prompts) if photo is None else None
     if base is None:
-        photo = read_photo(Path(args.init_img))
+        assert photo is not None
         args.W, args.H = (large.small.factor * side for side in photo.size)
         recipe = of_large(args, recipe_of(args, large))
         draw_small: Draw = lambda batch: [photo] * len(batch)  # noqa: E731
@@ -130,6 +131,20 @@ def sample(args: argparse.Namespace) -> None:
         read_ahead(large, [batch_of_large(args, batch) for batch in batches], args.precision)
 
     draw_pictures(_of_sr(args) if base is None else args, pictures, draw, print, ahead, **how)
+
+
+def given_picture(args: argparse.Namespace) -> Image.Image:
+    """Return the picture of --init-img; raise a `UserError` where it is not of the size given."""
+    photo = read_photo(Path(args.init_img))
+    for flag, side in zip(("W", "H"), photo.size):
+        # A picture of --like says the size of the large one.
+        if flag in args.given and getattr(args, flag) != side:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)}: {args.init_img} is {photo.width}x{photo.height} "
+                "pixels, and is enlarged as it is: leave --H and --W out, or give a picture of "
+                "that size"
+            )
+    return photo
 
 
 def warn_of_size(large: LatentUpscaleDiffusion, recipe: Recipe) -> None:

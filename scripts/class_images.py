@@ -28,7 +28,14 @@ from ldm.errors import UserError
 from ldm.models.diffusion.sampler_names import find_sampler
 from ldm.sampling.class_images import check_class, make_class_images
 from ldm.sampling.contact_sheet import contact_sheet
-from ldm.sampling.flags import add_model_flags, check_folder, how_made, model_of
+from ldm.sampling.flags import (
+    add_model_flags,
+    check_folder,
+    check_seed,
+    chosen_seed,
+    how_made,
+    model_of,
+)
 from ldm.sampling.pictures import save_numbered
 from ldm.sampling.read_ahead import reading_ahead
 
@@ -50,7 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="default: all of the model's for ddpm, else 50")
     add("--eta", type=float, default=0.0, help="of ddim (default: %(default)s)")
     add("--scale", type=float, default=7.5, help="guidance (default: %(default)s)")
-    add("--seed", type=int, default=23, help="default: %(default)s")
+    add(
+        "--seed",
+        type=int,
+        default=23,
+        help="-1 chooses one at random and says which (default: %(default)s)",
+    )
     add("--batch_size", type=int, default=8, help="default: %(default)s")
     add("--exact", action="store_true", help="one picture at a time")
     add(
@@ -74,6 +86,7 @@ def check(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--{name} {value}: expected at least 1")
     if not math.isfinite(args.scale):
         raise UserError(f"--scale {args.scale}: expected a number")
+    check_seed(args.seed)
     if not 0 <= args.unconditional < 1:
         raise UserError(f"--unconditional {args.unconditional}: expected a share below 1")
     if not 0 <= args.eta <= 1:
@@ -105,7 +118,7 @@ def fill(args: argparse.Namespace) -> None:
         prompts,
         missing,
         size=args.size or model.image_size * model.downsampling,
-        seed=args.seed,
+        seed=chosen_seed(args.seed),
         device=model.device,
         batch_size=1 if args.exact else args.batch_size,
         steps=args.steps or (len(model.schedule) if sampler == "ddpm" else 50),

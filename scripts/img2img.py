@@ -36,7 +36,7 @@ from ldm.sampling.flags import (
     parse,
     recipe_of,
 )
-from ldm.sampling.image_to_image import image_to_image
+from ldm.sampling.image_to_image import encoded, image_to_image
 from ldm.sampling.photo_flags import add_photo_flags
 from ldm.sampling.photos import central_box, drawn_size, read_photo
 from ldm.sampling.read_ahead import reading_ahead
@@ -78,9 +78,11 @@ def sample(args: argparse.Namespace) -> None:
     recipe = recipe_of(args, model)
     image = fitted(photo, recipe, args.init_img)
 
-    draw = partial(image_to_image, model, image, precision=args.precision, verbose=True)
+    # Encoded once for all batches; then the autoencoder's encoder has no more to do.
+    latents = encoded(model, image, args.precision)
+    draw = partial(image_to_image, model, latents, precision=args.precision, verbose=True)
     pictures = series_of(args, prompts, recipe)
-    ahead = reading_ahead(model, args.precision, photos=True)
+    ahead = reading_ahead(model, args.precision)
     draw_pictures(args, pictures, drawing_with(draw), print, ahead, init_img=str(args.init_img))
 
 

@@ -270,10 +270,7 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
     # Names and numbers that belong together.
     check_guidance_flags(args)
     threshold_of(args.thresholding)
-    if args.seed != RANDOM and not 0 <= args.seed < SEEDS:
-        raise UserError(
-            f"--seed {args.seed}: expected a whole number from 0 to {SEEDS - 1}, or {RANDOM}"
-        )
+    check_seed(args.seed)
     # A photo's strength leaves only some of the steps, which may be none.
     strength = getattr(args, "strength", None)
     if strength is not None:
@@ -282,6 +279,14 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
     sampler, _ = chosen_sampler(args)
     if args.ddim_eta and sampler != "ddim":
         raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise a `UserError` for a seed that other programs do not have; -1 asks for a random one."""
+    if seed != RANDOM and not 0 <= seed < SEEDS:
+        raise UserError(
+            f"--seed {seed}: expected a whole number from 0 to {SEEDS - 1}, or {RANDOM}"
+        )
 
 
 def check_guidance_flags(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -43,9 +44,18 @@ def steps_of(strength: float, steps: int) -> int:
 
 
 @torch.no_grad()
+def encoded(
+    model: LatentDiffusion, image: Image.Image, precision: str = "full"
+) -> Float[Tensor, "1 z h w"]:
+    """Return an image's latents, with which any number of calls of `image_to_image` may begin."""
+    with sampling_mode(model, precision):
+        return encode(model, to_tensor(image).to(model.device))
+
+
+@torch.no_grad()
 def image_to_image(
     model: LatentDiffusion,
-    image: Image.Image,
+    image: Image.Image | Float[Tensor, "1 z h w"],
     prompts: Sequence[str],
     seeds: Sequence[int],
     recipe: Recipe,
@@ -56,7 +66,7 @@ def image_to_image(
     """Return a picture for each prompt that is as the image in its layout.
 
     Args:
-        image: of the recipe's size.
+        image: of the recipe's size, or what `encoded` made of it in this precision.
         recipe: its `strength` is the share of the steps that are taken: 1 ignores the image.
 
     Raises:
@@ -66,9 +76,10 @@ def image_to_image(
 
     # Refuse a size that the UNet cannot halve, before anything is computed.
     check_size(model, recipe.height, recipe.width)
+    known = image if isinstance(image, Tensor) else encoded(model, image, precision)
     with sampling_mode(model, precision):
-        # The image is encoded once, and is the beginning of each picture.
-        x0 = encode(model, to_tensor(image).to(model.device)).expand(len(prompts), -1, -1, -1)
+        # The image is the beginning of each picture.
+        x0 = known.expand(len(prompts), -1, -1, -1)
         # A model that inpaints reads that all of the image may change.
         hidden = all_hidden(model, len(prompts), recipe.height, recipe.width)
         latents = redraw(model, x0, prompts, seeds, recipe, negative_prompt, hidden, verbose)

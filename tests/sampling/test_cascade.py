@@ -7,6 +7,7 @@ from PIL import Image, ImageChops
 
 import main
 from ldm.data.finding import list_images
+from ldm.errors import UserError
 from ldm.sampling.metadata import read_recipe
 from scripts import cascade_txt2img
 from tests.checkpoints.test_unpickle import ATTACKS
@@ -116,6 +117,30 @@ def test_what_is_no_cascade_is_refused_in_one_line(base, large, draw, caplog):
     ):
         assert not draw(*flags, status=1)
         assert message in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("cut.png", [], "cut.png: cannot read this image"),
+        ("small.png", ["--H", 16], "--H 16: {folder}/small.png is 8x4 pixels"),
+        ("small.png", ["--H", 4, "--W", 9], "--W 9: {folder}/small.png is 8x4 pixels"),
+        ("small.png", ["--H", 4, "--W", 8], "no model"),
+    ],
+)
+def test_a_picture_is_checked_before_a_model_is_loaded(
+    draw, tmp_path, monkeypatch, caplog, name, flags, message
+):
+    def model_of(args, prompts=()):
+        raise UserError("no model")
+
+    monkeypatch.setattr(cascade_txt2img, "model_of", model_of)
+    Image.new("RGB", (8, 4)).save(tmp_path / "small.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "small.png").read_bytes()[:40])
+    (tmp_path / "sr.ckpt").touch()
+    given = ["--sr_ckpt", tmp_path / "sr.ckpt", "--init-img", tmp_path / name]
+    assert not draw(*given, *flags, status=1)
+    assert message.format(folder=tmp_path) in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("flag", ["--base_ckpt", "--sr_ckpt"])

@@ -159,6 +159,7 @@ def test_the_command_adds_no_other_class_to_a_folder(model_once, tmp_path, caplo
         (["--sheets", "{out}"], "is in --outdir; choose another folder"),
         (["--sheets", "{out}/sheets"], "is in --outdir; choose another folder"),
         (["--scale", "nan"], "--scale nan: expected a number"),
+        (["--seed", "-5"], "--seed -5: expected a whole number from 0 to"),
     ],
 )
 def test_what_the_command_cannot_do_is_one_line(tmp_path, caplog, flags, message):
@@ -177,7 +178,9 @@ def test_by_default_the_command_draws_with_the_ancestral_sampler(model_once, tmp
     monkeypatch.setattr(command_of_class_images, "sheet_of", lambda *_: "")
     command = ["--ckpt", str(WEIGHTS), "--class_word", "dog", "--outdir", str(tmp_path / "dog")]
     assert command_of_class_images.main(command) == 0
+    assert command_of_class_images.main([*command, "--seed", "-1"]) == 0
     assert (calls[0]["sampler"], calls[0]["steps"]) == ("ddpm", 1000)
+    assert calls[0]["seed"] == 23 and calls[1]["seed"] >= 0, "-1 is a random seed, as of txt2img.py"
 
 
 # What is of another class

@@ -11,9 +11,9 @@ from ldm.rng import SampleRandom
 from ldm.sampling.first_stage import encode
 from ldm.sampling.image_to_image import image_to_image, steps_of
 from ldm.sampling.metadata import read_recipe
-from ldm.sampling.photos import to_tensor
+from ldm.sampling.photos import read_photo, to_tensor
 from ldm.sampling.pictures import to_pil
-from ldm.sampling.text_to_image import Recipe
+from ldm.sampling.text_to_image import Recipe, image_seed
 from scripts import img2img
 from tests.support.models import build, with_own_parts
 from tests.support.photos import picture
@@ -81,6 +81,25 @@ def test_less_strength_leaves_more_of_the_photo(model, name):
         return (z - x).square().mean().item()
 
     assert distance(0.1) < distance(1.0)
+
+
+def test_a_photo_is_encoded_once_for_all_batches(command, model, tmp_path, monkeypatch):
+    path, sizes, encode_first_stage = photo(tmp_path, SIDE, SIDE), [], model.encode_first_stage
+
+    def counted(images):
+        sizes.append(tuple(images.shape))
+        return encode_first_stage(images)
+
+    monkeypatch.setattr(model, "encode_first_stage", counted)
+    found = command("--init-img", path, "--strength", "0.5", "--n_samples", "1", "--n_iter", "3")
+    assert len(found) == 3 and sizes == [(1, 3, SIDE, SIDE)]
+    # The pixels are those of a picture that is drawn alone, whose photo is encoded for it.
+    recipe = Recipe(4, 5.0, height=SIDE, width=SIDE, strength=0.5)
+    image, texts = read_photo(path), ["photo of a sks dog"]
+    for number, drawn in enumerate(found):
+        (alone,) = image_to_image(model, image, texts, [image_seed(42, number)], recipe)
+        assert alone.tobytes() == drawn.tobytes()
+    assert len(sizes) == 4
 
 
 def test_a_picture_of_the_series_does_not_depend_on_its_batch(command, tmp_path):

@@ -39,7 +39,7 @@ def commands(photo):
             {TEXT, ENCODER},
         ),
         "guide": (txt2img, [*FLAGS, *one, "--guide_ckpt", WEIGHTS], set()),
-        "photo": (img2img, [*FLAGS, *photo, *one], {TEXT}),
+        "photo": (img2img, [*FLAGS, *photo, *one], {TEXT, ENCODER}),
         "part of a photo": (inpaint, [*FLAGS, *photo, *one, "--box", "8,8,40,40"], {TEXT}),
         "class": (
             class_images,
