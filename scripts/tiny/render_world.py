@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="'all' for every class that has sprites (default: those of the miniature)",
     )
     add("--balance", type=float, default=0.0, help="as of ldm.tiny.world.World")
+    add("--plain", action="store_true", help="without materials, accessories, views and styles")
     add("--split", choices=("train", "test"), default="train")
     add("--held_out", type=float, default=0.0, help="share of designs that the split test has")
     return parser
@@ -50,6 +51,7 @@ def render(args: argparse.Namespace) -> None:
         balance=args.balance,
         split=args.split,
         held_out=args.held_out,
+        plain=args.plain,
     )
     args.outdir.mkdir(parents=True, exist_ok=True)
     shards = -(-args.count // SHARD)  # rounded up
