@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,12 @@ def tensor(name: str) -> Tensor:
     return torch.tensor(io()[name])
 
 
-def init_array(key: str, shape: Sequence[int]) -> np.ndarray:
-    """The weights of the parameter `key`, float32: a function of its name and shape."""
-    x = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape))
+@cache
+def init_array(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights of the parameter `key`, float32: a function of its name and shape. Copy them
+    before you change them.
+    """
+    x = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
     if key.endswith("embedding.weight"):
         x = 0.3 * x
     elif len(shape) >= 2:
@@ -72,7 +74,7 @@ def init_array(key: str, shape: Sequence[int]) -> np.ndarray:
 def load_golden_weights(module: nn.Module, prefix: str = "") -> None:
     """Fill every parameter of `module`; `prefix` goes before its name."""
     for name, parameter in module.named_parameters():
-        parameter.copy_(torch.from_numpy(init_array(prefix + name, parameter.shape)))
+        parameter.copy_(torch.from_numpy(init_array(prefix + name, tuple(parameter.shape))))
 
 
 def rel(actual: Tensor, expected: Tensor) -> float:
