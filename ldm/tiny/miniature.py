@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -23,13 +22,15 @@ CLIP_IMAGES = ROOT / "models/tiny/clip-image.safetensors"
 SUBJECTS = ROOT / "models/tiny/subjects"
 CONFIG = ROOT / "configs/tiny/dreambooth.yaml"
 CLIP_CONFIG = ROOT / "configs/tiny/clip.yaml"
-RECIPE = Recipe(steps=25, scale=4.0, height=64, width=64)
+# This sampler's pictures are crisper than those of DDIM in as many steps: docs/sampling.md.
+RECIPE = Recipe(steps=20, scale=4.0, sampler="dpmpp_2m", schedule="karras", height=64, width=64)
 # The cascade: a base of 32 pixels, and super-resolution to 64.
 BASE_WEIGHTS = ROOT / "models/tiny/cascade-base.safetensors"
 SR_WEIGHTS = ROOT / "models/tiny/cascade-sr.safetensors"
 BASE_CONFIG = ROOT / "configs/tiny/cascade_base_dreambooth.yaml"
 SR_CONFIG = ROOT / "configs/tiny/cascade_sr_dreambooth.yaml"
-SMALL = replace(RECIPE, height=32, width=32)
+SMALL = Recipe(steps=25, scale=4.0, height=32, width=32)
+LARGE = Recipe(steps=25, scale=1.0, height=64, width=64)
 
 
 def subject_names() -> list[str]:
@@ -153,8 +154,7 @@ class CascadeSampler(PromptSampler):
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Sample small pictures with guidance, then enlarge them without."""
         small = text_to_image(self.model, prompts, seeds, SMALL)
-        large = replace(RECIPE, scale=1.0)
-        return enlarge(self.enlarging, small, prompts, seeds, large, self.augmentation)
+        return enlarge(self.enlarging, small, prompts, seeds, LARGE, self.augmentation)
 
 
 def check_cascade() -> None:

@@ -162,6 +162,7 @@ def quick(tmp_path, monkeypatch):
     recipe = Recipe(steps=2, scale=4.0, height=64, width=64)
     monkeypatch.setattr(miniature, "RECIPE", recipe)
     monkeypatch.setattr(miniature, "SMALL", replace(recipe, height=32, width=32))
+    monkeypatch.setattr(miniature, "LARGE", replace(recipe, scale=1.0))
 
 
 @pytest.mark.parametrize(
