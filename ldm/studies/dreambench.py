@@ -35,13 +35,16 @@ class Method:
         arguments: words of the training command. {identifier} and {class_word} are the subject's.
         noun: the class noun in captions and prompts, instead of the subject's; "" for none.
         trains: whether there is a training at all; without one the base model draws the class.
-        class_images: whether the training reads some.
     """
 
     arguments: Sequence[str] = ()
     noun: str | None = None
     trains: bool = True
-    class_images: bool = True
+
+    @property
+    def class_images(self) -> bool:
+        """Return whether the training reads class images."""
+        return NO_CLASS_IMAGES not in self.arguments
 
     def words(self, subject: Subject, identifier: str, common: Sequence[str]) -> list[str]:
         """Return the words of the training command for a subject, without its photos."""
@@ -68,8 +71,8 @@ METHODS: dict[str, Method] = {
     "no-prior": Method(["model.params.reg_weight=0"]),
     # Other ways to keep the prior; the last two need no class images.
     "prior_prediction": Method([f"{PRESERVATION}=prior_prediction"]),
-    "dop": Method([f"{PRESERVATION}=dop", NO_CLASS_IMAGES], class_images=False),
-    "blank": Method([f"{PRESERVATION}=blank", NO_CLASS_IMAGES], class_images=False),
+    "dop": Method([f"{PRESERVATION}=dop", NO_CLASS_IMAGES]),
+    "blank": Method([f"{PRESERVATION}=blank", NO_CLASS_IMAGES]),
     "lora": Method(
         [
             "model.params.lora={rank: 8, alpha: 8.0}",
