@@ -25,6 +25,8 @@ from ldm.tiny.applications import applications, world_word
 from ldm.tiny.miniature import (
     BASE_CONFIG,
     BASE_WEIGHTS,
+    RECIPE,
+    SMALL,
     SR_CONFIG,
     SR_WEIGHTS,
     WEIGHTS,
@@ -148,7 +150,10 @@ def demo(args: argparse.Namespace) -> None:
 
     say(f"contact sheet: {sheet}\ntime: {stages}\nanother prompt:")
     prompt = f"photo of a sks {class_word} floating on top of water"
-    command += ["--ddim_steps", "25", "--scale", "4", "--prompt", prompt]
+    recipe = SMALL if cascade else RECIPE
+    sampler = recipe.sampler if recipe.schedule is None else f"{recipe.sampler} {recipe.schedule}"
+    command += ["--sampler", sampler, "--ddim_steps", str(recipe.steps)]
+    command += ["--scale", f"{recipe.scale:g}", "--prompt", prompt]
     print(f"  .venv/bin/python {shlex.join(command)}")
 
 
