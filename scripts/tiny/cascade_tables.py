@@ -39,6 +39,7 @@ from ldm.tiny.miniature import (
     BASE_CONFIG,
     BASE_WEIGHTS,
     CONFIG,
+    LARGE,
     ROOT,
     SMALL,
     SR_CONFIG,
@@ -143,7 +144,7 @@ class Study:
         drawn += series([of_class], self.scoring.class_images, place / CLASS)
         recipe = self.scoring.recipe
         if row.enlarges is not None:
-            recipe = replace(recipe, height=SMALL.height, width=SMALL.width)
+            recipe = replace(recipe, height=SMALL.height, width=SMALL.width, sampler=SMALL.sampler)
         checkpoint = self.checkpoint(row.draws, subject, seed)
         draw(checkpoint, drawn, recipe, self.scoring.batch_size, self.scoring.device)
 
@@ -173,7 +174,7 @@ class Study:
                 [load_image(picture.path) for picture, _ in part],
                 [picture.prompt for picture, _ in part],
                 [image_seed(self.scoring.seed, picture.index) for picture, _ in part],
-                replace(self.scoring.recipe, scale=1.0),
+                replace(self.scoring.recipe, scale=LARGE.scale, sampler=LARGE.sampler),
             )
             for (_, path), image in zip(part, images):
                 path.parent.mkdir(parents=True, exist_ok=True)
