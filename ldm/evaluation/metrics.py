@@ -239,7 +239,7 @@ class Recognizer(nn.Module):
 
     def __init__(self, encoders: Sequence[Encoder], labels: Mapping[str, Sequence[str]]):
         super().__init__()
-        self.encoders = tuple(encoders)  # a tuple, since modules in it are not part of the state
+        self.encoders = tuple(encoders)  # modules in a tuple are not part of the state
         self.labels = {name: list(values) for name, values in labels.items()}
         self.heads = nn.ModuleDict()
 
