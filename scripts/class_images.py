@@ -31,13 +31,12 @@ from ldm.sampling.contact_sheet import contact_sheet
 from ldm.sampling.flags import (
     add_model_flags,
     check_folder,
-    check_seed,
-    chosen_seed,
     how_made,
     model_of,
 )
 from ldm.sampling.pictures import save_numbered
 from ldm.sampling.read_ahead import reading_ahead
+from ldm.sampling.seeds import check_seed, chosen_seed
 
 COLUMNS, SHOWN = 10, 200  # of the sheet: pictures in a row, and in all
 

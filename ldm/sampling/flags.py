@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import secrets
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoints.ema import WEIGHTS
 from ldm.commands import check_writable
-from ldm.distributed import agreed, share
+from ldm.distributed import share
 from ldm.errors import UserError
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.sampler_names import find_sampler
@@ -40,6 +39,7 @@ from ldm.sampling.like import FLAG_OF, digests_of, flags_of_picture
 from ldm.sampling.metadata import weights_names
 from ldm.sampling.precision import PRECISIONS, dtype_of_weights, halve
 from ldm.sampling.prompting import guidance_of
+from ldm.sampling.seeds import check_seed, chosen_seed
 from ldm.sampling.text_to_image import Recipe, check_size, load_model, pick_device
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RANDOM = -1  # the seed that asks for another one each time
-SEEDS = 2**64  # how many seeds there are in the programs that have the most
 
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 SWITCHES = ("compile", "vae_tiling", "vae_slicing")  # kernels of another rounding
@@ -281,14 +279,6 @@ def check_recipe_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--ddim_eta {args.ddim_eta}: is for the DDIM sampler, not for {sampler}")
 
 
-def check_seed(seed: int) -> None:
-    """Raise a `UserError` for a seed that other programs do not have; -1 asks for a random one."""
-    if seed != RANDOM and not 0 <= seed < SEEDS:
-        raise UserError(
-            f"--seed {seed}: expected a whole number from 0 to {SEEDS - 1}, or {RANDOM}"
-        )
-
-
 def check_guidance_flags(args: argparse.Namespace) -> None:
     """Raise a `UserError` for guidance that means nothing, or that would have no effect."""
     if args.apg is not None and len(args.apg) > 3:
@@ -384,15 +374,6 @@ def recipe_of(args: argparse.Namespace, model: LatentDiffusion) -> Recipe:
     values["sampler"], values["schedule"] = chosen_sampler(args)
     values["seed"] = chosen_seed(args.seed)
     return Recipe(**values)
-
-
-def chosen_seed(given: int) -> int:
-    """Return the seed, or a random one where -1 asks for it, as in AUTOMATIC1111's web UI."""
-    if given != RANDOM:
-        return given
-    seed = int(agreed(lambda: str(secrets.randbelow(2**32))))
-    log.info("--seed -1: the seed is %d", seed)
-    return seed
 
 
 def how_made(args: argparse.Namespace) -> dict[str, Any]:

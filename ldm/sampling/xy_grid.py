@@ -14,8 +14,9 @@ from PIL import Image
 
 from ldm.errors import UserError, nearest
 from ldm.sampling.contact_sheet import contact_sheet
-from ldm.sampling.flags import check_recipe_flags, chosen_seed
+from ldm.sampling.flags import check_recipe_flags
 from ldm.sampling.like import FLAG_OF
+from ldm.sampling.seeds import chosen_seed
 from ldm.sampling.text_to_image import Recipe
 
 # Names of other programs, and the older ones of ours.
