@@ -43,6 +43,7 @@ from ldm.evaluation.metrics import (
 )
 from ldm.files import save_checkpoint, write_atomically
 from ldm.sampling.text_to_image import load_model
+from ldm.tiny import miniature
 from ldm.tiny.applications import known_classes
 from ldm.tiny.attributes import (
     fit_attribute_judge,
@@ -147,6 +148,17 @@ def base_sampler(weights: Path, seed: int) -> Callable[[Sequence[str]], list[Any
     return lambda prompts: draw(tuple(prompts))
 
 
+def results_folder(outdir: Path, *files: Path) -> Path:
+    """Return the folder of `outdir` for what is measured of these files, drawn by today's recipe.
+
+    Results of other weights, another config or another recipe stay in a folder of their own.
+    """
+    digest = hashlib.sha256(repr(miniature.RECIPE).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return outdir / digest.hexdigest()[:8]
+
+
 def remembered(path: Path, measure: Callable[[], Results]) -> Results:
     """Return the results in a file. If it is not there, measure them and write it."""
     if not path.is_file():
@@ -163,9 +175,7 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError(
             f"--subjects: unknown {', '.join(unknown)}; there are {', '.join(subject_names())}"
         )
-    # Results of other weights or of another recipe stay in a folder of their own.
-    key = hashlib.sha256(args.weights.read_bytes() + CONFIG.read_bytes()).hexdigest()[:8]
-    outdir = args.outdir / key
+    outdir = results_folder(args.outdir, args.weights, CONFIG)
     begin = time.monotonic()
 
     def measured(name: str, measure: Callable[[], Results]) -> Results:

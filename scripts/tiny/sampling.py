@@ -37,7 +37,7 @@ from ldm.tiny.miniature import CLIP_IMAGES, RECIPE, WEIGHTS, class_word_of, phot
 from ldm.tiny.world import SPRITES
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `scripts` is
-from scripts.tiny.evaluate import make_judges, remembered, worlds
+from scripts.tiny.evaluate import make_judges, remembered, results_folder, worlds
 
 # Samplers that solve the same equation: from the same noise they all go to the same picture.
 SAMPLERS = (
@@ -103,7 +103,8 @@ def latents_of(model: Any, name: str, steps: int) -> Tensor:
 def measure_samplers(args: argparse.Namespace) -> None:
     """Print how far each sampler's latents are from the reference's, in standard deviations."""
     model = load_model(WEIGHTS)
-    path = args.outdir / "reference.json"
+    outdir = results_folder(args.outdir, WEIGHTS)
+    path = outdir / "reference.json"
     values = remembered(
         path, lambda: {"latents": latents_of(model, REFERENCE, REFERENCE_STEPS).tolist()}
     )
@@ -116,7 +117,7 @@ def measure_samplers(args: argparse.Namespace) -> None:
 
     found: dict[tuple[str, int], float] = {}
     for steps, name in itertools.product(STEPS, SAMPLERS):
-        path = args.outdir / f"{name.replace(' ', '-')}-{steps}.json"
+        path = outdir / f"{name.replace(' ', '-')}-{steps}.json"
         each = remembered(path, lambda: distance(name, steps))["distance"]  # noqa: B023 - called now
         found[name, steps] = sum(each) / len(each)
         print(f"{name} {steps}: {found[name, steps]:.3f}", file=sys.stderr, flush=True)
@@ -144,13 +145,14 @@ def measure_guidance(args: argparse.Namespace) -> None:
     def reconstruct(images: Tensor) -> Tensor:
         return first_stage(images, sample_posterior=False)[0]
 
-    judges = make_judges(CLIP_IMAGES, train, args.outdir / "recognizer.ckpt", reconstruct)
     models = {subject: load_model(path) for subject, path in tuned.items()}
+    outdir = results_folder(args.outdir, WEIGHTS, *map(Path, tuned.values()))
+    judges = make_judges(CLIP_IMAGES, train, outdir / "recognizer.ckpt", reconstruct)
 
     # Guidance -> score -> "subject place" -> values. The bootstrap draws among the last.
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for kind, (subject, model) in itertools.product(GUIDANCE, models.items()):
-        path = args.outdir / f"{subject}-{kind.replace(' ', '-')}.json"
+        path = outdir / f"{subject}-{kind.replace(' ', '-')}.json"
         recipe = replace(RECIPE, **GUIDANCE[kind])
         scores = remembered(path, lambda: score(model, subject, recipe, judges))  # noqa: B023
         for name, values in scores.items():

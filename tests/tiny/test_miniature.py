@@ -246,3 +246,14 @@ def test_the_report_holds_every_subject():
 def test_an_evaluation_of_an_unknown_subject(caplog):
     assert evaluate.main(["--subjects", "dragon"]) == 1
     assert "unknown dragon" in caplog.text
+
+
+def test_results_of_another_recipe_or_file_are_not_taken_for_these(monkeypatch, tmp_path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    folder = evaluate.results_folder(tmp_path, tmp_path / "a")
+    assert folder == evaluate.results_folder(tmp_path, tmp_path / "a")
+    others = {evaluate.results_folder(tmp_path, tmp_path / "b")}
+    monkeypatch.setattr(miniature, "RECIPE", replace(miniature.RECIPE, steps=7))
+    others.add(evaluate.results_folder(tmp_path, tmp_path / "a"))
+    assert len(others) == 2 and folder not in others
