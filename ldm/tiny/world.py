@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ldm.data.resizing import to_array
 from ldm.errors import UserError, nearest
 from ldm.rng import generator as generator_of
-from ldm.tiny.accessories import wearable, worn
+from ldm.tiny.accessories import ACCESSORIES, wearable, worn
 from ldm.tiny.captions import Words, compose_caption, with_article
 from ldm.tiny.colours import COLOURS, recoloured
 from ldm.tiny.materials import MATERIALS, PATTERNS
@@ -59,6 +59,7 @@ Array = np.ndarray
 COLOURED, COLOUR_SAID, SCENE_SAID, PLAIN_SCENE = 0.3, 0.85, 0.8, 0.2
 # How often a picture has each of these. Its caption always says so.
 MADE_OF, PATTERNED, DRESSED, VIEWED, STYLED = 0.14, 0.10, 0.20, 0.30, 0.22
+SEARCHED = 20_000  # descriptions that are made, at most, for one that shows a certain word
 # What the ground of some scenes does with the thing on it.
 GROUND = {
     "floating on top of water": "water",
@@ -109,9 +110,11 @@ class World(Dataset):
             classes equal; more makes the varied ones more frequent.
         weights: class -> a factor on that, for classes that are hard to learn; 1 where not given.
         plain: leave out materials, accessories, views and styles.
+        showing: words of these four kinds. Every picture shows one of them, each equally often, and
+            nothing else of these kinds. Empty for what comes up by itself.
 
     Raises:
-        UserError: no sprites, an unknown class, or a parameter out of its range.
+        UserError: no sprites, an unknown class or word, or a parameter out of its range.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class World(Dataset):
         balance: float = 0.0,
         weights: Mapping[str, float] | None = None,
         plain: bool = False,
+        showing: Sequence[str] = (),
     ):
         for name, value in (("size", size), ("length", length)):
             if not isinstance(value, int) or value < 1:
@@ -138,6 +142,9 @@ class World(Dataset):
             )
         self.root, self.size, self.length = Path(sprites), size, length
         self.labels, self.plain = labels, plain
+        self.showing = _known_words(showing)
+        if plain and self.showing:
+            raise UserError("showing: a plain world has no such words; leave out plain")
         # The sprites of this split, by class. A class needs one that shows no view in particular.
         found = find_sprites(sprites)
         self.sprites: dict[str, list[Path]] = {}
@@ -228,6 +235,21 @@ class World(Dataset):
 
     def _describe(self, rng: np.random.Generator) -> Description:
         """Choose what a picture shows, and how its caption says it."""
+        if not self.showing:
+            return self._describe_any(rng)
+        word = _pick(rng, self.showing)
+        for _ in range(SEARCHED):
+            seen = self._describe_any(rng)
+            shown = (seen.material, seen.accessory, seen.view, seen.style)
+            if [said for said in shown if said] == [word]:
+                return seen
+        raise UserError(
+            f"showing: none of {SEARCHED} pictures showed {word!r}; "
+            f"none of the classes {', '.join(self.classes)} may have it"
+        )
+
+    def _describe_any(self, rng: np.random.Generator) -> Description:
+        """Choose as the frequencies at the top of this file say."""
         # The thing, the scene and the colour.
         class_word = _pick(rng, self.classes, self._shares)
         view = self._choose_view(rng, class_word)
@@ -353,6 +375,15 @@ class World(Dataset):
             return change(pixels, rng) if change else pixels
 
         return finish
+
+
+def _known_words(words: Sequence[str]) -> list[str]:
+    """Check that a world can show these words, and return them."""
+    known = {*MATERIALS, *PATTERNS, *ACCESSORIES, *VIEWS, *STYLES}
+    for word in words:
+        if word not in known:
+            raise UserError(f"showing: the world does not know {word!r}{nearest(word, known)}")
+    return list(words)
 
 
 @functools.cache

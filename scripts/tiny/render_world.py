@@ -37,6 +37,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--balance", type=float, default=0.0, help="as of ldm.tiny.world.World")
     add("--plain", action="store_true", help="without materials, accessories, views and styles")
+    add(
+        "--showing",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="every picture shows one of these words, equally often: 'facing left' striped ...",
+    )
     add("--split", choices=("train", "test"), default="train")
     add("--held_out", type=float, default=0.0, help="share of designs that the split test has")
     return parser
@@ -52,6 +59,7 @@ def render(args: argparse.Namespace) -> None:
         split=args.split,
         held_out=args.held_out,
         plain=args.plain,
+        showing=args.showing,
     )
     args.outdir.mkdir(parents=True, exist_ok=True)
     shards = -(-args.count // SHARD)  # rounded up

@@ -76,6 +76,28 @@ def test_a_plain_world_has_classes_scenes_and_colours_alone(toys):
         assert (seen.material, seen.accessory, seen.view, seen.style) == (None,) * 4
 
 
+def test_a_world_shows_the_words_that_are_asked_for_equally_often_and_nothing_else(toys):
+    words = ["wearing sunglasses", "facing left", "striped", "pixel art"]
+    dataset = World(toys, size=16, showing=words)
+    counts = dict.fromkeys(words, 0)
+    for i in range(200):
+        seen = dataset.describe(generator("showing", i))
+        kinds = (seen.material, seen.accessory, seen.view, seen.style)
+        (shown,) = [word for word in kinds if word]
+        counts[shown] += 1
+    assert min(counts.values()) > 30, counts  # 50 are expected
+
+
+def test_a_world_refuses_words_that_it_cannot_show(toys):
+    with pytest.raises(UserError, match="'facing lefts'.*facing left"):
+        World(toys, showing=["facing lefts"])
+    with pytest.raises(UserError, match="plain"):
+        World(toys, showing=["striped"], plain=True)
+    vases = World(toys, classes=["vase"], showing=["wearing sunglasses"])
+    with pytest.raises(UserError, match="wearing sunglasses.*vase"):
+        vases.describe(generator("showing", 0))
+
+
 def test_labels_are_left_out_unless_wanted(sprites):
     assert set(World(sprites)[0]) == {"image", "caption"}
 
