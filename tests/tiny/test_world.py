@@ -89,12 +89,12 @@ def test_a_world_shows_the_words_that_are_asked_for_equally_often_and_nothing_el
 
 
 def test_a_world_refuses_words_that_it_cannot_show(toys):
-    with pytest.raises(UserError, match="'facing lefts'.*facing left"):
+    with pytest.raises(UserError, match=r"'facing lefts'.*facing left"):
         World(toys, showing=["facing lefts"])
     with pytest.raises(UserError, match="plain"):
         World(toys, showing=["striped"], plain=True)
     vases = World(toys, classes=["vase"], showing=["wearing sunglasses"])
-    with pytest.raises(UserError, match="wearing sunglasses.*vase"):
+    with pytest.raises(UserError, match=r"wearing sunglasses.*vase"):
         vases.describe(generator("showing", 0))
 
 
