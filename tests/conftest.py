@@ -2,23 +2,16 @@
 
 import gc
 import os
-import shutil
 import sys
-import tempfile
+
+from tests.support.in_memory import keep_files_in_memory
 
 # Keep compiled files, for the processes that tests start too: without them each import of torch and
 # its company takes 15 seconds of processor instead of 6. Some containers forbid it.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Keep the tests' files in memory where it holds them: they are hundreds of checkpoints, and a test
-# waits until each is on the disk.
-MEMORY, ENOUGH = "/dev/shm", 4 * 2**30
-if "TMPDIR" not in os.environ and os.path.isdir(MEMORY):
-    free = shutil.disk_usage(MEMORY).free
-    if free > ENOUGH and os.access(MEMORY, os.W_OK | os.X_OK):
-        os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
-
+keep_files_in_memory()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
