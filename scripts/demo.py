@@ -40,6 +40,7 @@ from ldm.tiny.miniature import (
 )
 from ldm.training.stages import Stages
 
+NO_PRIOR = "model.params.reg_weight=0"
 SHOWN = 6  # pictures in a row of the sheet
 SCENES = (
     "in the snow",
@@ -98,22 +99,25 @@ def sheet_rows(
 Tuned = tuple[PromptSampler, PromptSampler, list[str]]
 
 
-def tune(photos: Path, class_word: str, outdir: Path, more: Sequence[str]) -> Tuned:
+def tune(photos: Path, class_word: str, outdir: Path, prior: bool, more: Sequence[str]) -> Tuned:
     """Train the latent miniature; return what draws after and before, and the command to draw."""
-    class_images = outdir / "class_images" / class_word
+    class_images = outdir / "class_images" / class_word if prior else None
+    more = more if prior else [*more, NO_PRIOR]
     checkpoint = dreambooth(photos, class_word, class_images, outdir / "logs", more, print)
     command = ["scripts/stable_txt2img.py", "--ckpt", str(checkpoint)]
     return PromptSampler(checkpoint), PromptSampler(WEIGHTS), command
 
 
-def tune_cascade(photos: Path, class_word: str, outdir: Path, more: Sequence[str]) -> Tuned:
-    """Train the cascade's base with its prior, then its super-resolution on the photos alone."""
-    class_images, logs = outdir / "class_images_cascade" / class_word, outdir / "logs"
+def tune_cascade(
+    photos: Path, class_word: str, outdir: Path, prior: bool, more: Sequence[str]
+) -> Tuned:
+    """Train the cascade's base, then its super-resolution on the photos alone."""
+    class_images = outdir / "class_images_cascade" / class_word if prior else None
+    logs, of_base = outdir / "logs", more if prior else [*more, NO_PRIOR]
     base = dreambooth(
-        photos, class_word, class_images, logs, more, print, BASE_WEIGHTS, BASE_CONFIG
+        photos, class_word, class_images, logs, of_base, print, BASE_WEIGHTS, BASE_CONFIG
     )
-    without_weight = [word for word in more if "reg_weight" not in word]
-    large = dreambooth(photos, class_word, None, logs, without_weight, print, SR_WEIGHTS, SR_CONFIG)
+    large = dreambooth(photos, class_word, None, logs, more, print, SR_WEIGHTS, SR_CONFIG)
     command = ["scripts/cascade_txt2img.py", "--base_ckpt", str(base), "--sr_ckpt", str(large)]
     return CascadeSampler(base, large), CascadeSampler(BASE_WEIGHTS, SR_WEIGHTS), command
 
@@ -133,11 +137,11 @@ def demo(args: argparse.Namespace) -> None:
     pictures = [load_image(path) for path in find_images(photos)]
     if other_word:
         print(other_word, flush=True)
-    say(f"{len(pictures)} photos of a {class_word}; class images and training\n")
+    drawn_first = "" if args.without_prior else "class images and "
+    say(f"{len(pictures)} photos of a {class_word}; {drawn_first}training\n")
     more = ["--max_steps", str(args.steps)] if args.steps else []
-    more += ["model.params.reg_weight=0"] if args.without_prior else []
     train = tune_cascade if cascade else tune
-    tuned, base, command = train(photos, class_word, outdir, more)
+    tuned, base, command = train(photos, class_word, outdir, not args.without_prior, more)
     stages.end("training, as it says above")
 
     say("sampling")

@@ -188,6 +188,22 @@ def test_the_demo(model, sheet, folder, command, quick, tmp_path, capsys):
     assert len(list((out / folder / "bowl").glob("*.png"))) == 2
 
 
+@pytest.mark.parametrize("train", [demo.tune, demo.tune_cascade])
+def test_a_demo_without_the_prior_draws_no_class_images(train, monkeypatch, tmp_path):
+    asked = []
+
+    def dreambooth(photos, class_word, class_images, logs, more, *_):
+        asked.append((class_images, list(more)))
+        return miniature.BASE_WEIGHTS
+
+    monkeypatch.setattr(demo, "dreambooth", dreambooth)
+    monkeypatch.setattr(demo, "PromptSampler", lambda _: None)
+    monkeypatch.setattr(demo, "CascadeSampler", lambda *_: None)
+    train(tmp_path, "dog", tmp_path, False, ["--max_steps", "9"])
+    assert asked[0] == (None, ["--max_steps", "9", "model.params.reg_weight=0"])
+    assert asked[1:] in ([], [(None, ["--max_steps", "9"])])  # super-resolution has no prior
+
+
 def test_a_demo_without_a_subject(caplog):
     with caplog.at_level(logging.ERROR):
         assert demo.main(["--subject", "no/such/folder"]) == 1
