@@ -82,7 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--subjects", nargs="*", help=f"default: {', '.join(subject_names())}")
+    names = ", ".join(subject_names())
+    parser.add_argument(
+        "--subjects", nargs="*", help=f"or folders of photos named after a class (default: {names})"
+    )
     parser.add_argument(
         "--seeds", nargs="*", type=int, default=[23, 24, 25], help="default: 23 24 25"
     )
@@ -167,14 +170,43 @@ def remembered(path: Path, measure: Callable[[], Results]) -> Results:
     return json.loads(path.read_text())
 
 
+def check_subjects(subjects: Sequence[str]) -> None:
+    """Refuse what is neither a subject that ships nor a folder of photos named after a class."""
+    for subject in subjects:
+        if subject in subject_names():
+            continue
+        if not Path(subject).is_dir():
+            there = ", ".join(subject_names())
+            raise UserError(f"--subjects: unknown {subject}, and no folder; there are {there}")
+        if class_word_of(Path(subject)) not in known_classes():
+            raise UserError(
+                f"--subjects {subject}: name the folder after one of the classes that the "
+                f"miniature knows: {', '.join(known_classes())}"
+            )
+    labels = [label_of(subject) for subject in dict.fromkeys(subjects)]
+    if len(set(labels)) < len(labels):
+        raise UserError("--subjects: two folders of one name; measure them with two --outdir")
+
+
+def label_of(subject: str) -> str:
+    """Return what a subject is called in tables. A folder never takes a toy's name."""
+    return subject if subject in subject_names() else f"{Path(subject).resolve().name} (photos)"
+
+
+def file_name_of(subject: str) -> str:
+    """Return what its results are called: of a folder, with a digest of the photos in it."""
+    if subject in subject_names():
+        return subject
+    digest = hashlib.sha256()
+    for path in find_images(Path(subject)):
+        digest.update(path.read_bytes())
+    return f"{Path(subject).resolve().name}-photos-{digest.hexdigest()[:8]}"
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Measure what is missing, then write the report."""
     subjects = args.subjects or subject_names()
-    unknown = sorted({*subjects, *args.without_prior} - set(subject_names()))
-    if unknown:
-        raise UserError(
-            f"--subjects: unknown {', '.join(unknown)}; there are {', '.join(subject_names())}"
-        )
+    check_subjects([*subjects, *args.without_prior])
     outdir = results_folder(args.outdir, args.weights, CONFIG)
     begin = time.monotonic()
 
@@ -197,9 +229,9 @@ def evaluate(args: argparse.Namespace) -> None:
         for subject in subjects:
             kinds = [WITH, WITHOUT] if subject in args.without_prior else [WITH]
             for kind in kinds:
-                name = f"{subject}-{seed}" + ("-without" if kind == WITHOUT else "")
+                name = f"{file_name_of(subject)}-{seed}" + ("-without" if kind == WITHOUT else "")
                 run = functools.partial(measure_run, args, subject, seed, kind, outdir, judges)
-                runs[kind, subject, seed] = measured(name, run)
+                runs[kind, label_of(subject), seed] = measured(name, run)
 
     # The report, of all that was measured.
     only = ["--subjects", *args.subjects] if args.subjects else []
@@ -273,7 +305,7 @@ def measure_run(
 
     # Train in a folder of its own: other processes may train at the same time.
     start = time.monotonic()
-    logdir = outdir / f"logs-{subject}-{seed}"
+    logdir = outdir / f"logs-{file_name_of(subject)}-{seed}"
     class_images = outdir / f"class_images-{seed}" / class_word
     checkpoint = dreambooth(photos, class_word, class_images, logdir, more, weights=args.weights)
     seconds = time.monotonic() - start

@@ -259,9 +259,25 @@ def test_the_report_holds_every_subject():
     assert "Means over seeds 1, 2;" in table and "without prior preservation" in table
 
 
-def test_an_evaluation_of_an_unknown_subject(caplog):
+def test_an_evaluation_of_an_unknown_subject(caplog, tmp_path):
     assert evaluate.main(["--subjects", "dragon"]) == 1
     assert "unknown dragon" in caplog.text
+    (tmp_path / "holiday").mkdir()
+    assert evaluate.main(["--subjects", str(tmp_path / "holiday")]) == 1
+    assert "name the folder after one of the classes" in caplog.text
+
+
+def test_the_photos_of_a_folder_are_measured_apart_from_the_toy_of_its_name(tmp_path):
+    folders = [tmp_path / "one" / "dog", tmp_path / "two" / "dog"]
+    for shade, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(folder / "0.png")
+    subjects = ["dog", *map(str, folders)]
+    assert [evaluate.label_of(s) for s in subjects] == ["dog", "dog (photos)", "dog (photos)"]
+    assert len({evaluate.file_name_of(s) for s in subjects}) == 3
+    with pytest.raises(UserError, match="two folders of one name"):
+        evaluate.check_subjects(subjects)
+    evaluate.check_subjects(subjects[:2])
 
 
 def test_results_of_another_recipe_or_file_are_not_taken_for_these(monkeypatch, tmp_path):
