@@ -27,6 +27,7 @@ IMPORTS = """
     ldm.modules.encoders.modules ldm.modules.losses.contperceptual ldm.data.personalized ldm.callbacks.non_finite
     ldm.callbacks.first_step ldm.callbacks.progress ldm.optim.in_backward open_clip torchvision
     transformers.models.clip.modeling_clip torch.utils.tensorboard torch.distributed.checkpoint.state_dict
+    peft tests.support.warm
 """
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTS.split())
@@ -55,6 +56,8 @@ def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> None
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", **environment})
     torch.set_num_threads(int(THREADS))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have ignored
+    # Lightning starts the other processes by the command that it reads here.
+    sys.argv = [main.__file__, *arguments]
     with stops.armed():
         sys.exit(main.main(arguments))
 
