@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from PIL import Image
 import main
 from ldm.checkpoints.reading import read_checkpoint
 from tests.support import golden
-from tests.support.processors import THREADS
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32
@@ -152,18 +148,6 @@ class Workspace:
         # Behind a time, before which a single subject's folder is named.
         (folder,) = [*self.logs.glob(f"photos*_{name}"), *self.logs.glob(f"[0-9]*_{name}")]
         return folder
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """The training command as a process of its own."""
-        environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "main.py"), *arguments],
-            env=environment,
-            cwd=self.path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
 
 def checkpoint(run: Path, name: str = "last.ckpt") -> dict[str, Any]:
