@@ -107,8 +107,12 @@ def asked_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts that the flags of a sampling command ask for: one, a file's or a suite's.
 
     Raises:
-        UserError: a file or a suite that is not there, or without prompts, or both of them.
+        UserError: a file or a suite that is not there, or without prompts, or both of them; a
+            subject for which there is no suite.
     """
+    # Without this line, the prompt would be drawn as it is, which names no subject.
+    if args.subject and not args.suite:
+        raise UserError(f"--subject '{args.subject}': is for --suite, which is not given")
     if args.suite and args.from_file:
         raise UserError("--suite and --from-file: both give the prompts: leave one out")
     if "prompt" in args.given and (args.suite or args.from_file):

@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 SWITCHES = ("compile", "vae_tiling", "vae_slicing")  # kernels of another rounding
 _MISSING: Any = object()  # the value of a flag that is not given
+# A text that is empty means something in these; in others it is a shell variable that is not set.
+_MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
 
 # The flags
@@ -222,7 +224,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     `given` of the result holds the names of those that were given.
 
     Raises:
-        UserError: the picture says nothing of how it was made, or not enough.
+        UserError: the picture says nothing of how it was made, or not enough; or a flag is empty.
     """
     # All flags with their defaults.
     args = parser.parse_args(argv)
@@ -230,6 +232,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     without = argparse.Namespace(**dict.fromkeys(vars(args), _MISSING))
     found = vars(parser.parse_args(argv, without))
     args.given = {name for name, value in found.items() if value is not _MISSING}
+    for name in sorted(args.given.difference(_MAY_BE_EMPTY)):
+        if found[name] == "":
+            flag = name.replace("from_file", "from-file")
+            raise UserError(f"--{flag}: is empty; give it a value, or leave it out")
     # A picture that is drawn again says the rest.
     args.like_batch, args.like_device = None, None
     if getattr(args, "like", None):

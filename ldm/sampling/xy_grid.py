@@ -93,17 +93,17 @@ def read_axis(text: str | None, parser: argparse.ArgumentParser) -> Axis:
     words = [word.strip() for word in words]
     if not all(words) or not words:
         raise UserError(f"{text}: expected values with commas between them, as scale=4,7.5,12")
-    # A value twice would draw the same picture twice, under one key.
-    if len(set(words)) < len(words):
-        raise UserError(f"{text}: a value is there twice")
-
     # The flag itself knows what its values are.
     action = actions[flag]
     kind: Callable[[str], Any] = action.type if callable(action.type) else str
     try:
         values = tuple(kind(word) for word in words)
     except ValueError as error:
-        raise UserError(f"{text}: {name} is a number") from error
+        whole = "a whole number" if kind is int else "a number"
+        raise UserError(f"{text}: {name} is {whole}") from error
+    # A value twice, if only in other digits, would draw the same picture twice, under one key.
+    if len(set(values)) < len(values):
+        raise UserError(f"{text}: a value is there twice")
     for value in values:
         if action.choices is not None and value not in action.choices:
             raise UserError(f"{text}: accepted: {', '.join(map(str, action.choices))}")
@@ -140,6 +140,10 @@ def cells(
         UserError: a cell with a recipe that no model can follow.
     """
     args.seed = chosen_seed(args.seed)  # one for all of them
+    for axis in (across, down):
+        for value in axis.values:
+            if axis.flag == "ckpt" and not Path(value).exists():
+                raise UserError(f"{value}: no such checkpoint")
     found = {}
     for below in down.values:
         for beside in across.values:

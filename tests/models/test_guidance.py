@@ -136,7 +136,9 @@ def test_a_weak_model_takes_the_place_of_the_empty_prompt():
         lambda: Rescale(float("nan")),
         lambda: Interval(2.0, 1.0),
         lambda: Interval(-1.0, 1.0),
+        lambda: Projection(parallel=float("inf")),
         lambda: Projection(norm=-1.0),
+        lambda: Projection(norm=float("nan")),
         lambda: Projection(momentum=1.0),
     ],
 )

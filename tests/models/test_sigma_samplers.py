@@ -327,12 +327,24 @@ def test_the_clean_latent_of_an_output(parameterization):
         ("UniPC", ("uni_pc", "normal")),
         ("DPMSolverMultistepScheduler", ("dpmpp_2m", "normal")),
         ("EulerAncestralDiscreteScheduler", ("euler_ancestral", "normal")),
+        ("DPM++ 2M AYS", ("dpmpp_2m", "align_your_steps")),
+        ("Euler Trailing", ("euler", "sgm_uniform")),
+        ("k_euler_a", ("euler_ancestral", "normal")),
         ("DDIM", ("ddim", None)),
         ("PNDMScheduler", ("plms", None)),
     ],
 )
 def test_names_of_other_programs(given, expected):
     assert find_sampler(given) == expected
+
+
+def test_a_schedule_in_the_name_and_beside_it():
+    """The same schedule twice is one; two of them are refused."""
+    assert find_sampler("DPM++ 2M Karras", "karras") == ("dpmpp_2m", "karras")
+    assert find_sampler("Euler AYS", "Align Your Steps") == ("euler", "align_your_steps")
+    assert find_sampler("euler", "DDIM") == ("euler", "ddim_uniform")
+    with pytest.raises(UserError, match="has karras in its name: leave 'beta' out"):
+        find_sampler("DPM++ 2M Karras", "beta")
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS, *SIGMA_SAMPLERS])

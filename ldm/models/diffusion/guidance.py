@@ -116,7 +116,9 @@ class Projection:
     momentum: float = -0.75
 
     def __post_init__(self) -> None:
-        if self.norm < 0 or not -1 < self.momentum < 1:
+        if not math.isfinite(self.parallel):
+            raise UserError(f"projected guidance: eta must be a number, got {self.parallel:g}")
+        if not 0 <= self.norm < math.inf or not -1 < self.momentum < 1:
             raise UserError(
                 "projected guidance: norm must be at least 0 and momentum between -1 and 1, "
                 f"got {self.norm:g} and {self.momentum:g}"

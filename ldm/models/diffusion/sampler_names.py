@@ -75,7 +75,12 @@ ALIASES = {
     "pndmscheduler": "plms",
     "ddpmscheduler": "ddpm",
 }
-SCHEDULE_ALIASES = {"trailing": "sgm_uniform", "uniform": "normal", "ays": "align_your_steps"}
+SCHEDULE_ALIASES = {
+    "trailing": "sgm_uniform",
+    "uniform": "normal",
+    "ays": "align_your_steps",
+    "ddim": "ddim_uniform",
+}
 
 
 def find_sampler(name: str, schedule: str | None = None) -> tuple[str, str | None]:
@@ -87,13 +92,20 @@ def find_sampler(name: str, schedule: str | None = None) -> tuple[str, str | Non
         a key of `SAMPLERS` and None, or a key of `SIGMA_SAMPLERS` and one of `SCHEDULES`.
 
     Raises:
-        UserError: an unknown sampler or schedule, or a schedule for a sampler that has its own.
+        UserError: an unknown sampler or schedule, a schedule for a sampler that has its own, or two
+            schedules.
     """
-    # Web UIs write sampler and schedule as one name. A schedule that is named apart comes first.
+    # Web UIs write sampler and schedule as one name.
     sampler = _plain(name)
-    for suffix in SCHEDULES:
-        if schedule is None and sampler.endswith(f"_{suffix}"):
-            sampler, schedule = sampler.removesuffix(f"_{suffix}"), suffix
+    for suffix in (*SCHEDULES, *SCHEDULE_ALIASES):
+        if sampler.endswith(f"_{suffix}"):
+            sampler, within = sampler.removesuffix(f"_{suffix}"), _schedule_name(suffix)
+            if schedule is not None and _schedule_name(schedule) != within:
+                raise UserError(
+                    f"schedule: '{name}' has {within} in its name: leave '{schedule}' out"
+                )
+            schedule = within
+            break
     # What other programs call it is replaced by our own name.
     sampler = ALIASES.get(sampler, sampler)
     if sampler not in SAMPLERS and sampler not in SIGMA_SAMPLERS:
@@ -107,8 +119,7 @@ def find_sampler(name: str, schedule: str | None = None) -> tuple[str, str | Non
             raise UserError(f"schedule: {name} has its own time steps: leave '{schedule}' out")
         return sampler, None
     # Without a name: the time steps evenly, as the model was trained.
-    wanted = _plain(schedule or "normal")
-    wanted = SCHEDULE_ALIASES.get(wanted, wanted)
+    wanted = _schedule_name(schedule or "normal")
     if wanted not in SCHEDULES:
         raise UserError(
             f"schedule: unknown '{schedule}'{nearest(wanted, list(SCHEDULES))}; "
@@ -132,8 +143,16 @@ def make_sampler(
     return sampler
 
 
+def _schedule_name(name: str) -> str:
+    """Return our own name of a schedule; a name that is not known stays as it is."""
+    plain = _plain(name)
+    return SCHEDULE_ALIASES.get(plain, plain)
+
+
 def _plain(name: str) -> str:
     """Write a name as ComfyUI does: `DPM++ 2S a` becomes `dpmpp_2s_ancestral`."""
     plain = name.strip().lower().replace("++", "pp")
-    plain = re.sub(r"[\s-]+", "_", plain).removeprefix("sample_")
+    plain = re.sub(r"[\s-]+", "_", plain)
+    # k-diffusion's functions are `sample_euler`, and CompVis's forks call them `k_euler`.
+    plain = plain.removeprefix("sample_").removeprefix("k_")
     return re.sub(r"_a(?=_|$)", "_ancestral", plain)
