@@ -3,14 +3,15 @@
 A run that is killed cannot remove its gigabytes. The next run does.
 """
 
-import atexit
 import os
 import shutil
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 MEMORY, ENOUGH = Path("/dev/shm"), 4 * 2**30
 OURS = "dreambooth-tests-"  # and the number of the process that made the folder
+AFTER_ITS_OWN = -200  # multiprocessing removes a folder that it has in ours with priority -100
 
 
 def keep_files_in_memory(memory: Path = MEMORY, enough: int = ENOUGH) -> None:
@@ -25,7 +26,8 @@ def keep_files_in_memory(memory: Path = MEMORY, enough: int = ENOUGH) -> None:
         return
     folder = memory / f"{OURS}{os.getpid()}"
     folder.mkdir(mode=0o700)
-    atexit.register(remove_at_end, folder, os.getpid())
+    # At the end of this process; in a copy of it this does nothing.
+    Finalize(None, shutil.rmtree, [folder], {"ignore_errors": True}, exitpriority=AFTER_ITS_OWN)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
@@ -34,9 +36,3 @@ def remove_left(memory: Path) -> None:
     for folder in memory.glob(f"{OURS}*"):
         if not Path("/proc", folder.name.removeprefix(OURS)).exists():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_at_end(folder: Path, owner: int) -> None:
-    """Remove a folder, if this is the process that made it and not a copy of it."""
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
