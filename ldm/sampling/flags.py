@@ -289,6 +289,8 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
     """Raise a `UserError` for guidance that means nothing, or that would have no effect."""
     if args.apg is not None and len(args.apg) > 3:
         raise UserError(f"--apg: expected at most ETA NORM MOMENTUM, got {len(args.apg)} numbers")
+    if args.interval is not None and len(args.interval) != 2:
+        raise UserError(f"--interval: expected LOW HIGH, got {len(args.interval)} numbers")
     # At scale 1 the empty prompt is not even computed, so nothing could be changed.
     changed = guidance_of(args) != Guidance() or args.guide_ckpt is not None
     if changed and args.scale == 1.0:

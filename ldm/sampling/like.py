@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from PIL import Image, UnidentifiedImageError
 
@@ -35,6 +35,14 @@ OTHERS = (
 )
 # Flags of files that a picture is made from, beside the model's.
 FILES = ("embedding_path", "guide_ckpt", "init_img", "mask", "sr_ckpt")
+# What a value of our entry is, where another one would fail far from here.
+KINDS: dict[str, Any] = {
+    **get_type_hints(Recipe),
+    **dict.fromkeys(("prompt", "negative_prompt", "precision"), str),
+    **dict.fromkeys(("ckpt", "config", "weights", "model_sha256", *FILES), str | None),
+    **dict.fromkeys(("index", "batch", "place", "padding"), int),
+    **dict.fromkeys(("compile", "vae_tiling", "vae_slicing"), bool),
+}
 # Any of these asks for more than the one picture.
 OF_A_SERIES = {"n_samples", "n_iter", "only", "from_file", "suite"}
 
@@ -54,7 +62,7 @@ def flags_of_picture(path: str | Path, args: argparse.Namespace) -> dict[str, An
     values = _of_ours(path, found, args) if found is not None else _of_web_ui(path, text, args)
 
     # A sampler that is given leaves the picture's behind, with what belongs to that.
-    if {"sampler", "plms"} & args.given:
+    if {"sampler", "plms"} & (args.given | _varied(args)):
         for name in ("sampler", "schedule", "ddim_eta"):
             values.pop(name, None)
     return values
@@ -76,6 +84,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    _check_kinds(path, found)
     # The flags beside the recipe, as far as this command has them.
     values = {name: found[name] for name in OTHERS if name in found and hasattr(args, name)}
     # The recipe. A value that this command cannot follow would give another picture: refuse it.
@@ -100,7 +109,12 @@ def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> 
                 f"--like {path}: is of an earlier version, which numbered noise in another way: "
                 "only the first picture of its series can be drawn again"
             )
-        batch = None if args.exact else (found.get("batch", 1), found.get("place", 0))
+        size, place = found.get("batch", 1), found.get("place", 0)
+        if not 0 <= place < size:
+            raise UserError(
+                f"--like {path}: says place {place} of a batch of {size}: was it edited?"
+            )
+        batch = None if args.exact else (size, place)
         values.update(_one_picture(index, args), like_batch=batch)
     values["like_device"] = found.get("device")
 
@@ -110,10 +124,30 @@ def _of_ours(path: Path, found: Mapping[str, Any], args: argparse.Namespace) -> 
     return values
 
 
+def _check_kinds(path: Path, found: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for a value of another kind than we write, which somebody has edited."""
+    for name, value in found.items():
+        if name in KINDS and not _is_of(value, KINDS[name]):
+            raise UserError(f"--like {path}: {name} {value!r} is not what we write: was it edited?")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Return whether a value of JSON is of a kind: a type, `X | None`, or a tuple of numbers."""
+    options = get_args(kind)
+    if type(None) in options:
+        return value is None or _is_of(value, options[0])
+    if options:
+        return isinstance(value, list) and all(_is_of(one, options[0]) for one in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
+
+
 def _varied(args: argparse.Namespace) -> set[str]:
     """Return the names of the flags that vary in a grid."""
     axes = (getattr(args, "x", None), getattr(args, "y", None))
-    return {axis.partition("=")[0].strip() for axis in axes if axis}
+    names = {axis.partition("=")[0].strip() for axis in axes if axis}
+    return {"ckpt" if name == "checkpoint" else name for name in names}
 
 
 def _one_picture(index: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +190,9 @@ def _check_weights(path: Path, found: Mapping[str, Any], args: argparse.Namespac
         if now and not now.startswith(recorded):
             log.warning("%s: was drawn by other weights than %s", path, args.ckpt)
         return
+    # A grid over checkpoints takes none of the picture's.
+    if "ckpt" in _varied(args):
+        return
     # Weights that nobody named have to be the very ones that drew the picture.
     ckpt = found.get("ckpt")
     if not ckpt:
@@ -197,17 +234,23 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
         ("Mask blur", "mask_blur", int),
     ):
         if name in given and hasattr(args, flag):
-            values[flag] = _number(path, name, given.pop(name), kind)
+            text = given.pop(name)
+            # What the user gives is not read, so that it may be a way around a damaged field.
+            if flag not in args.given:
+                values[flag] = _number(path, name, text, kind)
     # One field holds both sides.
-    size = SIZE.fullmatch(take("Size") or "")
+    size = SIZE.fullmatch(given.get("Size", ""))
     if size:
+        del given["Size"]
         values["W"], values["H"] = int(size[1]), int(size[2])
 
     # The sampler, unless it is one that we have not: then the picture's recipe is not ours.
     sampler, schedule = take("Sampler"), take("Schedule type")
     if sampler is not None and not {"sampler", "plms"} & args.given:
         try:
-            plain, _ = find_sampler(sampler)
+            plain, own = find_sampler(sampler)
+            # The web UI writes its last schedule also beside samplers that do not read it.
+            schedule = None if own is None else schedule
             values["sampler"], values["schedule"] = find_sampler(
                 sampler, web_ui_schedule(plain, schedule)
             )

@@ -133,6 +133,38 @@ def test_like_of_pictures_that_say_nothing_is_refused(draw, tmp_path, caplog):
         assert message.startswith(f"error: --like {tmp_path / name}: ") and words in message
 
 
+@pytest.mark.parametrize(
+    "edited, words",
+    [
+        ({"steps": "2"}, "steps '2' is not what we write"),
+        ({"scale": None}, "scale None is not what we write"),
+        ({"prompt": 5}, "prompt 5 is not what we write"),
+        ({"ckpt": 5}, "ckpt 5 is not what we write"),
+        ({"apg": ["x"]}, "apg ['x'] is not what we write"),
+        ({"interval": [1]}, "--interval: expected LOW HIGH, got 1 numbers"),
+        ({"batch": 2, "place": 7}, "says place 7 of a batch of 2"),
+        ({"batch": 0}, "says place 0 of a batch of 0"),
+    ],
+)
+def test_like_of_an_entry_that_was_edited_is_refused(draw, tmp_path, caplog, edited, words):
+    whole = {"prompt": "a dog", "steps": 2, "height": 32, "width": 32, "ckpt": str(WEIGHTS)}
+    texts = {OURS: json.dumps({**whole, **edited})}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "edited.png", texts)
+    assert draw("--like", tmp_path / "edited.png", status=1) == []
+    assert words in caplog.records[-1].getMessage()
+
+
+def test_a_grid_over_samplers_or_weights_leaves_those_of_the_picture(draw, tmp_path):
+    ckpt = tmp_path / "last.safetensors"
+    shutil.copy(WEIGHTS, ckpt)
+    given = ["--sampler", "euler", "--schedule", "karras", "--n_samples", 1, "--n_iter", 1]
+    (picture,) = draw(*SMALL, *given, "--ckpt", ckpt)
+    ckpt.unlink()
+    found = draw("--like", picture, "--x", "sampler=ddim,heun", "--y", f"checkpoint={WEIGHTS}")
+    names = [(recipe(path)["sampler"], recipe(path)["schedule"]) for path in found]
+    assert names == [("ddim", None), ("heun", "normal")]
+
+
 # The web UI's pictures
 
 
@@ -184,6 +216,18 @@ def test_a_sampler_that_only_the_web_ui_has_is_named(draw, tmp_path, caplog):
     assert draw("--like", path, "--ckpt", WEIGHTS, status=1) == []
     assert "unknown 'DPM adaptive'" in caplog.text and "--sampler" in caplog.text
     assert len(draw("--like", path, "--ckpt", WEIGHTS, "--sampler", "euler")) == 1
+
+
+def test_odd_fields_of_the_web_ui(draw, tmp_path, caplog):
+    """A field that cannot be read is said; a flag in its place is enough."""
+    # The schedule that was chosen last stands beside DDIM, too, which does not read it.
+    fields = "Steps: 2.0, Sampler: DDIM, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 32*32"
+    command = ["--like", web_ui(tmp_path, fields), "--ckpt", WEIGHTS]
+    assert draw(*command, status=1) == []
+    assert "Steps: expected a number, got 2.0" in caplog.text
+    (picture,) = draw(*command, "--steps", 2, "--H", 32, "--W", 32)
+    assert (recipe(picture)["sampler"], recipe(picture)["schedule"]) == ("ddim", None)
+    assert "left out: Size 32*32, <lora:dog:0.8>" in caplog.text
 
 
 def test_our_text_alone_is_enough_for_the_same_picture(draw, tmp_path):
