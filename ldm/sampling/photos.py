@@ -162,8 +162,9 @@ def inward_weights(mask: np.ndarray, blur: int) -> np.ndarray:
     steps = 0
     for _ in range(blur):
         # A pixel stays if all of its neighbours are inside.
-        eroded = -F.max_pool2d(-eroded, 3, stride=1, padding=1)
-        if not eroded.any():
+        before, eroded = eroded, -F.max_pool2d(-eroded, 3, stride=1, padding=1)
+        # At an end: nothing is left, or, in a mask of the whole photo, all is.
+        if not eroded.any() or torch.equal(eroded, before):
             break
         depth, steps = depth + eroded, steps + 1
     return (depth / (steps + 1))[0, 0].numpy()

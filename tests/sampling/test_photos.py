@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.sampling import photos
 from ldm.sampling.photos import (
     central_box,
     drawn_size,
@@ -117,6 +118,15 @@ def test_weights_rise_from_the_border_inwards():
 def test_a_thin_mask_still_shows_what_is_painted():
     weights = inward_weights(np.asarray(mask((20, 20), 4, 4, 7, 16)), 8)
     assert weights[10].tolist()[3:8] == [0.0, 0.5, 1.0, 0.5, 0.0]
+
+
+def test_a_mask_of_the_whole_photo_has_no_border_to_look_for(monkeypatch):
+    calls, pool = [], photos.F.max_pool2d
+    monkeypatch.setattr(
+        photos.F, "max_pool2d", lambda *given, **more: calls.append(1) or pool(*given, **more)
+    )
+    assert (inward_weights(np.full((20, 20), 255, np.uint8), 50) == 1).all()
+    assert len(calls) == 1
 
 
 def test_at_the_photos_own_border_nothing_fades():
