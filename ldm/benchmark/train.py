@@ -134,7 +134,11 @@ def training_config(given: Mapping[str, Any], settings: Settings, folder: Path) 
 
 
 def _use_noise(data: dict[str, Any], folder: Path, batches: int) -> None:
-    """Make two batches of noise for the subject and two for its class. Leave validation out."""
+    """Make a batch of noise for the subject and one for its class. Leave validation out.
+
+    No more than that: in a run of hundreds of steps the pictures are few beside the steps, and what
+    a run chooses by itself goes by that.
+    """
     for name in ("validation", "test", "num_class_images"):
         data.pop(name, None)
     if data.get("latent_cache"):
@@ -145,7 +149,7 @@ def _use_noise(data: dict[str, Any], folder: Path, batches: int) -> None:
             params["data_root"] = str(folder / name)
             params["repeats"] = max(params.get("repeats", 1), batches)  # no epoch ends in between
             params.pop("masks", None)
-            write_photos(folder / name, 2 * data["batch_size"], params.get("size") or 512, seed)
+            write_photos(folder / name, data["batch_size"], params.get("size") or 512, seed)
 
 
 def write_photos(folder: Path, count: int, size: int, seed: int) -> None:
