@@ -42,8 +42,19 @@ STYLES = (
     "woodblock print",
     "oil painting",
 )
-VIEWS = ("close-up", "far away")
+VIEWS = ("close-up", "far away", "from above")
 PROPERTIES = ("red", "purple", "golden", "silver", "stone", "spotted")
+ACCESSORIES = (
+    "wearing a red hat",
+    "wearing a santa hat",
+    "wearing a black top hat",
+    "wearing a purple wizard hat",
+)
+# What has a head to wear things on.
+WITH_A_HEAD = {
+    "bear", "cat", "dog", "fox", "owl", "panda", "penguin", "rabbit", "robot", "stuffed animal",
+    "toy",
+}  # fmt: skip
 
 
 def known_classes() -> list[str]:
@@ -74,7 +85,7 @@ def world_word(class_word: str) -> tuple[str, str]:
 def applications(class_word: str) -> Mapping[str, Mapping[str, str]]:
     """Return the rows of the demo's sheet: title -> caption -> prompt of the subject.
 
-    Scenes are not among them.
+    Scenes are not among them. What has no head wears nothing.
     """
     noun = f"sks {class_word}"
     asked: dict[str, tuple[str, Sequence[str]]] = {
@@ -82,6 +93,8 @@ def applications(class_word: str) -> Mapping[str, Mapping[str, str]]:
         "views": ("view", VIEWS),
         "other properties": ("material", PROPERTIES),
     }
+    if class_word in WITH_A_HEAD:
+        asked["accessories"] = ("accessory", ACCESSORIES)
     return {
         title: {word: prompt_with(kind, word, noun) for word in words}
         for title, (kind, words) in asked.items()

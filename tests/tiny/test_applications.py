@@ -3,6 +3,7 @@
 import pytest
 
 from ldm.tiny import applications
+from ldm.tiny.accessories import ACCESSORIES
 from ldm.tiny.colours import COLOURS
 from ldm.tiny.materials import MATERIALS, PATTERNS
 from ldm.tiny.styles import STYLES
@@ -32,6 +33,13 @@ def test_every_other_name_stands_for_a_known_thing():
 @pytest.mark.parametrize("class_word", applications.known_classes())
 def test_what_is_asked_for_is_in_the_world(class_word):
     rows = applications.applications(class_word)
-    words = {*STYLES, *VIEWS, *COLOURS, *MATERIALS, *PATTERNS}
+    words = {*STYLES, *VIEWS, *COLOURS, *MATERIALS, *PATTERNS, *ACCESSORIES}
     assert {word for row in rows.values() for word in row} <= words
     assert all(f"sks {class_word}" in prompt for row in rows.values() for prompt in row.values())
+
+
+def test_only_what_has_a_head_wears_something():
+    wearing = {
+        w for w in applications.known_classes() if "accessories" in applications.applications(w)
+    }
+    assert wearing == applications.WITH_A_HEAD and "vase" not in wearing
