@@ -66,11 +66,17 @@ def other_rounding():
 
 
 @pytest.fixture(scope="session")
-def golden_model():
-    """The golden files' `LatentDiffusion`, in training mode; tests must leave its weights as they
-    are.
-    """
+def kept_golden_model():
+    """The golden files' `LatentDiffusion`, made once."""
     return golden.latent_diffusion()
+
+
+@pytest.fixture
+def golden_model(kept_golden_model):
+    """The same in training mode, whatever the test before left it in; tests must leave its weights
+    as they are.
+    """
+    return kept_golden_model.train()
 
 
 @pytest.fixture
