@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 DEFAULT_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"
 SWITCHES = ("compile", "vae_tiling", "vae_slicing")  # kernels of another rounding
 _MISSING: Any = object()  # the value of a flag that is not given
@@ -232,10 +231,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     without = argparse.Namespace(**dict.fromkeys(vars(args), _MISSING))
     found = vars(parser.parse_args(argv, without))
     args.given = {name for name, value in found.items() if value is not _MISSING}
-    for name in sorted(args.given.difference(_MAY_BE_EMPTY)):
-        if found[name] == "":
-            flag = name.replace("from_file", "from-file")
-            raise UserError(f"--{flag}: is empty; give it a value, or leave it out")
+    for action in parser._actions:
+        if found.get(action.dest) == "" and action.dest not in _MAY_BE_EMPTY:
+            raise UserError(
+                f"{action.option_strings[0]}: is empty; give it a value, or leave it out"
+            )
     # A picture that is drawn again says the rest.
     args.like_batch, args.like_device = None, None
     if getattr(args, "like", None):

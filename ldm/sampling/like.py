@@ -27,6 +27,15 @@ log = logging.getLogger(__name__)
 
 # Fields of `Recipe` whose flag has an older name.
 FLAG_OF = {"steps": "ddim_steps", "eta": "ddim_eta", "height": "H", "width": "W"}
+# Names that an axis of a grid has in other programs, and the older ones of ours.
+AXES = {
+    "checkpoint": "ckpt",
+    "cfg": "scale",
+    "ddim_steps": "steps",
+    "ddim_eta": "eta",
+    "height": "H",
+    "width": "W",
+}
 # Flags beside the recipe that our pictures have the values of.
 OTHERS = (
     *("prompt", "negative_prompt", "config", "weights", "embedding_path", "precision", "ckpt"),
@@ -146,8 +155,12 @@ def _is_of(value: object, kind: Any) -> bool:
 def _varied(args: argparse.Namespace) -> set[str]:
     """Return the names of the flags that vary in a grid."""
     axes = (getattr(args, "x", None), getattr(args, "y", None))
-    names = {axis.partition("=")[0].strip() for axis in axes if axis}
-    return {"ckpt" if name == "checkpoint" else name for name in names}
+    return {axis_name(axis.partition("=")[0]) for axis in axes if axis}
+
+
+def axis_name(given: str) -> str:
+    """Return our own name of what varies along an axis; one that is not known stays as it is."""
+    return AXES.get(given.strip(), given.strip())
 
 
 def _one_picture(index: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -234,10 +247,10 @@ def _of_web_ui(path: Path, text: str, args: argparse.Namespace) -> dict[str, Any
         ("Mask blur", "mask_blur", int),
     ):
         if name in given and hasattr(args, flag):
-            text = given.pop(name)
-            # What the user gives is not read, so that it may be a way around a damaged field.
+            value = given.pop(name)
+            # A flag takes the field's place, so the field is not read: it may be damaged.
             if flag not in args.given:
-                values[flag] = _number(path, name, text, kind)
+                values[flag] = _number(path, name, value, kind)
     # One field holds both sides.
     size = SIZE.fullmatch(given.get("Size", ""))
     if size:

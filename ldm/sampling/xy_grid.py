@@ -15,19 +15,10 @@ from PIL import Image
 from ldm.errors import UserError, nearest
 from ldm.sampling.contact_sheet import contact_sheet
 from ldm.sampling.flags import check_recipe_flags
-from ldm.sampling.like import FLAG_OF
+from ldm.sampling.like import FLAG_OF, axis_name
 from ldm.sampling.seeds import chosen_seed
 from ldm.sampling.text_to_image import Recipe
 
-# Names of other programs, and the older ones of ours.
-ALIASES = {
-    "checkpoint": "ckpt",
-    "cfg": "scale",
-    "ddim_steps": "steps",
-    "ddim_eta": "eta",
-    "height": "H",
-    "width": "W",
-}
 SMALLEST = 128  # side of a cell of the sheet, so that there is room for words above small pictures
 
 
@@ -78,7 +69,7 @@ def read_axis(text: str | None, parser: argparse.ArgumentParser) -> Axis:
         return NOTHING
     # The name: ours, an older one of ours, or another program's.
     given, _, listed = text.partition("=")
-    name = ALIASES.get(given.strip(), given.strip())
+    name = axis_name(given)
     flag = FLAG_OF.get(name, name)
     # What may vary: the recipe's fields and a few others that this command has a flag for.
     actions = {action.dest: action for action in parser._actions if action.nargs is None}

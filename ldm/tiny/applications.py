@@ -42,7 +42,7 @@ STYLES = (
     "woodblock print",
     "oil painting",
 )
-VIEWS = ("close-up", "far away", "from above")
+VIEWS = ("close-up", "far away")
 PROPERTIES = ("red", "purple", "golden", "silver", "stone", "spotted")
 ACCESSORIES = (
     "wearing a red hat",
@@ -50,7 +50,7 @@ ACCESSORIES = (
     "wearing a black top hat",
     "wearing a purple wizard hat",
 )
-# What has a head to wear things on.
+# What has a head to wear things on. Sprites say it themselves, but they do not ship.
 WITH_A_HEAD = {
     "bear", "cat", "dog", "fox", "owl", "panda", "penguin", "rabbit", "robot", "stuffed animal",
     "toy",

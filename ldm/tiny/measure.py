@@ -26,9 +26,8 @@ from ldm.evaluation.metrics import (
     to_tensor,
 )
 from ldm.rng import generator
-from ldm.tiny.rendered import LABELS
 from ldm.tiny.scenes import PLAIN, SCENES
-from ldm.tiny.world import World, with_article
+from ldm.tiny.world import LABELS, World, with_article
 
 Draw = Callable[[Sequence[str]], list[Image.Image]]
 Reconstruct = Callable[[Tensor], Tensor]  # pictures, encoded and decoded by the first stage

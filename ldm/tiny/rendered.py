@@ -22,10 +22,9 @@ from ldm.data.resizing import check_resize, fit
 from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.rng import generator
-from ldm.tiny.world import World
+from ldm.tiny.world import LABELS, World
 
 SHARD = 500  # pictures in a file
-LABELS = ("class_word", "scene", "colour", "material", "accessory", "view", "style")
 
 
 def shard_path(folder: Path, number: int) -> Path:

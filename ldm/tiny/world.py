@@ -60,6 +60,7 @@ COLOURED, COLOUR_SAID, SCENE_SAID, PLAIN_SCENE = 0.3, 0.85, 0.8, 0.2
 # How often a picture has each of these. Its caption always says so.
 MADE_OF, PATTERNED, DRESSED, VIEWED, STYLED = 0.14, 0.10, 0.20, 0.30, 0.22
 SEARCHED = 20_000  # descriptions that are made, at most, for one that shows a certain word
+LABELS = ("class_word", "scene", "colour", "material", "accessory", "view", "style")
 # What the ground of some scenes does with the thing on it.
 GROUND = {
     "floating on top of water": "water",
@@ -103,15 +104,14 @@ class World(Dataset):
         length: how many pictures an epoch has.
         split: "train", or "test" for the designs that are held out of it.
         held_out: share of each class's designs that the split "test" has.
-        labels: an example also says what is pictured, whatever its caption says, under
-            "class_word", "scene", "colour", "material", "accessory", "view" and "style"; "" means
-            none.
+        labels: an example also says what is pictured, whatever its caption says, under the names of
+            `LABELS`; "" means none.
         balance: a class comes up in proportion to its number of sprites to this power. 0 makes all
             classes equal; more makes the varied ones more frequent.
         weights: class -> a factor on that, for classes that are hard to learn; 1 where not given.
         plain: leave out materials, accessories, views and styles.
-        showing: words of these four kinds. Every picture shows one of them, each equally often, and
-            nothing else of these kinds. Empty for what comes up by itself.
+        showing: words of these four kinds. Every picture shows one of them, and nothing else of
+            these kinds. Each word comes up equally often. Without any, the usual frequencies hold.
 
     Raises:
         UserError: no sprites, an unknown class or word, or a parameter out of its range.
@@ -223,8 +223,7 @@ class World(Dataset):
         seen = self._describe(rng)
         example = {"image": self._draw(seen, rng), "caption": seen.caption}
         if self.labels:
-            names = ("class_word", "scene", "colour", "material", "accessory", "view", "style")
-            example |= {name: getattr(seen, name) or "" for name in names}
+            example |= {name: getattr(seen, name) or "" for name in LABELS}
         return example
 
     def describe(self, generator: torch.Generator) -> Description:
@@ -244,8 +243,8 @@ class World(Dataset):
             if [said for said in shown if said] == [word]:
                 return seen
         raise UserError(
-            f"showing: none of {SEARCHED} pictures showed {word!r}; "
-            f"none of the classes {', '.join(self.classes)} may have it"
+            f"showing: {SEARCHED} pictures of {', '.join(self.classes)} were tried, and none shows "
+            f"{word!r} alone: choose other classes, or leave the word out"
         )
 
     def _describe_any(self, rng: np.random.Generator) -> Description:

@@ -84,7 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(subject_names())
     parser.add_argument(
-        "--subjects", nargs="*", help=f"or folders of photos named after a class (default: {names})"
+        "--subjects",
+        nargs="*",
+        help=f"toys that ship, or folders of photos named after a class (default: {names})",
     )
     parser.add_argument(
         "--seeds", nargs="*", type=int, default=[23, 24, 25], help="default: 23 24 25"

@@ -145,6 +145,7 @@ def test_a_picture_says_how_it_was_made_and_is_made_again(command, tmp_path):
     "arguments, words",
     [
         ([], "--init-img: which photo?"),
+        (["--init-img", ""], "--init-img: is empty"),
         (["--init-img", "{tmp}/none.jpg"], "none.jpg: cannot read this image (there is no such"),
         (["--init-img", "{tmp}/long.png"], "a photo of 900x3 pixels is too long"),
         (["--init-img", "{tmp}/photo.png", "--strength", "1.5"], "at most 1"),

@@ -6,8 +6,8 @@ import pytest
 from ldm.errors import UserError
 from ldm.rng import generator
 from ldm.tiny import rendered
-from ldm.tiny.rendered import LABELS, RenderedWorld, write_shard
-from ldm.tiny.world import World
+from ldm.tiny.rendered import RenderedWorld, write_shard
+from ldm.tiny.world import LABELS, World
 from scripts.tiny import render_world
 
 
