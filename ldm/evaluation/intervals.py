@@ -21,9 +21,14 @@ class Estimate:
     count: int = 1
 
     def __str__(self) -> str:
+        return self.written()
+
+    def written(self, signed: bool = False) -> str:
+        """Return the mean and its interval; signed, with a + or - before each: a difference."""
+        form = "+.3f" if signed else ".3f"
         if self.low is None or self.high is None:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+            return f"{self.mean:{form}}"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 def estimate(values: Mapping[str, Sequence[float]], seed: int = 0) -> Estimate:

@@ -68,6 +68,31 @@ class Scored:
             if (values := self._by_subject(name)) is not None
         }
 
+    def against(self, other: Scored) -> dict[str, Estimate]:
+        """Return the mean and interval of each score and cost less the other's, by pairs.
+
+        A pair is one subject with one seed. What was drawn once of a subject, as by a base model,
+        stands beside all of its seeds.
+        """
+        single: dict[str, list[dict[str, object]]] = {}
+        for row in other.rows:
+            single.setdefault(str(row["subject"]), []).append(row)
+        pairs = []
+        for row in self.rows:
+            of_subject = single.get(str(row["subject"]), [])
+            same = [each for each in of_subject if each["seed"] == row["seed"]]
+            pairs += [(row, each) for each in same or of_subject if same or len(of_subject) == 1]
+        found = {}
+        for name in MEASURED:
+            values: dict[str, list[float]] = {}
+            for row, each in pairs:
+                ours, theirs = row.get(name), each.get(name)
+                if isinstance(ours, float) and isinstance(theirs, float):
+                    values.setdefault(str(row["subject"]), []).append(ours - theirs)
+            if values:
+                found[name] = estimate(values)
+        return found
+
     def _by_subject(self, name: str) -> dict[str, list[float]] | None:
         found: dict[str, list[float]] = {}
         for row in self.rows:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ldm.evaluation.intervals import Estimate
 from ldm.evaluation.protocols import MINIATURE, NO_COMPARISON, Protocol
-from ldm.evaluation.scores import MEASURED, Scored
+from ldm.evaluation.scores import MEASURED, REAL, Scored
 
 
 def score_table(rows: Mapping[str, Scored], protocol: Protocol) -> str:
@@ -13,7 +14,38 @@ def score_table(rows: Mapping[str, Scored], protocol: Protocol) -> str:
 
     Under it stand the protocol and the hashes of the encoders: no score goes without them.
     """
-    found = {name: scored.estimates() for name, scored in rows.items()}
+    lines = _table({name: scored.estimates() for name, scored in rows.items()})
+    return "\n".join([*lines, "", pinned(protocol, rows)])
+
+
+def difference_table(differences: Mapping[str, Mapping[str, Estimate]], reference: str) -> str:
+    """Return a table in Markdown of what each row scores more or less than the reference.
+
+    Args:
+        differences: of each row, the difference of each score.
+    """
+    return "\n".join([f"{less(reference)}:", "", *_table(differences, signed=True)])
+
+
+def less(reference: str) -> str:
+    """Say what a table of differences holds."""
+    return (
+        f"Scores less those of {reference}, by pairs of the same subject and seed; an interval "
+        "with 0 in it decides nothing"
+    )
+
+
+def differences(rows: Mapping[str, Scored], reference: str) -> dict[str, dict[str, Estimate]]:
+    """Return what every row but the reference scores more or less than it does."""
+    found = {
+        name: scored.against(rows[reference])
+        for name, scored in rows.items()
+        if name not in (REAL, reference)
+    }
+    return {name: each for name, each in found.items() if each}
+
+
+def _table(found: Mapping[str, Mapping[str, Estimate]], signed: bool = False) -> list[str]:
     columns = [score for score in MEASURED if any(score in each for each in found.values())]
     heads = []
     for score in columns:
@@ -21,9 +53,11 @@ def score_table(rows: Mapping[str, Scored], protocol: Protocol) -> str:
         heads.append(f"{score} ↑" if larger_is_better else f"{score} ↓")
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(columns)}"]
     for name, estimates in found.items():
-        cells = [str(estimates[score]) if score in estimates else "-" for score in columns]
+        cells = [
+            estimates[score].written(signed) if score in estimates else "-" for score in columns
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", pinned(protocol, rows)])
+    return lines
 
 
 def pinned(protocol: Protocol, rows: Mapping[str, Scored]) -> str:

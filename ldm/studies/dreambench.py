@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from ldm.data.reading import load_image
 from ldm.errors import UserError
 from ldm.evaluation.dreambench import Subject
 from ldm.evaluation.scores import MEASURED, REAL, Scored, score_real
-from ldm.evaluation.tables import score_table
+from ldm.evaluation.tables import difference_table, differences, score_table
 from ldm.files import write_atomically
 from ldm.reports.protocols import protocol_page
 from ldm.sampling.contact_sheet import contact_sheet
@@ -149,14 +150,16 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine, alone: bool = True) ->
 
 
 def tasks(bench: Bench, outdir: Path, alone: bool) -> Iterator[Task]:
-    """Yield a task for each method, seed and subject that has no scores yet."""
-    for name, method in bench.methods.items():
-        for seed in method.seeds(bench.seeds):
-            for subject in bench.subjects:
-                task = _task(bench, outdir, name, seed, subject)
-                if _scores(task, bench) is None:
-                    words = _training(bench, outdir, method, seed, subject, task, alone)
-                    yield {**task, "arguments": words if method.trains else []}
+    """Yield a task for each seed, method and subject that has no scores yet.
+
+    All of the first seed come first: a protocol that is stopped has something of every method.
+    """
+    for seed, (name, method) in itertools.product(bench.seeds, bench.methods.items()):
+        for subject in bench.subjects if seed in method.seeds(bench.seeds) else []:
+            task = _task(bench, outdir, name, seed, subject)
+            if _scores(task, bench) is None:
+                words = _training(bench, outdir, method, seed, subject, task, alone)
+                yield {**task, "arguments": words if method.trains else []}
 
 
 def _training(
@@ -265,6 +268,12 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
                     rows[name].rows.append(row | found)
     rows = {name: scored for name, scored in rows.items() if scored.rows}
     text = score_table(rows, rules)
+    first = next(
+        (name for name, method in bench.methods.items() if method.trains and name in rows), ""
+    )
+    compared = differences(rows, first) if first else {}
+    if compared:
+        text += f"\n\n{difference_table(compared, first)}"
     write_atomically(outdir / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
     pinned = bench.scoring.pinned()
     write_atomically(outdir / SCORES_FILE, lambda path: _write_csv(path, rows, pinned))
@@ -277,7 +286,7 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
         "seeds": ", ".join(map(str, bench.seeds)),
         **asdict(bench.scoring),
     }
-    protocol_page("DreamBench", rows, rules, sheets, settings).save(outdir / PAGE)
+    protocol_page("DreamBench", rows, rules, sheets, settings, first).save(outdir / PAGE)
     return rows
 
 

@@ -12,7 +12,8 @@ from ldm.evaluation.encoders import Encoders
 from ldm.evaluation.folders import places, prompts_of, read_prompts
 from ldm.evaluation.intervals import estimate
 from ldm.evaluation.protocols import KEPT, find_protocol
-from ldm.evaluation.scores import Group, score_group, score_real
+from ldm.evaluation.scores import Group, Scored, score_group, score_real
+from ldm.evaluation.tables import difference_table, differences
 from ldm.sampling.metadata import picture_texts
 from ldm.sampling.pictures import save_png
 from ldm.sampling.text_to_image import Recipe
@@ -107,6 +108,33 @@ def test_an_interval_covers_the_mean_about_as_often_as_it_says():
         found = estimate(values)
         covered += found.low < 0 < found.high
     assert 52 <= covered <= 60
+
+
+def test_differences_are_of_pairs():
+    """Seeds that move both rows alike do not hide what lies between them."""
+    luck = {"a": (0.1, 0.5), "b": (0.2, 0.9)}
+
+    def scored(more):
+        rows = [
+            {"subject": subject, "seed": str(seed), "DINO": value + more}
+            for subject, values in luck.items()
+            for seed, value in enumerate(values)
+        ]
+        return Scored("custom", {}, rows)
+
+    found = scored(0.02).against(scored(0.0))["DINO"]
+    assert (found.mean, found.low, found.high) == pytest.approx((0.02, 0.02, 0.02))
+    assert found.count == 4
+    # What was drawn once of a subject stands beside each of its seeds.
+    once = [{"subject": subject, "seed": "9", "DINO": 0.1} for subject in luck]
+    found = scored(0.0).against(Scored("custom", {}, once))["DINO"]
+    assert found.count == 4 and found.mean == pytest.approx(np.mean([0.0, 0.4, 0.1, 0.8]))
+    # Seeds that the other has not, and scores that one of them has not, are no pairs.
+    other = [{"subject": "a", "seed": seed, "DIV": 0.1} for seed in ("0", "7")]
+    assert scored(0.0).against(Scored("custom", {}, other)) == {}
+    rows = {"real images": scored(1.0), "base": scored(0.0), "dreambooth": scored(0.02)}
+    table = difference_table(differences(rows, "base"), "base")
+    assert "real images" not in table and "| dreambooth | +0.020 [+0.020, +0.020] |" in table
 
 
 def make(folder, values, prompts=None):
