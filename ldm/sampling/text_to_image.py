@@ -50,10 +50,11 @@ def pick_device(name: str | None = None) -> torch.device:
             name = "mps"
         else:
             name = "cpu"
-    # Only an allocation shows whether a device is there: `torch.device` accepts any index.
+    # Only a number that comes back shows whether a device is there and holds any: `torch.device`
+    # accepts any index, and "meta".
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"--device {name}: not on this machine: {str(error).splitlines()[0]}"

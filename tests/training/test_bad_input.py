@@ -170,6 +170,7 @@ def test_gpus_that_are_not_there(refused):
         (["--ckpt", "{ckpt}", "--f", "8"], "--f 8: this model has 2"),
         (["--ckpt", "{ckpt}", "--n_samples", "0"], "at least 1"),
         (["--ckpt", "{ckpt}", "--device", "cuda"], "--device cuda"),
+        (["--ckpt", "{ckpt}", "--device", "meta"], "--device meta"),
         (["--ckpt", "{ckpt}", "--scale", "nan"], "must be numbers"),
         (["--ckpt", "{ckpt}", "--seed", "-2"], "--seed -2: expected a whole number from 0 to"),
         (["--ckpt", "{ckpt}", "--seed", str(2**64)], "or -1"),
