@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ldm.commands import exit_status
 from ldm.data.finding import list_images
+from ldm.data.image_folder import ImageFolderDataset
 from ldm.data.prompts import captions_from_templates
 from ldm.data.reading import load_image
 from ldm.distributed import agreed, is_first
@@ -104,7 +105,7 @@ def fill(args: argparse.Namespace) -> None:
     prompts, folder = check(args), Path(args.outdir)
     if args.class_word and folder.is_dir():
         check_class(list_images(folder), args.class_word)
-    missing = int(agreed(lambda: str(args.num - len(list_images(folder)))))
+    missing = int(agreed(lambda: str(args.num - readable(folder))))
     if missing <= 0:
         print(f"{folder} has {args.num - missing} class images: nothing to draw")
         return
@@ -133,6 +134,17 @@ def fill(args: argparse.Namespace) -> None:
     )
     if is_first():
         print(sheet_of(folder, Path(args.sheets)))
+
+
+def readable(folder: Path) -> int:
+    """Count the images of a folder, which may not be there yet.
+
+    Raises:
+        UserError: an image does not decode: a training would stop at it.
+    """
+    if not list_images(folder):
+        return 0
+    return len(ImageFolderDataset(folder, cache_images=0).check())
 
 
 def sheet_of(folder: Path, sheets: Path) -> Path:

@@ -15,7 +15,14 @@ from ldm.util import instantiate_from_config
 from tests.support import golden
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ROOT / "configs/stable-diffusion/profiles"  # each goes over another file
+PROFILES = [  # of each fine-tuning, the folder of what goes over it
+    (ROOT / f"configs/{family}/{name}.yaml", ROOT / f"configs/{family}/profiles")
+    for family, name in (
+        ("stable-diffusion", "v1-finetune_unfrozen"),
+        ("stable-diffusion", "v2-finetune_unfrozen"),
+        ("tiny", "dreambooth"),
+    )
+]
 PROMPTS = ROOT / "configs" / "prompts"
 YAMLS = sorted(
     path
@@ -66,10 +73,13 @@ def test_every_yaml_is_complete_and_builds(path):
     assert isinstance(model, pl.LightningModule) and next(model.parameters()).is_meta
 
 
-@pytest.mark.parametrize("base", ["v1-finetune_unfrozen", "v2-finetune_unfrozen"])
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "base, path",
+    [(base, path) for base, folder in PROFILES for path in sorted(folder.glob("*.yaml"))],
+    ids=lambda path: path.stem,
+)
 def test_a_profile_goes_over_every_fine_tuning(base, path):
-    config = to_plain(load_config([PROFILES.parent / f"{base}.yaml", path]))
+    config = to_plain(load_config([base, path]))
     flags = parse_args(["--data_root", "photos", "--reg_data_root", "dogs"])
     config = dict(with_flags(RunConfig(config), flags).content)
     check_config(config, TRAINER_KEYS)

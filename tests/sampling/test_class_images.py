@@ -170,6 +170,20 @@ def test_what_the_command_cannot_do_is_one_line(tmp_path, caplog, flags, message
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_picture_is_named_and_not_counted(tmp_path, caplog):
+    """With it the folder would be full, and the training would stop at it."""
+    folder = tmp_path / "dog"
+    folder.mkdir()
+    for name in ("whole.png", "half.png"):
+        Image.effect_noise((40, 30), 60).convert("RGB").save(folder / name)
+    content = (folder / "half.png").read_bytes()
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    flags = ["--ckpt", str(WEIGHTS), "--class_word", "dog", "--num", "2", "--outdir", str(folder)]
+    assert command_of_class_images.main([*flags, "--sheets", str(tmp_path / "sheets")]) == 1
+    assert "half.png" in caplog.records[-1].getMessage()
+    assert sorted(path.name for path in folder.iterdir()) == ["half.png", "whole.png"]
+
+
 def test_by_default_the_command_draws_with_the_ancestral_sampler(model_once, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
