@@ -13,7 +13,7 @@ from scripts import cascade_txt2img
 from tests.checkpoints.test_unpickle import ATTACKS
 from tests.support.cascade import ENLARGING, IN_PIXELS
 from tests.support.pickles import HandMade
-from tests.support.runs import Workspace, config
+from tests.support.runs import SMALL_UNET, Workspace, config
 from tests.support.words import write_words
 
 SIDE = 16
@@ -29,7 +29,9 @@ def workspace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(workspace):
     """A base model of 8 pixels that reads texts by a T5, and has drawn a class image itself."""
-    text = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+    width = SMALL_UNET["context_dim"]
+    text = {"d_model": width, "d_kv": 8, "d_ff": 16}
+    text |= {"num_layers": 1, "num_heads": 2, "vocab_size": 9}
     content = OmegaConf.load(config(workspace.path))
     content.model.params.cond_stage_trainable = False
     content.model.params.cond_stage_config = {

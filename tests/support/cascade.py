@@ -30,7 +30,7 @@ UNET = {
     "num_res_blocks": 1,
     "attention_resolutions": [2],
     "num_heads": 2,
-    "context_dim": 16,
+    "context_dim": SMALL_TEXT["hidden_size"],
     "use_scale_shift_norm": True,
 }
 PARAMS: dict[str, Any] = {

@@ -17,23 +17,11 @@ SCHEDULE = "model.params.scheduler_config={target: ldm.optim.schedules.WarmupDec
 
 
 def smallest(workspace: Workspace, steps: int) -> Path:
-    """Return a config of the golden model, smaller still: what is tested are the steps. An epoch
-    has six batches.
+    """Return the config of `runs` with smaller pictures: what is tested are the steps. An epoch has
+    six batches.
     """
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    unet = {
-        "use_checkpoint": False,
-        "channel_mult": [1],
-        "attention_resolutions": [1],
-        "context_dim": 16,
-    }
     size = {"params": {"size": 8}}
-    params = {
-        "cond_stage_config": {"params": {"text_config": text}},
-        "unet_config": {"params": unet},
-    }
     smaller = {
-        "model": {"params": params},
         "data": {"params": {"train": size, "reg": size}},
         "lightning": {
             "modelcheckpoint": {"params": {"every_n_train_steps": 4, "save_top_k": 1}},
@@ -78,7 +66,7 @@ def assert_same_end(run: Path, straight: Path, steps: int, whole: bool = True) -
     ours, theirs = checkpoint(run), checkpoint(straight)
     assert ours["global_step"] == theirs["global_step"] == steps
     expected = tensors(theirs)
-    least = 100 if whole else 0
+    least = 90 if whole else 0
     assert whole == any("/model_ema." in name for name in expected)
     assert sum("/model_ema." in name for name in expected) >= least
     assert sum("/optimizer_states/" in name for name in expected) > least

@@ -18,10 +18,12 @@ from ldm.checkpoints.reading import read_checkpoint
 from tests.support import golden
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZE = 32
-# The golden model with a layer of each kind: a test of a run is not about the model.
-SMALL_UNET = {"channel_mult": [1], "attention_resolutions": [1], "context_dim": 16}
-SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SIZE = 16
+# The golden model with a layer of each kind: a test of a run is not about the model. Attention is in
+# the UNet's middle.
+SMALL_UNET = {"channel_mult": [1], "attention_resolutions": [], "context_dim": 8}
+SMALL_TEXT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+SMALL_AUTOENCODER = {"ch_mult": [1, 1]}
 
 
 def pictures(folder: Path, count: int, seed: int = 0) -> Path:
@@ -40,20 +42,26 @@ def config(tmp_path: Path, **overrides: Any) -> Path:
     """
     unet = {**golden.RECORDED["unet_config"]["params"], **SMALL_UNET, "use_checkpoint": False}
     text = {**golden.TEXT_CONFIG, **SMALL_TEXT}
-    return _written(tmp_path, unet, text, overrides)
+    return _written(tmp_path, unet, text, SMALL_AUTOENCODER, overrides)
 
 
 def golden_config(tmp_path: Path, **overrides: Any) -> Path:
     """The same YAML with the golden files' model, for tests that load or count its weights."""
     unet = golden.RECORDED["unet_config"]["params"]
-    return _written(tmp_path, unet, golden.TEXT_CONFIG, overrides)
+    return _written(tmp_path, unet, golden.TEXT_CONFIG, {}, overrides)
 
 
 def _written(
-    tmp_path: Path, unet: dict[str, Any], text: dict[str, Any], overrides: dict[str, Any]
+    tmp_path: Path,
+    unet: dict[str, Any],
+    text: dict[str, Any],
+    autoencoder: dict[str, Any],
+    overrides: dict[str, Any],
 ) -> Path:
     model = copy.deepcopy(golden.RECORDED)
+    model["image_size"] = SIZE // 2
     model["unet_config"]["params"] = unet
+    model["first_stage_config"]["params"]["ddconfig"] |= autoencoder
     model["cond_stage_config"] = {
         "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
         "params": {"text_config": text},

@@ -49,7 +49,7 @@ def test_a_run_says_what_trains_and_leaves_the_rest_bit_for_bit(
     more = ["--actual_resume", str(base_model), "--init_word", "cat"]
     run = workspace.train("said", *WORDS, *more, base=base)
     said = caplog.text
-    assert "new word '*' (2 vectors of 16); frozen: UNet" in said
+    assert "new word '*' (2 vectors of 8); frozen: UNet" in said
     assert "'*' starts as 'cat'" in said
     assert '"photo of a * dog" = tokens 1125 539 320 1000000 1000001 1929' in said
     assert "not used: captions of the class hold none of the new words" in said
