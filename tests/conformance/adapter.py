@@ -99,7 +99,7 @@ class Adapter:
         config = config_of(case.family)
         small = config["params"] | {"cond_stage_trainable": not _is_open(case)}
         small["unet_config"]["params"] |= {
-            "channel_mult": [1], "attention_resolutions": [1], "num_res_blocks": 1,
+            "channel_mult": [1], "attention_resolutions": [], "num_res_blocks": 1,
             "use_checkpoint": False,
         }  # fmt: skip
         text = small["cond_stage_config"]

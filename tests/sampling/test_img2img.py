@@ -15,7 +15,7 @@ from ldm.sampling.photos import read_photo, to_tensor
 from ldm.sampling.pictures import to_pil
 from ldm.sampling.text_to_image import Recipe, image_seed
 from scripts import img2img
-from tests.support.models import build, with_own_parts
+from tests.support.models import SMALL_UNET, build, with_own_parts
 from tests.support.photos import picture
 
 SIDE = 32
@@ -23,7 +23,7 @@ SIDE = 32
 
 @pytest.fixture(scope="module")
 def model():
-    return build({"use_checkpoint": False}).eval().requires_grad_(False)
+    return build(SMALL_UNET).eval().requires_grad_(False)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ldm.sampling.text_to_image import Recipe
 from scripts import inpaint as script
 from tests.support import golden
 from tests.support.families import params
-from tests.support.models import build, with_own_parts
+from tests.support.models import SMALL_UNET, build, with_own_parts
 from tests.support.photos import picture
 
 SIDE = 32
@@ -25,12 +25,12 @@ HOW = Recipe(steps=3, scale=3.0, height=SIDE, width=SIDE, strength=1.0, mask_blu
 
 @pytest.fixture(scope="module")
 def plain():
-    return build({"use_checkpoint": False}).eval().requires_grad_(False)
+    return build(SMALL_UNET).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def native():
-    unet = {"in_channels": 9, "use_checkpoint": False}
+    unet = {**SMALL_UNET, "in_channels": 9}
     return build(unet, conditioning_key="hybrid").eval().requires_grad_(False)
 
 

@@ -13,6 +13,8 @@ from tests.support import golden
 
 SIZE = 16  # of images, the side
 UNET = golden.CONFIG["unet_config"]["params"]
+# Two levels and a layer of each kind, for tests that are not about the UNet.
+SMALL_UNET = {"channel_mult": [1, 1], "attention_resolutions": [], "use_checkpoint": False}
 SCHEDULE = {"beta_schedule": "linear", "linear_start": 0.00085, "linear_end": 0.012}
 
 
