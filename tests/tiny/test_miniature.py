@@ -145,7 +145,7 @@ def test_a_picture_does_not_depend_on_its_neighbours():
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
-    """Two class images, and two steps of sampling, for both models."""
+    """Two class images, and one step of sampling, for both models."""
     for where, name in (
         (miniature, "CONFIG"),
         (demo, "BASE_CONFIG"),
@@ -155,13 +155,13 @@ def quick(tmp_path, monkeypatch):
         if "num_class_images" in config.data.params:
             config.data.params |= {
                 "num_class_images": 2,
-                "class_images": {"steps": 2, "scale": 4.0, "batch_size": 2},
+                "class_images": {"steps": 1, "scale": 4.0, "batch_size": 2},
             }
-        # What watches a run is tested where it is written, and takes longer than two steps.
+        # What watches a run is tested where it is written, and takes longer than a step.
         config.merge_with({"lightning": {"callbacks": {"image_logger": None, "fixed_loss": None}}})
         OmegaConf.save(config, tmp_path / f"{name}.yaml")
         monkeypatch.setattr(where, name, tmp_path / f"{name}.yaml")
-    recipe = Recipe(steps=2, scale=4.0, height=64, width=64)
+    recipe = Recipe(steps=1, scale=4.0, height=64, width=64)
     monkeypatch.setattr(miniature, "RECIPE", recipe)
     monkeypatch.setattr(miniature, "SMALL", replace(recipe, height=32, width=32))
     monkeypatch.setattr(miniature, "LARGE", replace(recipe, scale=1.0))
@@ -175,7 +175,7 @@ def quick(tmp_path, monkeypatch):
     ],
 )
 def test_the_demo(model, sheet, folder, command, quick, tmp_path, capsys, monkeypatch):
-    """The whole loop with two class images and steps, on a folder of a user's own pictures."""
+    """The whole loop with two class images and one step, on a folder of a user's own pictures."""
     if model == "cascade":
         # The latent miniature trains in a process of its own, as for a user. Two more of them
         # would import for longer than they train.
@@ -185,7 +185,7 @@ def test_the_demo(model, sheet, folder, command, quick, tmp_path, capsys, monkey
     for number in range(2):
         Image.new("RGB", (80, 60), (90 * number, 90, 200)).save(tmp_path / "mug" / f"{number}.png")
     out = tmp_path / "out"
-    words = ["--subject", str(tmp_path / "mug"), "--model", model, "--steps", "2"]
+    words = ["--subject", str(tmp_path / "mug"), "--model", model, "--steps", "1"]
     assert demo.main([*words, "--outdir", str(out)]) == 0
     said = capsys.readouterr().out
     assert "calls a mug 'bowl'" in said and "photos of a bowl" in said
