@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 LOG = "training.log"
 LAST = Path("checkpoints/last.ckpt")
 TAIL = 300  # letters of an error that are told
+STAMP = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(_\d+)?"  # of a run folder, before its name
 
 
 def trained(name: str, folder: Path, arguments: Sequence[str], done: Path) -> Path:
@@ -50,7 +52,10 @@ def new_run(name: str, folder: Path, arguments: Sequence[str]) -> list[str]:
 
 def run_folders(folder: Path, name: str) -> list[Path]:
     """Return the run folders of a name, the oldest first."""
-    return sorted(path for path in folder.glob(f"*_{name}") if path.is_dir())
+    # The whole name: that of another run may end in it, as "textual_inversion" in "inversion".
+    whole = re.compile(f"{STAMP}_{re.escape(name)}")
+    found = (path for path in folder.glob(f"*_{name}") if whole.fullmatch(path.name))
+    return sorted(path for path in found if path.is_dir())
 
 
 def train(arguments: Sequence[str], log_file: Path) -> None:
