@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 
 import torch
 from PIL import Image
@@ -57,7 +57,7 @@ class Scored:
 
     protocol: str
     hashes: Mapping[str, str]
-    # Of each: subject, seed, and a key a score or cost.
+    # Of each: subject, seed ("" for what no training has made), and a key a score or cost.
     rows: list[dict[str, object]] = field(default_factory=list)
 
     def estimates(self) -> dict[str, Estimate]:
@@ -71,17 +71,15 @@ class Scored:
     def against(self, other: Scored) -> dict[str, Estimate]:
         """Return the mean and interval of each score and cost less the other's, by pairs.
 
-        A pair is one subject with one seed. What was drawn once of a subject, as by a base model,
-        stands beside all of its seeds.
+        A pair is one subject with one seed. A row without a seed, as of a base model, stands beside
+        all seeds of its subject.
         """
-        single: dict[str, list[dict[str, object]]] = {}
-        for row in other.rows:
-            single.setdefault(str(row["subject"]), []).append(row)
-        pairs = []
-        for row in self.rows:
-            of_subject = single.get(str(row["subject"]), [])
-            same = [each for each in of_subject if each["seed"] == row["seed"]]
-            pairs += [(row, each) for each in same or of_subject if same or len(of_subject) == 1]
+        pairs = [
+            (row, each)
+            for row, each in itertools.product(self.rows, other.rows)
+            if row["subject"] == each["subject"]
+            and (row["seed"] == each["seed"] or "" in (row["seed"], each["seed"]))
+        ]
         found = {}
         for name in MEASURED:
             values: dict[str, list[float]] = {}
@@ -160,7 +158,7 @@ def _diversity(group: Group, encoders: Encoders) -> float | None:
         by_prompt.setdefault(prompt, []).append(picture)
     means = []
     for pictures in by_prompt.values():
-        pairs = list(combinations(pictures, 2))
+        pairs = list(itertools.combinations(pictures, 2))
         if pairs:
             first, second = zip(*pairs)
             means.append(float(encoders.distance(first, second).double().mean()))

@@ -31,7 +31,7 @@ def less(reference: str) -> str:
     """Say what a table of differences holds."""
     return (
         f"Scores less those of {reference}, by pairs of the same subject and seed; an interval "
-        "with 0 in it decides nothing"
+        "with 0 in it decides nothing, and of fewer than ten subjects one without it may be chance"
     )
 
 

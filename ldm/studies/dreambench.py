@@ -264,7 +264,8 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
             for subject in bench.subjects:
                 found = _scores(_task(bench, outdir.resolve(), name, seed, subject), bench)
                 if found is not None:
-                    row: dict[str, object] = {"subject": subject.name, "seed": str(seed)}
+                    of = str(seed) if method.trains else ""
+                    row: dict[str, object] = {"subject": subject.name, "seed": of}
                     rows[name].rows.append(row | found)
     rows = {name: scored for name, scored in rows.items() if scored.rows}
     text = score_table(rows, rules)

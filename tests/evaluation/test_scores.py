@@ -125,11 +125,16 @@ def test_differences_are_of_pairs():
     found = scored(0.02).against(scored(0.0))["DINO"]
     assert (found.mean, found.low, found.high) == pytest.approx((0.02, 0.02, 0.02))
     assert found.count == 4
-    # What was drawn once of a subject stands beside each of its seeds.
-    once = [{"subject": subject, "seed": "9", "DINO": 0.1} for subject in luck]
-    found = scored(0.0).against(Scored("custom", {}, once))["DINO"]
-    assert found.count == 4 and found.mean == pytest.approx(np.mean([0.0, 0.4, 0.1, 0.8]))
-    # Seeds that the other has not, and scores that one of them has not, are no pairs.
+    # What no training has made of a subject stands beside each of its seeds, on either side.
+    once = Scored("custom", {}, [{"subject": name, "seed": "", "DINO": 0.1} for name in luck])
+    found, turned = scored(0.0).against(once)["DINO"], once.against(scored(0.0))["DINO"]
+    assert found.count == turned.count == 4
+    assert found.mean == -turned.mean == pytest.approx(np.mean([0.0, 0.4, 0.1, 0.8]))
+    # Seeds that the other has not, and scores that one of them has not, are no pairs: the one
+    # training of a subject that did not fail is of its own seed.
+    other = [{"subject": "a", "seed": "0", "DINO": 0.0}]
+    found = scored(0.0).against(Scored("custom", {}, other))["DINO"]
+    assert (found.mean, found.count) == (pytest.approx(0.1), 1)
     other = [{"subject": "a", "seed": seed, "DIV": 0.1} for seed in ("0", "7")]
     assert scored(0.0).against(Scored("custom", {}, other)) == {}
     rows = {"real images": scored(1.0), "base": scored(0.0), "dreambooth": scored(0.02)}
