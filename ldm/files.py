@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"  # a hidden file, for as long as a process works on a folder alone
 
 
 def first_line(error: BaseException) -> str:
@@ -89,6 +95,69 @@ def _rename_to_new(temporary: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(path) from error
         os.replace(temporary, path)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time work on a folder, which is made; the others wait for its end,
+    whatever ends it. A folder that is still empty then goes again.
+
+    Where the system or the file system has no locks, nobody waits.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with _locked_file(folder / LOCK) as file:
+        try:
+            yield
+        finally:
+            # While it is locked: who waits for it sees that it is gone, and takes a new one.
+            with suppress(OSError):
+                file.unlink()
+            for path in made:
+                with suppress(OSError):  # something is in it
+                    path.rmdir()
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[Path]:
+    """Hold the system's lock on the file that has this name now."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        try:
+            _wait_for(descriptor, path)
+            if _is_at(descriptor, path):
+                with suppress(OSError):
+                    os.write(descriptor, f"{os.getpid()}\n".encode())  # for people
+                yield path
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Tell whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for(descriptor: int, path: Path) -> None:
+    """Take the system's lock on an open file, when whoever has it is done."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("%s: another process works there: waiting for it", path.parent)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        pass
 
 
 def give_usual_permissions(path: Path) -> None:

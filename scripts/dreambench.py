@@ -91,7 +91,7 @@ def dreambench(args: argparse.Namespace, rest: list[str]) -> None:
     """Run the protocol, and print its table."""
     bench = bench_of(args, rest)
     engine = engine_of(args, args.outdir / "jobs")
-    run_bench(bench, args.outdir, engine, alone=args.workers == 1 and args.engine == "local")
+    run_bench(bench, args.outdir, engine)
     print((args.outdir / TABLE).read_text(encoding="utf-8"))
     print(args.outdir / PAGE)
 

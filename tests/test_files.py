@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 import types
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.errors import UserError
-from ldm.files import save_checkpoint, tensor_bytes, write_atomically
+from ldm.files import LOCK, alone_in, save_checkpoint, tensor_bytes, write_atomically
 from tests.support.pickles import WEIGHTS, same
 
 
@@ -131,3 +132,32 @@ def test_tensor_bytes():
         )
         == 16
     )
+
+
+def test_one_at_a_time_works_on_a_folder(tmp_path, caplog):
+    """The others wait, also where the one before has removed the lock that they wait for."""
+    caplog.set_level("INFO")
+    folder, inside, most = tmp_path / "folder", [], []
+    folder.mkdir()
+
+    def work(number):
+        with alone_in(folder):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.remove(number)
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert most == [1] * 8 and "waiting for it" in caplog.text
+    assert list(folder.iterdir()) == []
+
+    # What a kill has left is no lock. A new folder goes again where nothing came into it.
+    (folder / LOCK).touch()
+    with alone_in(folder), alone_in(tmp_path / "new/empty"), alone_in(tmp_path / "other/new"):
+        (tmp_path / "other/new/picture").touch()
+    assert contents(folder) == {} and not (tmp_path / "new").exists()
+    assert contents(tmp_path / "other/new") == {"picture": b""}

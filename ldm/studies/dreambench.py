@@ -125,18 +125,15 @@ class Bench:
     identifier: str = IDENTIFIER
 
 
-def run_bench(bench: Bench, outdir: Path, engine: Engine, alone: bool = True) -> dict[str, Scored]:
+def run_bench(bench: Bench, outdir: Path, engine: Engine) -> dict[str, Scored]:
     """Do what is missing of the protocol, then write the table and the page.
-
-    Args:
-        alone: one task at a time, so that trainings of one class can share its class images.
 
     Raises:
         UserError: a task failed; the others are done, and the same command tries it again.
     """
     outdir.mkdir(parents=True, exist_ok=True)
     failures = []
-    for task, result in engine.run(run_subject, tasks(bench, outdir.resolve(), alone)):
+    for task, result in engine.run(run_subject, tasks(bench, outdir.resolve())):
         if isinstance(result, Failure):
             failures.append(f"{task['name']}: {result.message}")
             log.error("%s", failures[-1])
@@ -149,7 +146,7 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine, alone: bool = True) ->
     return rows
 
 
-def tasks(bench: Bench, outdir: Path, alone: bool) -> Iterator[Task]:
+def tasks(bench: Bench, outdir: Path) -> Iterator[Task]:
     """Yield a task for each seed, method and subject that has no scores yet.
 
     All of the first seed come first: a protocol that is stopped has something of every method.
@@ -158,17 +155,16 @@ def tasks(bench: Bench, outdir: Path, alone: bool) -> Iterator[Task]:
         for subject in bench.subjects if seed in method.seeds(bench.seeds) else []:
             task = _task(bench, outdir, name, seed, subject)
             if _scores(task, bench) is None:
-                words = _training(bench, outdir, method, seed, subject, task, alone)
+                words = _training(bench, outdir, method, seed, subject, task)
                 yield {**task, "arguments": words if method.trains else []}
 
 
 def _training(
-    bench: Bench, outdir: Path, method: Method, seed: int, subject: Subject, task: Task, alone: bool
+    bench: Bench, outdir: Path, method: Method, seed: int, subject: Subject, task: Task
 ) -> list[str]:
     """Return the words of the training command for a task."""
     noun = method.noun or subject.class_word
-    shared = noun.replace(" ", "_")
-    folder = outdir / "class_images" / (shared if alone else f"{shared}-{task['name']}")
+    folder = outdir / "class_images" / noun.replace(" ", "_")  # of all trainings of the class
     words = ["--data_root", str(subject.photos)]
     if method.class_images:
         words += ["--reg_data_root", str(folder)]

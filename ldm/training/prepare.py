@@ -19,6 +19,7 @@ from ldm.data.latents import CachedLatents, Encoder, digest, encode_variants
 from ldm.data.personalized import PersonalizedBase
 from ldm.distributed import first_alone
 from ldm.errors import UserError
+from ldm.files import alone_in
 from ldm.host import is_out_of_memory
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.tokenizer import warn_of_cut
@@ -130,16 +131,19 @@ def _make_class_images(
             "run makes them: put them back, or lower data.params.num_class_images"
         )
     try:
-        make_class_images(
-            model=model,
-            folder=folder,
-            prompts=concept.class_prompts,
-            count=missing,
-            size=concept.class_size,
-            seed=data.seed,
-            device=device,
-            **data.class_images,
-        )
+        # Of trainings that share the folder, the first one fills it. The others find it full.
+        with alone_in(folder):
+            if missing := concept.class_images_to_make:
+                make_class_images(
+                    model=model,
+                    folder=folder,
+                    prompts=concept.class_prompts,
+                    count=missing,
+                    size=concept.class_size,
+                    seed=data.seed,
+                    device=device,
+                    **data.class_images,
+                )
     except Exception as error:
         if not is_out_of_memory(error):
             raise

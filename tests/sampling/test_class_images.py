@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from ldm.sampling.metadata import picture_texts, read_recipe
 from ldm.sampling.pictures import next_number, save_png
 from ldm.sampling.text_to_image import Recipe
 from ldm.tiny.miniature import WEIGHTS
+from ldm.training import prepare
 from scripts import class_images as command_of_class_images
 from tests.support.together import of_torchrun, together
 
@@ -102,6 +105,35 @@ def test_a_run_that_was_cut_short_is_completed_as_it_would_have_been(make, tmp_p
     for path in whole.glob("*.png"):
         found = Image.open(cut / path.name).text["parameters"]
         assert found == Image.open(path).text["parameters"]
+
+
+def test_of_trainings_that_share_a_folder_one_fills_it(tmp_path, monkeypatch):
+    class Concept:
+        class_folder, class_prompts, class_size = tmp_path / "dog", [PROMPT], 8
+
+        @property
+        def class_images_to_make(self):
+            return 2 - len(list(self.class_folder.glob("*.png")))
+
+    made = []
+
+    def make(folder, count, **how):
+        made.append(count)
+        time.sleep(0.05)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (folder / f"{number}.png").touch()
+
+    monkeypatch.setattr(prepare, "make_class_images", make)
+    data = SimpleNamespace(num_class_images=2, seed=0, class_images={})
+    given = None, data, Concept(), torch.device("cpu"), False
+    trainings = [threading.Thread(target=prepare._make_class_images, args=given) for _ in range(3)]
+    for training in trainings:
+        training.start()
+    for training in trainings:
+        training.join()
+    assert made == [2]
+    assert names(tmp_path / "dog") == ["0.png", "1.png"]
 
 
 def test_removed_pictures_are_replaced_by_others(make, tmp_path):

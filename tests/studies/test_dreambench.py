@@ -4,6 +4,7 @@ on with.
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_textual_inversion_learns_the_identifier_as_a_new_word(workspace, base_m
     flags = command(workspace, base_model, tmp_path, "--method", "textual_inversion")
     args, rest = dreambench.build_parser().parse_known_args(flags)
     bench = dreambench.bench_of(args, rest)
-    found = {task["name"]: task for task in tasks(bench, tmp_path, alone=True)}
+    found = {task["name"]: task for task in tasks(bench, tmp_path)}
     task = found["textual_inversion-bear_plushie-23"]
     assert all("sks stuffed animal" in prompt for prompt in task["prompts"])
     given = parse_args([word for word in task["arguments"] if word != "-t"])
@@ -169,7 +170,7 @@ def test_the_class_noun_of_a_method(
     """The paper's Table 4: captions and prompts change alike; what is scored stays the subject."""
     flags = command(workspace, base_model, tmp_path, "--method", method, "--subjects", "dog")
     bench = dreambench.bench_of(*dreambench.build_parser().parse_known_args(flags))
-    (task,) = tasks(bench, tmp_path, alone=True)
+    (task,) = tasks(bench, tmp_path)
     assert task["prompts"][0] == prompt and task["texts"][0] == "a sks dog in the snow"
     assert task["class_prompt"] == "a photo of a dog"
     given = parse_args([word for word in task["arguments"] if word != "-t"])
@@ -184,7 +185,7 @@ def test_the_training_of_every_method_is_taken(workspace, base_model, tmp_path, 
     """Its words make a config that the model and its data accept."""
     flags = command(workspace, base_model, tmp_path, "--method", method, "--subjects", "dog")
     bench = dreambench.bench_of(*dreambench.build_parser().parse_known_args(flags))
-    (task,) = tasks(bench, tmp_path, alone=True)
+    (task,) = tasks(bench, tmp_path)
     if not METHODS[method].trains:
         assert task["arguments"] == []
         return
@@ -203,3 +204,22 @@ def test_the_base_model_draws_the_class_and_is_not_trained(
     assert [row["seed"] for row in rows if row["method"] == "base"] == [""]
     (picture, *_) = sorted((tmp_path / "out/images/base/dog/seed1").glob("*.png"))
     assert read_recipe(picture)["prompt"] == "a dog in the snow"
+
+
+def test_trainings_of_a_class_share_its_class_images(workspace, base_model, tmp_path):
+    more = ["--method", "dreambooth", "--method", "wrong-noun", "--seeds", "1", "2"]
+    flags = command(workspace, base_model, tmp_path, *more, "--workers", "2")
+    bench = dreambench.bench_of(*dreambench.build_parser().parse_known_args(flags))
+    folders, names = {}, []
+    for task in tasks(bench, tmp_path):
+        names.append(task["name"])
+        words = task["arguments"]
+        folder = words[words.index("--reg_data_root") + 1]
+        folders.setdefault(Path(folder).name, []).append(task["name"])
+    assert folders == {
+        "dog": ["dreambooth-dog-1", "dreambooth-dog-2"],
+        "stuffed_animal": ["dreambooth-bear_plushie-1", "dreambooth-bear_plushie-2"],
+        "can": [f"wrong-noun-{name}-{seed}" for seed in (1, 2) for name in CLASSES],
+    }
+    # The first seed of all methods comes first.
+    assert [name[-1] for name in names] == ["1"] * 4 + ["2"] * 4
