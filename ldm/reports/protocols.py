@@ -32,6 +32,7 @@ def protocol_page(
     sheets: Sequence[tuple[str, Path]],
     settings: Mapping[str, object],
     reference: str = "",
+    lacking: str = "",
 ) -> Page:
     """Return the page of a protocol's results.
 
@@ -40,6 +41,7 @@ def protocol_page(
         sheets: pictures' files with what they show.
         settings: what the command was asked for.
         reference: the row that the others are compared with by pairs; "" for none.
+        lacking: says which scores are not there; "" where all are.
     """
     found = {name: scored.estimates() for name, scored in rows.items() if scored.rows}
     scores = [score for score in MEASURED if any(score in each for each in found.values())]
@@ -57,6 +59,7 @@ def protocol_page(
             "Scores",
             [
                 Table("Means and 95 % intervals over subjects and seeds", ["", *scores], means),
+                *([Text(lacking)] if lacking else []),
                 Text(pinned(protocol, rows)),
                 Text(protocol.source),
                 Figures(plots),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ldm.sampling.metadata import weights_names
+from PIL import Image
+
+from ldm.sampling.metadata import recipe_in, weights_names
 from ldm.sampling.pictures import save_png
 from ldm.sampling.read_ahead import read_ahead
 from ldm.sampling.series import Picture, in_batches
 from ldm.sampling.text_to_image import Recipe, load_model, pick_device, text_to_image
+
+log = logging.getLogger(__name__)
 
 PRECISION = "full"  # scores of one checkpoint are the same on every device, up to rounding
 
@@ -33,11 +39,19 @@ def draw(
 ) -> int:
     """Draw the pictures that are not there yet; return how many that were.
 
-    A picture that is drawn later is the same as if nothing had come between: it is drawn in the
-    batch that it always had, for kernels may round differently in another one. The model is loaded
-    only for a picture that is missing.
+    One that is there of another prompt or by another recipe is drawn anew. A picture that is drawn
+    later is the same as if nothing had come between: it is drawn in the batch that it always had,
+    for kernels may round differently in another one. The model is loaded only for a picture that is
+    missing.
     """
-    missing = sum(not picture.path.exists() for picture in wanted)
+    there = [picture for picture in wanted if picture.path.exists()]
+    others = [picture for picture in there if not _is_of(picture, recipe)]
+    if others:
+        folder = others[0].path.parent
+        log.warning("%s: %d pictures were asked for otherwise: drawn anew", folder, len(others))
+    for picture in others:
+        picture.path.unlink()
+    missing = len(wanted) - len(there) + len(others)
     if not missing:
         return 0
     model = load_model(checkpoint, device=pick_device(device))
@@ -59,6 +73,19 @@ def draw(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_png(image, path, batch.texts(place, how))
     return missing
+
+
+def _is_of(wanted: Wanted, recipe: Recipe) -> bool:
+    """Return whether a file is the picture that is wanted, as far as it says what it is."""
+    try:
+        # Our texts come before the pixels, which are not decoded.
+        with Image.open(wanted.path) as opened:
+            found = recipe_in(opened.info) or {}
+    except Exception:  # a damaged file is refused by who reads its pixels
+        return True
+    asked = {"prompt": wanted.prompt, "index": wanted.index, **asdict(recipe)}
+    asked = json.loads(json.dumps(asked))  # tuples are lists
+    return all(found[key] == value for key, value in asked.items() if key in found)
 
 
 def series(prompts: Sequence[str], images: int, folder: Path) -> list[Wanted]:

@@ -99,7 +99,7 @@ METHODS: dict[str, Method] = {
     "no-noun": Method(["data.params.train.params.templates=photo of a {identifier}"], noun=""),
     "wrong-noun": Method(noun="can"),
 }
-TABLE, SCORES_FILE, PAGE = "table.md", "scores.csv", "index.html"
+TABLE, SCORES_FILE, PAGE, FLAGS = "table.md", "scores.csv", "index.html", "flags.json"
 SHEET_SUBJECTS, SHEET_PROMPTS = 6, 6
 
 
@@ -129,9 +129,11 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine) -> dict[str, Scored]:
     """Do what is missing of the protocol, then write the table and the page.
 
     Raises:
-        UserError: a task failed; the others are done, and the same command tries it again.
+        UserError: a task failed; the others are done, and the same command tries it again. Or the
+            folder has a method with other flags.
     """
     outdir.mkdir(parents=True, exist_ok=True)
+    _settle(bench, outdir)
     failures = []
     for task, result in engine.run(run_subject, tasks(bench, outdir.resolve())):
         if isinstance(result, Failure):
@@ -144,6 +146,34 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine) -> dict[str, Scored]:
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}; the same command tries again")
     return rows
+
+
+def _settle(bench: Bench, outdir: Path) -> None:
+    """Note the flags of each method, or compare them with those that it has there: a run that is
+    gone on with and a score that is not made again would be of those.
+    """
+    before = {}
+    if (outdir / FLAGS).is_file():
+        before = json.loads((outdir / FLAGS).read_text(encoding="utf-8"))
+    now = {name: _flags(bench, method) for name, method in bench.methods.items()}
+    for name, flags in now.items():
+        if name in before and before[name] != flags:
+            changed = [word for word in before[name] if word not in flags]
+            changed += [word for word in flags if word not in before[name]]
+            raise UserError(
+                f"{outdir}: has the method '{name}' with other flags ({', '.join(changed)}); "
+                "choose another --outdir, or another name for it"
+            )
+    text = json.dumps({**before, **now}, indent=1)
+    write_atomically(outdir / FLAGS, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _flags(bench: Bench, method: Method) -> list[str]:
+    """Return all that makes a method's trainings what they are, beside the subject and the seed."""
+    if not method.trains:
+        return [str(bench.ckpt)]
+    noun = [] if method.noun is None else [f"noun '{method.noun}'"]
+    return [*bench.common, *method.arguments, *noun, f"--identifier {bench.identifier}"]
 
 
 def tasks(bench: Bench, outdir: Path) -> Iterator[Task]:
@@ -263,8 +293,11 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
                     of = str(seed) if method.trains else ""
                     row: dict[str, object] = {"subject": subject.name, "seed": of}
                     rows[name].rows.append(row | found)
+    lacking = _lacking(bench, rows)
     rows = {name: scored for name, scored in rows.items() if scored.rows}
     text = score_table(rows, rules)
+    if lacking:
+        text += f"\n\n{lacking}"
     first = next(
         (name for name, method in bench.methods.items() if method.trains and name in rows), ""
     )
@@ -283,8 +316,19 @@ def write_results(bench: Bench, outdir: Path) -> dict[str, Scored]:
         "seeds": ", ".join(map(str, bench.seeds)),
         **asdict(bench.scoring),
     }
-    protocol_page("DreamBench", rows, rules, sheets, settings, first).save(outdir / PAGE)
+    page = protocol_page("DreamBench", rows, rules, sheets, settings, first, lacking)
+    page.save(outdir / PAGE)
     return rows
+
+
+def _lacking(bench: Bench, rows: Mapping[str, Scored]) -> str:
+    """Say whose scores are not all there: means of other subjects do not compare."""
+    found = []
+    for name, method in bench.methods.items():
+        all_of_it = len(bench.subjects) * len(method.seeds(bench.seeds))
+        if (missing := all_of_it - len(rows[name].rows)) > 0:
+            found.append(f"{missing} of {all_of_it} of {name}")
+    return f"Not there: {', '.join(found)}. A mean is of what there is." if found else ""
 
 
 def _write_csv(path: Path, rows: Mapping[str, Scored], pinned: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,16 +176,27 @@ def replay_weights(
         content = without_places(content)
     asked = {key: config.get(f"run.{key}") for key in ("seed", "scale_lr", "export")}
     content["run"] = {key: value for key, value in asked.items() if value is not None}
-    write_atomically(path, lambda temporary: save_yaml(content, temporary))
     last = config.get("lightning.trainer.max_steps")
     steps = recipe.steps
     if steps is not None and isinstance(last, int) and 0 < steps < last:
         # The rates may depend on the last step, so that all are made.
         arguments.append(f"lightning.modelcheckpoint.params.every_n_train_steps={steps}")
+    _settle(outdir, json.dumps([content, arguments], default=str))
+    write_atomically(path, lambda temporary: save_yaml(content, temporary))
     words = ["--base", str(path), *arguments]
     run = trained(NAME, outdir.resolve(), words, outdir / f"{NAME}.run")
     made = _checkpoint_of(run, steps)
     return compare_states(_tensors(file), _as_in(file, made))
+
+
+def _settle(outdir: Path, asked: str) -> None:
+    """Note what is asked for in a folder; raise a `UserError` where it has made something else,
+    which would be taken for what came of this.
+    """
+    path = outdir / f"{NAME}.json"
+    if path.is_file() and path.read_text(encoding="utf-8") != asked:
+        raise UserError(f"--outdir {outdir}: holds another replay; choose another folder")
+    write_atomically(path, lambda temporary: temporary.write_text(asked, encoding="utf-8"))
 
 
 def _start(recipe: Recipe, weights: Path | None) -> list[str]:

@@ -12,7 +12,7 @@ import ldm.studies.drawing
 import main
 from ldm.config import RunConfig, load_config, to_plain
 from ldm.sampling.metadata import read_recipe
-from ldm.studies.dreambench import METHODS, tasks
+from ldm.studies.dreambench import METHODS, tasks, write_results
 from ldm.training.cli import parse_args, with_flags
 from ldm.util import instantiate_from_config
 from scripts import dreambench, evaluate
@@ -223,3 +223,33 @@ def test_trainings_of_a_class_share_its_class_images(workspace, base_model, tmp_
     }
     # The first seed of all methods comes first.
     assert [name[-1] for name in names] == ["1"] * 4 + ["2"] * 4
+
+
+def test_other_flags_of_a_method_are_refused(
+    workspace, base_model, tmp_path, caplog, in_this_process
+):
+    """Its scores, and a run that is gone on with, would be of the flags of before."""
+    with_flags_of = lambda *more: command(workspace, base_model, tmp_path, *more)  # noqa: E731
+    few = ["--subjects", "dog", "--method"]
+    assert dreambench.main(with_flags_of(*few, "mine=model.params.reg_weight=0")) == 0
+    scores = (tmp_path / "out/scores.csv").read_text()
+    assert dreambench.main(with_flags_of(*few, "mine=model.params.reg_weight=0.5")) == 1
+    assert "the method 'mine' with other flags (model.params.reg_weight=0, " in caplog.text
+    assert len(in_this_process) == 1 and (tmp_path / "out/scores.csv").read_text() == scores
+
+    # A picture of another recipe is drawn anew, and what is not all there is said.
+    folder = tmp_path / "out/images/mine/dog/seed23"
+    before = pictures_of(folder)
+    flags = with_flags_of("--method", "mine=model.params.reg_weight=0", "--subjects", "dog")
+    (tmp_path / "score.yaml").write_text(json.dumps({**SCORE, "scale": 3.0}))
+    assert dreambench.main(flags) == 0
+    after = pictures_of(folder)
+    assert before.keys() == after.keys() and all(before[key] != after[key] for key in after)
+    assert "4 pictures were asked for otherwise: drawn anew" in caplog.text
+    assert "Not there" not in (tmp_path / "out/table.md").read_text()
+    args, rest = dreambench.build_parser().parse_known_args(flags)
+    args.seeds = [23, 24]
+    write_results(dreambench.bench_of(args, rest), tmp_path / "out")
+    said = "Not there: 1 of 2 of mine."
+    assert said in (tmp_path / "out/table.md").read_text()
+    assert said in read_page(tmp_path / "out/index.html").words

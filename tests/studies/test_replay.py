@@ -46,6 +46,15 @@ def test_a_run_is_made_again_to_the_bit(workspace, base_model, tmp_path, capsys,
         replay_run(run, tmp_path, run / "checkpoints/last.ckpt")
 
 
+def test_a_folder_of_another_replay_is_refused(base_model, tmp_path, in_this_process):
+    """What it has made would be compared with a run that it does not come from."""
+    run, out = base_model.parents[1], tmp_path / "out"
+    assert replay_run(run, out).same and len(in_this_process) == 1
+    assert replay_run(run, out).same and len(in_this_process) == 1  # it is there
+    with pytest.raises(UserError, match="out: holds another replay; choose another folder"):
+        replay_run(run, out, more=["--seed", "7"])
+
+
 @pytest.fixture(scope="module")
 def exported(workspace, base_model):
     """A run that adapts the base model, and what it wrote beside its checkpoints."""
