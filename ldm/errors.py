@@ -70,6 +70,15 @@ def check_counts(**numbers: object) -> None:
             raise ParameterError(name, f"expected 1 or more, got {number}")
 
 
+def check_once(flag: str, values: Iterable[object]) -> None:
+    """Raise a `UserError` for a value that a flag has twice: it would count twice."""
+    seen = set[object]()
+    for value in values:
+        if value in seen:
+            raise UserError(f"{flag} {value}: given twice")
+        seen.add(value)
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(name, sorted(allowed), n=1, cutoff=0.6)

@@ -29,7 +29,7 @@ from ldm.errors import UserError
 from ldm.evaluation.prompt_suites import asked_prompts
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.sampler_names import find_sampler
-from ldm.models.diffusion.super_resolution import LatentUpscaleDiffusion
+from ldm.models.diffusion.super_resolution import LatentUpscaleDiffusion, sampled_level
 from ldm.sampling.drawing import LESS_MEMORY, draw_pictures, text_drawing
 from ldm.sampling.flags import (
     add_model_flags,
@@ -111,6 +111,8 @@ def sample(args: argparse.Namespace) -> None:
     prompts = asked_prompts(args)
     photo = given_picture(args) if args.init_img else None
     large = check_upscales(model_of(_of_sr(args)))
+    # What this raises would else come behind the first small pictures.
+    sampled_level(large, large.low_scale_model, large.small, args.augmentation)
     base = model_of(args, prompts) if photo is None else None
     if base is None:
         assert photo is not None

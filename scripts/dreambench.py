@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ldm.commands import exit_status
 from ldm.config import load_yaml, to_plain
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, check_once, nearest
 from ldm.evaluation.dreambench import read_dataset
 from ldm.evaluation.protocols import PROTOCOLS
 from ldm.studies.dreambench import METHODS, PAGE, TABLE, Bench, Method, run_bench
@@ -76,6 +76,7 @@ def bench_of(args: argparse.Namespace, rest: list[str]) -> Bench:
     """Return what the flags ask for."""
     if not args.ckpt.exists():
         raise UserError(f"--ckpt {args.ckpt}: no such file or folder")
+    check_once("--seeds", args.seeds)
     given = to_plain(load_yaml(args.score)) if args.score else {}
     if args.protocol:
         given["protocol"] = args.protocol

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.data.finding import list_images
-from ldm.errors import UserError, nearest
+from ldm.errors import UserError, check_once, nearest
 
 FILE = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # the classes of the nine live subjects
@@ -54,6 +54,7 @@ def read_dataset(root: Path, names: list[str] | None = None) -> list[Subject]:
     for name in names or []:
         if name not in classes:
             raise UserError(f"{folder}: no subject '{name}'{nearest(name, classes)}")
+    check_once("--subjects", names or [])
     subjects = []
     for name in names or list(classes):
         if not list_images(folder / name):

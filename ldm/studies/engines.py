@@ -63,8 +63,6 @@ class Local:
     """
 
     def __init__(self, workers: int = 1, devices: list[int] | None = None):
-        if workers < 1:
-            raise UserError(f"--workers {workers}: expected 1 or more")
         self.workers, self.devices = workers, devices or []
 
     def run(self, work: Work, tasks: Iterator[Task]) -> Iterator[tuple[Task, Any]]:
@@ -253,6 +251,8 @@ def make_engine(
     Raises:
         UserError: an unknown name or option, or a package that is not installed.
     """
+    if workers < 1:
+        raise UserError(f"--workers {workers}: expected 1 or more")
     given = dict(options)
     if name == "local":
         engine: Engine = Local(workers, devices)

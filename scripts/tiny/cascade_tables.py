@@ -24,6 +24,7 @@ from ldm.commands import exit_status
 from ldm.config import IDENTIFIER, load_yaml, to_plain
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
+from ldm.errors import check_once
 from ldm.evaluation.dreambench import Subject, read_dataset
 from ldm.evaluation.scores import REAL, Group, Scored, score_group, score_real
 from ldm.evaluation.tables import score_table
@@ -237,6 +238,7 @@ def upscaler(weights: Path) -> LatentUpscaleDiffusion:
 def compare(args: argparse.Namespace) -> None:
     """Do what is missing, then write the table and the sheet."""
     check_cascade()
+    check_once("--seeds", args.seeds)
     study = Study(args)
     table = score_table(study.table(), study.scoring.rules())
     sheet = contact_sheet(list(study.sheet_rows()), cell=128)

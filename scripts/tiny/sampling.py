@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm.commands import exit_status
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
-from ldm.errors import UserError
+from ldm.errors import UserError, check_once
 from ldm.evaluation.intervals import Estimate, estimate
 from ldm.evaluation.metrics import features_of, middle, to_tensor
 from ldm.models.diffusion.sampler_names import make_sampler
@@ -135,9 +135,7 @@ def measure_samplers(args: argparse.Namespace) -> None:
 
 def measure_guidance(args: argparse.Namespace) -> None:
     """Print how like its photos each guidance draws a subject, and how often the place is right."""
-    tuned = dict(pair.split("=", 1) for pair in args.tuned if "=" in pair)
-    if not tuned:
-        raise UserError("--tuned: expected SUBJECT=CKPT, such as dog=logs/.../last.ckpt")
+    tuned = tuned_of(args.tuned)
     # The judges of places, and the tuned models.
     train, _ = worlds(args.sprites)
     first_stage = load_model(WEIGHTS).first_stage_model
@@ -146,7 +144,7 @@ def measure_guidance(args: argparse.Namespace) -> None:
         return first_stage(images, sample_posterior=False)[0]
 
     models = {subject: load_model(path) for subject, path in tuned.items()}
-    outdir = results_folder(args.outdir, WEIGHTS, *map(Path, tuned.values()))
+    outdir = results_folder(args.outdir, WEIGHTS, *tuned.values())
     judges = make_judges(CLIP_IMAGES, train, outdir / "recognizer.ckpt", reconstruct)
 
     # Guidance -> score -> "subject place" -> values. The bootstrap draws among the last.
@@ -164,6 +162,20 @@ def measure_guidance(args: argparse.Namespace) -> None:
     for kind, scores in found.items():
         estimates = [estimate(scores[name]) for name in names]
         print(f"| {kind} | {' | '.join(map(written, estimates))} |")
+
+
+def tuned_of(given: Sequence[str]) -> dict[str, Path]:
+    """Return the checkpoint of each subject."""
+    pairs = [pair.partition("=") for pair in given]
+    if not pairs or not all(path for _, _, path in pairs):
+        text = " ".join(given)
+        raise UserError(f"--tuned {text}: expected SUBJECT=CKPT, such as dog=logs/.../last.ckpt")
+    check_once("--tuned", [subject for subject, _, _ in pairs])
+    for subject, _, path in pairs:
+        photos_of(subject)  # which raises where there are none
+        if not Path(path).is_file():
+            raise UserError(f"--tuned {subject}={path}: no such file")
+    return {subject: Path(path) for subject, _, path in pairs}
 
 
 def score(model: Any, subject: str, recipe: Recipe, judges: Judges) -> dict[str, dict[str, float]]:

@@ -27,6 +27,7 @@ from ldm.commands import exit_status
 from ldm.config import load_config, to_plain
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
+from ldm.errors import check_once
 from ldm.evaluation.intervals import estimate
 from ldm.evaluation.metrics import (
     CLIPImages,
@@ -171,6 +172,8 @@ def measure(
 
 def compare(args: argparse.Namespace) -> None:
     """Measure all cases; write the table and the sheet of the first seed."""
+    check_once("--subjects", args.subjects)
+    check_once("--seeds", args.seeds)
     found: dict[tuple[str, str, str], Values] = {}  # by kind, subject and encoder: of each seed
     rows = []
     for seed in args.seeds:

@@ -108,7 +108,7 @@ def test_small_pictures_of_another_size_are_warned_of(base, large, draw, caplog)
     assert "are 8 x 16 pixels, and --sr_ckpt was taught 8 x 8" in caplog.text
 
 
-def test_what_is_no_cascade_is_refused_in_one_line(base, large, draw, caplog):
+def test_what_is_no_cascade_is_refused_in_one_line(base, large, draw, tmp_path, caplog):
     for flags, message in (
         (["--base_ckpt", base], "--sr_ckpt: which super-resolution model?"),
         (["--sr_ckpt", large], "give --base_ckpt FILE"),
@@ -116,9 +116,14 @@ def test_what_is_no_cascade_is_refused_in_one_line(base, large, draw, caplog):
         (["--base_ckpt", base, "--sr_ckpt", base], "no super-resolution model"),
         (["--base_ckpt", large, "--sr_ckpt", large], "enlarges a small picture"),
         (["--base_ckpt", base, "--sr_ckpt", large, "--augmentation", 0], "--augmentation 0.0: "),
+        (
+            ["--base_ckpt", base, "--sr_ckpt", large, "--augmentation", 0.5, "--save_base"],
+            "noise augmentation: 0.5 is level",
+        ),
     ):
         assert not draw(*flags, status=1)
         assert message in caplog.messages[-1]
+    assert not (tmp_path / "out/base").exists()  # refused before the first small picture
 
 
 @pytest.mark.parametrize(

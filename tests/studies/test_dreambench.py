@@ -121,6 +121,8 @@ def test_the_protocol_goes_on_at_the_next_picture(
         (["--subjects", "cat"], "no subject 'cat'"),
         (["--protocol", "papers"], "did you mean 'paper'"),
         (["--ckpt", "nowhere.ckpt"], "--ckpt nowhere.ckpt: no such file"),
+        (["--seeds", "1", "2", "1"], "--seeds 1: given twice"),
+        (["--subjects", "dog", "dog"], "--subjects dog: given twice"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(tmp_path, workspace, base_model, caplog, flags, message):

@@ -62,6 +62,7 @@ def test_each_worker_has_a_device_of_its_own():
     [
         ("slurm", 1, {}, "accepted: local, ray, submitit"),
         ("local", 0, {}, "--workers 0: expected 1 or more"),
+        ("submitit", 0, {"cluster": "local"}, "--workers 0: expected 1 or more"),
         ("local", 1, {"address": "x"}, "unknown for local: address"),
     ],
 )

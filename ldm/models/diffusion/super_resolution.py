@@ -145,6 +145,29 @@ def read_small(
     return {"c_concat": noisy, "c_adm": levels}
 
 
+def sampled_level(
+    model: CompVisInterface,
+    low_scale: ImageConcatWithNoiseAugmentation,
+    small: SmallImages,
+    augmentation: float | None = None,
+) -> int:
+    """Return the level of the noise on small pictures that are to be enlarged.
+
+    Args:
+        augmentation: its variance; by default that of the training, else `AUGMENTATION`.
+
+    Raises:
+        UserError: a level that the UNet never learnt, whose vector has no meaning, or is not there.
+    """
+    variance = augmentation or small.augmentation or AUGMENTATION
+    level = low_scale.level_of(variance)
+    most = int(model.model.diffusion_model.num_classes)
+    if level >= most:
+        problem = f"{variance:g} is level {level}, and the model knows {most}"
+        raise UserError(f"noise augmentation: {problem}")
+    return level
+
+
 def sampled_small(
     model: CompVisInterface,
     low_scale: ImageConcatWithNoiseAugmentation,
@@ -159,13 +182,7 @@ def sampled_small(
         seeds: of the pictures' noise.
         augmentation: variance of the noise; by default that of the training, else `AUGMENTATION`.
     """
-    variance = augmentation or small.augmentation or AUGMENTATION
-    # A level that the UNet never learnt would have a vector of no meaning, or none.
-    level = low_scale.level_of(variance)
-    most = int(model.model.diffusion_model.num_classes)
-    if level >= most:
-        problem = f"{variance:g} is level {level}, and the model knows {most}"
-        raise UserError(f"noise augmentation: {problem}")
+    level = sampled_level(model, low_scale, small, augmentation)
     # All pictures have one level, and each has noise of its own seed.
     levels = torch.full((len(pictures),), level, device=pictures.device)
     noise = SampleRandom(_seeds("augmentation noise", seeds)).randn(pictures.shape).to(pictures)
