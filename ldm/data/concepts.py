@@ -100,7 +100,10 @@ class Concept:
             if config is not None and (name != "reg" or self.class_images_to_make == 0):
                 self.datasets[name] = instantiate_from_config(config, where=self._path(name))
         if self.reg is not None and self.class_images_to_make and list_images(self.class_folder):
-            self._unfinished = instantiate_from_config(self.reg, where=self._path("reg"))
+            # Of the images that lack, `num_images` may count some. It is checked when all are made.
+            params = {k: v for k, v in self._reg_params.items() if k != "num_images"}
+            there = {**self.reg, "params": params}
+            self._unfinished = instantiate_from_config(there, where=self._path("reg"))
         self.check_folders(self)
 
     def open_class_images(self) -> None:
@@ -173,6 +176,14 @@ class Concept:
             )
         if self.class_images_to_make and not self._reg_params.get("size"):
             raise ParameterError("reg.params.size", "needed to make class images")
+        # Not only when the images are made, which may take hours.
+        wanted = self._reg_params.get("num_images")
+        if self.class_images_to_make and wanted and wanted > self.num_class_images:
+            raise ParameterError(
+                "reg.params.num_images",
+                f"{wanted} of the {self.num_class_images} that num_class_images makes: raise "
+                "num_class_images, or lower num_images",
+            )
         with under("reg.params"):
             self.class_prompts  # noqa: B018 (raises what is wrong with the templates)
 

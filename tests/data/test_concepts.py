@@ -145,6 +145,19 @@ def test_class_images_are_made_for_each_subject_and_once_for_a_shared_folder(roo
     assert data.summary()["class_images"] == 15 and "reg" in data.datasets
 
 
+def test_class_images_that_lack_may_be_counted_before_they_are_made(roots):
+    counted = {"target": PERSONALIZED, "params": {"size": 4, "reg": True, "num_images": 5}}
+    # Of five, three are there.
+    data = joint([entry(roots, "dog")], reg=counted, num_class_images=5)
+    assert data.summary()["class_images_to_make"] == 2
+    for number in (7, 8):
+        (roots / "dogs" / f"{number}.png").write_bytes((roots / "dogs/00.png").read_bytes())
+    data.setup("fit")
+    assert data.summary()["class_images"] == 5
+    with pytest.raises(UserError, match=r"reg.params.num_images: 5 of the 4 that num_class_images"):
+        joint([entry(roots, "cat")], reg=counted, num_class_images=4)
+
+
 def changed(roots, second, **params):
     return joint([entry(roots, "dog"), {**entry(roots, "cat"), **second}], **params)
 
