@@ -211,6 +211,11 @@ def check_flags(args: argparse.Namespace) -> None:  # noqa: C901, PLR0912 - one 
             raise UserError(f"--output {args.output}: --{alone} writes a .safetensors file")
     if args.keep_ema and args.weights:
         raise UserError("--keep_ema: keeps both, without --weights")
+    if args.keep_ema and args.lora:
+        raise UserError(
+            "--keep_ema: does not go with --lora, which the averages, that one samples from, would "
+            "not have: leave one of the two out"
+        )
     if args.keep_ema and is_folder:
         raise UserError(
             f"--keep_ema: a pipeline folder such as {args.output} has one set of weights"

@@ -305,6 +305,12 @@ def test_conversion_takes_the_averages_and_says_what_they_fit(tmp_path):
     torch.testing.assert_close(model.state_dict()[key], average, atol=1e-3, rtol=1e-3)
 
 
+def test_averages_without_the_merged_lora_are_refused(tmp_path, caplog):
+    flags = ["--ckpt", "a.ckpt", "--keep_ema", "--lora", "l.safetensors"]
+    assert convert.main([*flags, "--output", str(tmp_path / "b.ckpt")]) == 1
+    assert "--keep_ema: does not go with --lora" in caplog.text
+
+
 def test_averages_that_are_not_there():
     with pytest.raises(UserError, match=r"x\.ckpt: no averaged weights"):
         ema_weights({"model.weight": torch.zeros(1)}, "x.ckpt")
