@@ -171,6 +171,11 @@ class Clip(_Network):
         architecture, _, tag = name.partition("/")
         if open_clip.get_model_config(architecture) is None:
             raise UserError(f"CLIP '{architecture}': open_clip knows no such architecture")
+        # Without them, open_clip would draw weights at random, and say so in a log at most.
+        if weights is None and not tag:
+            raise UserError(
+                f"CLIP '{name}': names no weights: give architecture/weights, such as {PAPER.clip}"
+            )
         pretrained = str(weights_file(weights)) if weights is not None else tag
         try:
             network = open_clip.create_model(architecture, pretrained=pretrained)
