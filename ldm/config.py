@@ -240,6 +240,9 @@ class RunConfig:
     def check_settings(self) -> None:
         """Raise a `UserError` for a setting of the run that is out of range."""
         _ = self.seed, self.scale_lr, self.export
+        clip = self.get("run.class_clip", "")
+        if not isinstance(clip, str):
+            raise UserError(f"run.class_clip: expected a CLIP's name or file, got {clip!r}")
 
     @property
     def base_learning_rate(self) -> float:

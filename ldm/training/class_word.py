@@ -37,14 +37,16 @@ def without_hub() -> Iterator[None]:
 
 
 def class_word_line(config: RunConfig, data: DataModuleFromConfig) -> str:
-    """Say which class words fit the subject's photos, and whether the given one does.
+    """Say which class words fit each subject's photos, and whether the given one does.
 
     It is empty unless `run.class_clip` names a CLIP, see `ldm.tiny.encoders.read_clip`. A CLIP that
     is not on this machine is one line, never an error: the training does not need it.
     """
     name = config.get(KEY)
-    photos = data.datasets.get("train")
-    if not name or not isinstance(photos, PersonalizedBase):
+    if not name:
+        return ""
+    subjects = [photos for photos in data.each("train") if isinstance(photos, PersonalizedBase)]
+    if not subjects:
         return ""
     # Read only now: most starts do without.
     from ldm.evaluation.class_nouns import suggest
@@ -54,10 +56,14 @@ def class_word_line(config: RunConfig, data: DataModuleFromConfig) -> str:
         # A network draws its first weights from the global generator, which is the training's.
         with torch.random.fork_rng(devices=[]), without_hub():
             towers = read_clip(name)
-        pictures = [load_image(path) for path in photos.paths[:MOST]]
-        found = suggest(pictures, towers, photos.class_word)
+        lines = []
+        for photos in subjects:
+            pictures = [load_image(path) for path in photos.paths[:MOST]]
+            found = suggest(pictures, towers, photos.class_word)
+            if found.is_doubtful:
+                log.warning("the class word %s", found.line())
+            lines.append(found.line())
     except UserError as error:
-        return f"'{photos.class_word}', not compared with the photos: {error}"
-    if found.is_doubtful:
-        log.warning("the class word %s", found.line())
-    return found.line()
+        words = ", ".join(f"'{photos.class_word}'" for photos in subjects)
+        return f"{words}, not compared with the photos: {error}"
+    return "; ".join(lines)

@@ -3,9 +3,11 @@
 import logging
 import re
 
+import open_clip
 import pytest
 import torch
 
+import main
 from ldm.checkpoints.reading import read_checkpoint
 from ldm.config import load_config, to_plain
 from ldm.errors import UserError
@@ -15,6 +17,7 @@ from ldm.tiny.encoders import read_clip
 from ldm.tiny.miniature import CLIP_CONFIG
 from scripts import convert, suggest_class
 from tests.support.runs import Workspace, same
+from tests.training.test_exactness import CONCEPTS
 
 
 def shown(photos):
@@ -116,6 +119,12 @@ def test_a_file_without_a_text_tower_and_an_unknown_name_are_refused(clip, tmp_p
         read_clip("no-such-file.bin")
 
 
+def test_a_clip_without_the_name_of_its_weights_is_refused(monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", None)  # it would draw them at random
+    with pytest.raises(UserError, match="CLIP 'ViT-B-32': names no weights"):
+        read_clip("ViT-B-32")
+
+
 def test_a_training_says_whether_the_class_word_fits_and_does_not_change(clip, workspace, caplog):
     caplog.set_level(logging.INFO)
     plain = workspace.train("plain", "--max_steps", "1")
@@ -127,6 +136,18 @@ def test_a_training_says_whether_the_class_word_fits_and_does_not_change(clip, w
         read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"] for run in (plain, asked)
     ]
     assert same(*weights)
+
+
+def test_each_of_several_class_words_is_compared(clip, workspace, caplog):
+    caplog.set_level(logging.INFO)
+    workspace.train("two", "--max_steps", "1", f"run.class_clip={clip}", CONCEPTS[0])
+    (line,) = [line for line in caplog.text.splitlines() if line.startswith("  class word")]
+    assert "'dog'" in line and "'cat'" in line
+
+
+def test_what_is_no_name_of_a_clip_is_refused(workspace, caplog):
+    assert main.main(workspace.arguments("number", "run.class_clip=5")) == 1
+    assert "run.class_clip: expected a CLIP's name or file, got 5" in caplog.text
 
 
 def test_a_training_goes_on_without_the_clip(workspace, caplog):
