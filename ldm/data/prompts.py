@@ -51,14 +51,18 @@ def class_words(placeholder_token: str, coarse_class_text: str | None = None) ->
     )
 
 
+def as_word(text: str) -> str:
+    """Return the pattern of a text that stands for itself: `sks` in `sks's toy`, not in `masks`."""
+    return rf"(?<!\w){re.escape(text)}(?!\w)"
+
+
 def without_identifier(caption: str, identifier: str, class_words: str) -> str:
     """Return a subject's caption as one of its class: `photo of a sks dog` is `photo of a dog`.
 
     Where the class is not named, it takes the identifier's place.
     """
-    named = rf"(?<!\w){re.escape(identifier)}(?!\w)"
-    is_named = re.search(rf"(?<!\w){re.escape(class_words)}(?!\w)", caption, re.IGNORECASE)
-    if is_named:
+    named = as_word(identifier)
+    if re.search(as_word(class_words), caption, re.IGNORECASE):
         return re.sub(rf"{named}\s*", "", caption, flags=re.IGNORECASE).strip()
     return re.sub(named, lambda _: class_words, caption, flags=re.IGNORECASE)
 

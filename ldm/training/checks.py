@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 
 from ldm.callbacks.setup import callbacks_of
 from ldm.config import RunConfig
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.prompts import as_word
 from ldm.errors import UserError, nearest, under
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.t5 import Encode
@@ -143,19 +146,30 @@ def check_new_words(model: pl.LightningModule, data: pl.LightningDataModule) -> 
             "%d captions hold none of the new words %s, as '%s': nothing is learned from them",
             *(len(without), words, without[0]),
         )
+    held = {word for text in prompts for word in manager.words_in(text)}
+    unread = [f"'{word}'" for word in manager.words if word not in held]
+    if unread and prompts and model.words_alone:
+        log.warning("%s: in no caption, so nothing is learned for it", ", ".join(unread))
     if model.words_alone and ("reg" in data.datasets or data.num_class_images):
         raise UserError(
             "data.params.reg: class images teach new words nothing: leave out --reg_data_root"
         )
 
 
-def check_identifiers(config: RunConfig, prompts: Sequence[str], encode: Encode) -> None:
-    """Warn of each word that is to name a subject and is in no prompt, or is several tokens."""
-    where = "concepts" if config.concepts else "train.params.identifier"
-    for identifier in config.identifiers:
+def check_identifiers(config: RunConfig, found: Mapping[str, Any], encode: Encode) -> None:
+    """Warn of each word that is to name a subject and is in none of its prompts, or is several
+    tokens.
+
+    Args:
+        found: what the data says of the subjects, see `DataModuleFromConfig.summary`.
+    """
+    each = found.get("concepts", [found])
+    for number, (identifier, own) in enumerate(zip(config.identifiers, each)):
+        where = f"concepts[{number}]" if config.concepts else "train.params"
         # A new word has tokens of its own.
         if identifier not in config.new_words:
-            check_identifier(identifier, prompts, encode, f"data.params.{where}")
+            prompts = own["subject_prompts"]
+            check_identifier(identifier, prompts, encode, f"data.params.{where}.identifier")
 
 
 def check_identifier(
@@ -165,14 +179,16 @@ def check_identifier(
     where: str = "data.params.train.params.identifier",
 ) -> None:
     """Warn if the word that is to name the subject is in no prompt, or is several tokens."""
-    if not any(identifier in prompt for prompt in prompts):
+    # Words that read as its tokens count, such as SKS, which CLIP reads as sks.
+    tokens, pattern = encode(identifier), re.compile(as_word(identifier), re.IGNORECASE)
+    found = {word for prompt in prompts for word in pattern.findall(prompt)}
+    if not any(encode(word) == tokens for word in found):
         log.warning(
             "%s: no caption of the subject has '%s', so that word will not mean it; "
             "write it into the captions, or into a template as {identifier}",
             *(where, identifier),
         )
         return
-    tokens = encode(identifier)
     if len(tokens) > 1:
         log.warning(
             "%s: '%s' is %d tokens (%s), which other words share: "

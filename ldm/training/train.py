@@ -123,7 +123,7 @@ def train(config: RunConfig, run: Run, start: Start | None = None, test: bool = 
     check_new_words(model, data)
     with under("model.params.cond_stage_config.params"):
         encode = words_of(getattr(model, "cond_stage_model", None))
-    check_identifiers(config, data.summary()["subject_prompts"], encode)
+    check_identifiers(config, data.summary(), encode)
     check_training(model, data, trainer)
     first = resumed.step if resumed else 0
 

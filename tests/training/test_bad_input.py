@@ -8,6 +8,9 @@ from PIL import Image
 
 import main
 from ldm.checkpoints.checkpoint import Checkpoint
+from ldm.config import RunConfig
+from ldm.modules.encoders import tokenizer
+from ldm.training.checks import check_identifier, check_identifiers
 from scripts import stable_txt2img
 from tests.support.runs import Workspace, config, metrics
 
@@ -293,6 +296,23 @@ def test_an_identifier_of_several_tokens_is_said(workspace, caplog):
     )
     assert "identifier: 'mydogxyz' is 4 tokens" in caplog.text
     assert "no caption of the subject has" not in caplog.text
+
+
+@pytest.mark.parametrize("prompt, is_said", [
+    ("photo of a sks dog", False), ("a SKS's toy", False), ("masks of a dog", True),
+])  # fmt: skip
+def test_an_identifier_is_a_word_of_its_own(caplog, prompt, is_said):
+    check_identifier("sks", [prompt], tokenizer.encode)
+    assert ("no caption of the subject has 'sks'" in caplog.text) == is_said
+
+
+def test_each_subject_needs_its_identifier(caplog):
+    concepts = [{"identifier": "sks"}, {"identifier": "zwx"}]
+    config = RunConfig({"data": {"params": {"concepts": concepts}}})
+    each = [{"subject_prompts": ["a sks dog and a zwx cat"]}, {"subject_prompts": ["a cat"]}]
+    check_identifiers(config, {"concepts": each}, tokenizer.encode)
+    assert "data.params.concepts[1].identifier: no caption of the subject has 'zwx'" in caplog.text
+    assert "sks'" not in caplog.text
 
 
 def test_an_identifier_that_no_caption_has_is_said(workspace, caplog):

@@ -1,6 +1,7 @@
 """A training of new words from the command line: what it says, writes, draws, and is tuned from."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from PIL import Image
 
 import main
 from ldm.checkpoints.embeddings import read_words
+from ldm.data.datamodule import DataModuleFromConfig
 from ldm.sampling.text_to_image import load_model
+from ldm.training.checks import check_new_words
 from scripts import stable_txt2img
 from tests.support.exact import smallest
 from tests.support.models import parts_that_moved
@@ -122,6 +125,15 @@ def test_what_cannot_be_learned_is_refused(workspace, base, learned, caplog, mor
     assert main.main(workspace.arguments("refused", *WORDS, *given, base=base)) == 1
     assert re.search(message, caplog.text)
     assert not list(workspace.logs.glob("*_refused"))
+
+
+def test_a_word_that_no_caption_has_is_said(caplog):
+    manager = SimpleNamespace(words={"<a>": None, "<b>": None}, words_in=lambda text: ["<a>"])
+    data = object.__new__(DataModuleFromConfig)
+    data.num_class_images, data.concepts, data._test = 0, [], None
+    data.summary = lambda: {"subject_prompts": ["photo of a <a>"]}
+    check_new_words(SimpleNamespace(embedding_manager=manager, words_alone=True), data)
+    assert "'<b>': in no caption, so nothing is learned for it" in caplog.text
 
 
 def test_words_that_a_training_would_lose_are_named(workspace, base, learned, caplog):
