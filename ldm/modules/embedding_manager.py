@@ -91,7 +91,7 @@ class EmbeddingManager(nn.Module):
     ):
         super().__init__()
         words = _checked_words(placeholder_strings)
-        starts = list(initializer_words or [])
+        starts = _checked_starts(initializer_words)
         if starts and len(starts) != len(words):
             problem = f"{len(starts)} for {len(words)} placeholder_strings: one each"
             raise ParameterError("initializer_words", problem)
@@ -320,6 +320,7 @@ class EmbeddingManager(nn.Module):
 def _checked_words(words: Sequence[str] | None) -> list[str]:
     """Return placeholders as a list; raise a `UserError` for one that cannot be a word."""
     found: list[str] = []
+    taken = nn.ParameterDict()  # the names of its own are no names for its parameters
     if isinstance(words, str):
         raise ParameterError("placeholder_strings", f"expected a list of words, got {words!r}")
     for word in words or ():
@@ -327,13 +328,20 @@ def _checked_words(words: Sequence[str] | None) -> list[str]:
         if not isinstance(word, str) or not word or "." in word or word.split() != [word]:
             problem = f"{word!r} is no word: letters, digits and signs, without spaces and dots"
             raise ParameterError("placeholder_strings", problem)
-        if hasattr(nn.ParameterDict, word):
+        if hasattr(taken, word):
             problem = f"{word!r} is a name that a parameter cannot have: choose <{word}>"
             raise ParameterError("placeholder_strings", problem)
         if word.lower() in (other.lower() for other in found):
             raise ParameterError("placeholder_strings", f"'{word}' is there twice, in any case")
         found.append(word)
     return found
+
+
+def _checked_starts(words: Sequence[str] | None) -> list[str]:
+    """Return the words to start as; raise a `UserError` for what is no list of words."""
+    if isinstance(words, str) or not all(isinstance(word, str) for word in words or ()):
+        raise ParameterError("initializer_words", f"expected a list of words, got {words!r}")
+    return list(words or ())
 
 
 def report(embedding: Embedding) -> None:

@@ -119,6 +119,8 @@ def test_what_a_new_word_starts_as():
     ({"placeholder_strings": ["a.b"]}, "'a.b' is no word"),
     ({"placeholder_strings": ["*", "*"]}, "'[*]' is there twice"),
     ({"placeholder_strings": ["keys"]}, "'keys' is a name that a parameter cannot have"),
+    ({"placeholder_strings": ["training"]}, "'training' is a name that a parameter cannot have"),
+    ({"initializer_words": "dog"}, "initializer_words: expected a list of words, got 'dog'"),
     ({"initializer_words": ["dog"]}, "initializer_words: 1 for 2 placeholder_strings"),
     ({"num_vectors_per_token": 0}, "num_vectors_per_token: expected 1 or more"),
     ({"num_vectors_per_token": 76}, "76 vectors, a prompt has room for 75"),
