@@ -15,6 +15,7 @@ LONGEST = 3  # characters of a piece, as in the paper
 T5_SIZE, T5_WINDOW = 32_000, (5_000, 10_000)
 CLIP_BYTES = 512  # entries of CLIP's vocabulary before its merges: each byte, alone and at an end
 WORD_END, WORD_START = "</w>", "▁"
+BYTE_START = "Ġ"  # a space before a word, in vocabularies of bytes
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Vocabulary:
     size: int
 
     def rank(self, token: int) -> int:
-        """Return the rank of a token of this vocabulary."""
-        return token - CLIP_BYTES if self.name == CLIP_NAME else token
+        """Return the rank of a token of this vocabulary; CLIP's bytes come before all merges."""
+        return max(0, token - CLIP_BYTES) if self.name == CLIP_NAME else token
 
 
 CLIP_NAME = "CLIP"
@@ -107,16 +108,20 @@ def read_vocabulary(path: Path) -> Vocabulary:
             f"--vocabulary {path}: no SentencePiece file and no tokenizer.json: {line[:120]}"
         ) from error
 
-    def encode(word: str) -> list[int]:
-        return list(read.encode(word, add_special_tokens=False).ids)
-
     words = read.get_vocab(with_added_tokens=False)
-    begins = {word: word[1:] for word in words if word[:1] in (WORD_START, "Ġ") and len(word) > 1}
+    starts = {word[:1] for word in words} & {WORD_START, BYTE_START}
+    begins = {word: word[1:] for word in words if word[:1] in starts and len(word) > 1}
+    # The words of a prompt have a space before them, which is one of their bytes.
+    space = " " if starts == {BYTE_START} else ""
+
+    def encode(word: str) -> list[int]:
+        return list(read.encode(space + word, add_special_tokens=False).ids)
+
     ends = {word: word.removesuffix(WORD_END) for word in words if word.endswith(WORD_END)}
     if not begins and not ends:
         raise UserError(
             f"--vocabulary {path}: its pieces do not say where a word begins or ends "
-            f"({WORD_START}, Ġ or {WORD_END})"
+            f"({WORD_START}, {BYTE_START} or {WORD_END})"
         )
     marked = begins or ends
     pieces = [_pieces(words, marked)]

@@ -122,6 +122,20 @@ def test_words_of_a_tokenizer_json_encode_to_their_tokens(tmp_path):
     assert (each.word, each.tokens) == ("zqx", (0,))
 
 
+def test_words_of_a_vocabulary_of_bytes_have_a_space_before_them(tmp_path):
+    ids = {letter: number for number, letter in enumerate(["Ġ", "z", "q", "Ġz", "Ġzq"])}
+    made = Tokenizer(models.BPE(ids, [("Ġ", "z"), ("Ġz", "q")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = read_vocabulary(tmp_path / "tokenizer.json")
+    (each,) = find_identifiers(found, 1, ["dog"], [1], (4, 5))
+    assert (each.word, each.tokens) == ("zq", (4,))
+
+
+def test_letters_of_clip_come_before_all_merges(clip):
+    assert identifier_of(clip, "x").ranks == (0,)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
