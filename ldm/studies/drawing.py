@@ -45,13 +45,12 @@ def draw(
     missing.
     """
     there = [picture for picture in wanted if picture.path.exists()]
-    others = [picture for picture in there if not _is_of(picture, recipe)]
+    kept = {picture.path for picture in there if _is_of(picture, recipe)}
+    others = [picture.path for picture in there if picture.path not in kept]
     if others:
-        folder = others[0].path.parent
+        folder = others[0].parent
         log.warning("%s: %d pictures were asked for otherwise: drawn anew", folder, len(others))
-    for picture in others:
-        picture.path.unlink()
-    missing = len(wanted) - len(there) + len(others)
+    missing = len(wanted) - len(kept)
     if not missing:
         return 0
     model = load_model(checkpoint, device=pick_device(device))
@@ -60,7 +59,7 @@ def draw(
     batches = [
         batch
         for batch in in_batches(pictures, batch_size)
-        if not all(wanted[position].path.exists() for position in batch.positions)
+        if not all(wanted[position].path in kept for position in batch.positions)
     ]
     read_ahead(model, batches, PRECISION)
     for batch in batches:
@@ -69,7 +68,9 @@ def draw(
         seeds = [picture.noise_seed for picture in batch.pictures]
         images = text_to_image(model, prompts, seeds, recipe, precision=PRECISION)
         for place, (path, image) in enumerate(zip(paths, images)):
-            if not path.exists():
+            if path not in kept:
+                # An older one stays until there is one to take its place.
+                path.unlink(missing_ok=True)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_png(image, path, batch.texts(place, how))
     return missing

@@ -228,7 +228,7 @@ def test_trainings_of_a_class_share_its_class_images(workspace, base_model, tmp_
 
 
 def test_other_flags_of_a_method_are_refused(
-    workspace, base_model, tmp_path, caplog, in_this_process
+    workspace, base_model, tmp_path, caplog, in_this_process, monkeypatch
 ):
     """Its scores, and a run that is gone on with, would be of the flags of before."""
     with_flags_of = lambda *more: command(workspace, base_model, tmp_path, *more)  # noqa: E731
@@ -244,6 +244,10 @@ def test_other_flags_of_a_method_are_refused(
     before = pictures_of(folder)
     flags = with_flags_of("--method", "mine=model.params.reg_weight=0", "--subjects", "dog")
     (tmp_path / "score.yaml").write_text(json.dumps({**SCORE, "scale": 3.0}))
+    with monkeypatch.context() as patch:  # a model that cannot be read costs no picture
+        patch.delattr(ldm.studies.drawing, "load_model")
+        assert dreambench.main(flags) == 1
+    assert pictures_of(folder) == before
     assert dreambench.main(flags) == 0
     after = pictures_of(folder)
     assert before.keys() == after.keys() and all(before[key] != after[key] for key in after)
