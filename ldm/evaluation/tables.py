@@ -24,14 +24,14 @@ def difference_table(differences: Mapping[str, Mapping[str, Estimate]], referenc
     Args:
         differences: of each row, the difference of each score.
     """
-    return "\n".join([f"{less(reference)}:", "", *_table(differences, signed=True)])
+    return "\n".join([f"{differences_caption(reference)}:", "", *_table(differences, signed=True)])
 
 
-def less(reference: str) -> str:
+def differences_caption(reference: str) -> str:
     """Say what a table of differences holds."""
     return (
-        f"Scores less those of {reference}, by pairs of the same subject and seed; an interval "
-        "with 0 in it decides nothing, and of fewer than ten subjects one without it may be chance"
+        f"Scores less those of {reference}, by pairs of the same subject and seed. An interval "
+        "with 0 in it decides nothing. With fewer than ten subjects, intervals are too narrow"
     )
 
 

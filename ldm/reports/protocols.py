@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm.evaluation.intervals import Estimate
 from ldm.evaluation.protocols import Protocol
 from ldm.evaluation.scores import MEASURED, Scored
-from ldm.evaluation.tables import differences, less, pinned
+from ldm.evaluation.tables import differences, differences_caption, pinned
 from ldm.reports.page import Figures, Page, Section, Table, Text, picture
 from ldm.reports.plots import intervals, pareto, scatter
 
@@ -99,7 +99,9 @@ def _compared(rows: Mapping[str, Scored], reference: str) -> Iterator[Section]:
         [name, *(each[score].written(signed=True) if score in each else "" for score in scores)]
         for name, each in found.items()
     ]
-    yield Section(f"Against {reference}", [Table(less(reference), ["", *scores], means)])
+    yield Section(
+        f"Against {reference}", [Table(differences_caption(reference), ["", *scores], means)]
+    )
 
 
 def _trade_offs(found: Mapping[str, Mapping[str, Estimate]]) -> Iterator[Section]:
