@@ -178,7 +178,7 @@ class Concept:
             raise ParameterError("reg.params.size", "needed to make class images")
         # Not only when the images are made, which may take hours.
         wanted = self._reg_params.get("num_images")
-        if self.class_images_to_make and wanted and wanted > self.num_class_images:
+        if self.class_images_to_make and isinstance(wanted, int) and wanted > self.num_class_images:
             raise ParameterError(
                 "reg.params.num_images",
                 f"{wanted} of the {self.num_class_images} that num_class_images makes: raise "
