@@ -23,7 +23,7 @@ from ldm.reports.protocols import protocol_page
 from ldm.sampling.contact_sheet import contact_sheet
 from ldm.studies.engines import Engine, Failure, Task
 from ldm.studies.scoring import Scoring
-from ldm.studies.training import trained
+from ldm.studies.training import settle_flags, trained
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ METHODS: dict[str, Method] = {
     "no-noun": Method(["data.params.train.params.templates=photo of a {identifier}"], noun=""),
     "wrong-noun": Method(noun="can"),
 }
-TABLE, SCORES_FILE, PAGE, FLAGS = "table.md", "scores.csv", "index.html", "flags.json"
+TABLE, SCORES_FILE, PAGE = "table.md", "scores.csv", "index.html"
 SHEET_SUBJECTS, SHEET_PROMPTS = 6, 6
 
 
@@ -132,8 +132,7 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine) -> dict[str, Scored]:
         UserError: a task failed; the others are done, and the same command tries it again. Or the
             folder has a method with other flags.
     """
-    outdir.mkdir(parents=True, exist_ok=True)
-    _settle(bench, outdir)
+    settle_flags(outdir, {name: _flags(bench, method) for name, method in bench.methods.items()})
     failures = []
     for task, result in engine.run(run_subject, tasks(bench, outdir.resolve())):
         if isinstance(result, Failure):
@@ -146,26 +145,6 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine) -> dict[str, Scored]:
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}; the same command tries again")
     return rows
-
-
-def _settle(bench: Bench, outdir: Path) -> None:
-    """Note the flags of each method, or compare them with those that it has there: a run that is
-    gone on with and a score that is not made again would be of those.
-    """
-    before = {}
-    if (outdir / FLAGS).is_file():
-        before = json.loads((outdir / FLAGS).read_text(encoding="utf-8"))
-    now = {name: _flags(bench, method) for name, method in bench.methods.items()}
-    for name, flags in now.items():
-        if name in before and before[name] != flags:
-            changed = [word for word in before[name] if word not in flags]
-            changed += [word for word in flags if word not in before[name]]
-            raise UserError(
-                f"{outdir}: has the method '{name}' with other flags ({', '.join(changed)}); "
-                "choose another --outdir, or another name for it"
-            )
-    text = json.dumps({**before, **now}, indent=1)
-    write_atomically(outdir / FLAGS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _flags(bench: Bench, method: Method) -> list[str]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.config import PROJECT
 from ldm.errors import UserError
+from ldm.files import write_atomically
 from ldm.host import end_with_parent
 
 log = logging.getLogger(__name__)
 
-LOG = "training.log"
+LOG, FLAGS = "training.log", "flags.json"
 LAST = Path("checkpoints/last.ckpt")
 TAIL = 300  # letters of an error that are told
 STAMP = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(_\d+)?"  # of a run folder, before its name
@@ -43,6 +45,33 @@ def trained(name: str, folder: Path, arguments: Sequence[str], done: Path) -> Pa
     (run, *_) = reversed([run for run in run_folders(folder, name) if (run / LAST).is_file()])
     done.write_text(run.name, encoding="utf-8")
     return run
+
+
+def settle_flags(outdir: Path, flags: Mapping[str, Sequence[str]]) -> None:
+    """Note the flags of a study's parts, or compare them with those that its folder has: a run that
+    is gone on with and a score that is not made again would be of those.
+
+    Args:
+        flags: of each part, what makes its trainings what they are.
+
+    Raises:
+        UserError: a part is there with other flags.
+    """
+    outdir.mkdir(parents=True, exist_ok=True)
+    before: dict[str, list[str]] = {}
+    if (outdir / FLAGS).is_file():
+        before = json.loads((outdir / FLAGS).read_text(encoding="utf-8"))
+    now = {name: list(words) for name, words in flags.items()}
+    for name, words in now.items():
+        if name in before and before[name] != words:
+            changed = [word for word in before[name] if word not in words]
+            changed += [word for word in words if word not in before[name]]
+            raise UserError(
+                f"{outdir}: has '{name}' with other flags ({', '.join(changed)}); "
+                "choose another --outdir, or another name for it"
+            )
+    text = json.dumps({**before, **now}, indent=1)
+    write_atomically(outdir / FLAGS, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def new_run(name: str, folder: Path, arguments: Sequence[str]) -> list[str]:

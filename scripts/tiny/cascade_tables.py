@@ -35,7 +35,7 @@ from ldm.sampling.super_resolution import check_upscales, enlarge
 from ldm.sampling.text_to_image import image_seed, load_model
 from ldm.studies.drawing import Wanted, draw, series
 from ldm.studies.scoring import Scoring
-from ldm.studies.training import LAST, trained
+from ldm.studies.training import LAST, settle_flags, trained
 from ldm.tiny.miniature import (
     BASE_CONFIG,
     BASE_WEIGHTS,
@@ -120,19 +120,24 @@ class Study:
         self.outdir, self.steps, self.seeds = args.outdir.resolve(), args.steps, args.seeds
         self.scoring = Scoring.of(to_plain(load_yaml(args.score)), str(args.score))
         self.subjects = read_dataset(SUBJECTS, args.subjects)
+        flags = {name: self.flags(training) for name, training in TRAININGS.items()}
+        settle_flags(self.outdir, flags)
+
+    def flags(self, training: Training) -> list[str]:
+        """Return all that makes a training what it is, beside the subject and the seed."""
+        words = ["--base", str(training.config), "--actual_resume", str(training.weights)]
+        words += [*training.changes, *(f"lightning.callbacks.{name}=null" for name in QUIET)]
+        return [*words, "--max_steps", str(self.steps)] if self.steps else words
 
     def checkpoint(self, name: str, subject: Subject, seed: int) -> Path:
         """Return what a training has learned of a subject."""
         training, folder = TRAININGS[name], self.outdir / "runs"
-        words = ["--base", str(training.config), "--actual_resume", str(training.weights)]
+        words = self.flags(training)
         words += ["--data_root", str(subject.photos), "--class_word", subject.class_word]
         if training.prior:
             kind = "class_images" if name == "latent" else "class_images_cascade"
             words += ["--reg_data_root", str(self.outdir / kind / subject.class_word)]
-        words += ["--seed", str(seed), *training.changes]
-        words += [f"lightning.callbacks.{callback}=null" for callback in QUIET]
-        if self.steps:
-            words += ["--max_steps", str(self.steps)]
+        words += ["--seed", str(seed)]
         name = f"{name}-{subject.name}-{seed}"
         return trained(name, folder, words, folder / f"{name}.run") / LAST
 

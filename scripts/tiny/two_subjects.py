@@ -2,6 +2,8 @@
 
     python scripts/tiny/two_subjects.py --subjects dog backpack --seeds 23
     python scripts/tiny/two_subjects.py --subjects dog dog2 --seeds 23 24 25
+    python scripts/tiny/two_subjects.py --steps 100 \\
+        --base configs/tiny/dreambooth.yaml configs/tiny/profiles/bench.yaml
 
 Both together get twice the steps, so that each subject is seen as often as alone. What is measured
 is how much of the way from the base model's pictures of the class to the photos' own likeness the
@@ -42,7 +44,7 @@ from ldm.evaluation.metrics import (
 )
 from ldm.files import write_atomically
 from ldm.sampling.contact_sheet import contact_sheet
-from ldm.studies.training import LAST, trained
+from ldm.studies.training import LAST, settle_flags, trained
 from ldm.tiny.measure import CLASS_IMAGES, SIZE, SUBJECT_IMAGES
 from ldm.tiny.miniature import (
     CLIP_CONFIG,
@@ -112,17 +114,23 @@ def build_parser() -> argparse.ArgumentParser:
     known = subject_names()
     add("--subjects", nargs=2, choices=known, default=["dog", "backpack"], metavar="NAME")
     add("--seeds", nargs="+", type=int, default=[23], help="of the trainings (default: 23)")
+    add("--base", nargs="+", type=Path, default=[CONFIG], metavar="YAML", help="of the trainings")
     add("--steps", type=int, default=STEPS, help="of each subject (default: %(default)s)")
     add("--outdir", type=Path, default=Path("outputs/two-subjects"), help="default: %(default)s")
     return parser
 
 
+def flags(args: argparse.Namespace) -> list[str]:
+    """Return all that makes the trainings what they are, beside the subjects and the seed."""
+    quiet = ["image_logger", "run_page", "fixed_loss"]  # they change nothing
+    words = ["--base", *map(str, args.base), "--actual_resume", str(WEIGHTS)]
+    return [*words, *(f"lightning.callbacks.{name}=null" for name in quiet)]
+
+
 def tuned(case: Case, seed: int, args: argparse.Namespace) -> Path:
     """Return the checkpoint of a training, which is made if it is not there."""
     folder, name = args.outdir / "runs", f"{case.name}-{args.steps}-{seed}"
-    quiet = ["image_logger", "run_page", "fixed_loss"]  # they change nothing
-    words = ["--base", str(CONFIG), "--actual_resume", str(WEIGHTS), "--seed", str(seed)]
-    words += [f"lightning.callbacks.{name}=null" for name in quiet]
+    words = [*flags(args), "--seed", str(seed)]
     words += case.arguments(args.outdir.resolve() / f"class_images-{seed}", args.steps)
     return trained(name, folder, words, folder / f"{name}.run") / LAST
 
@@ -174,6 +182,7 @@ def compare(args: argparse.Namespace) -> None:
     """Measure all cases; write the table and the sheet of the first seed."""
     check_once("--subjects", args.subjects)
     check_once("--seeds", args.seeds)
+    settle_flags(args.outdir, {"trainings": flags(args)})
     found: dict[tuple[str, str, str], Values] = {}  # by kind, subject and encoder: of each seed
     rows = []
     for seed in args.seeds:

@@ -236,7 +236,7 @@ def test_other_flags_of_a_method_are_refused(
     assert dreambench.main(with_flags_of(*few, "mine=model.params.reg_weight=0")) == 0
     scores = (tmp_path / "out/scores.csv").read_text()
     assert dreambench.main(with_flags_of(*few, "mine=model.params.reg_weight=0.5")) == 1
-    assert "the method 'mine' with other flags (model.params.reg_weight=0, " in caplog.text
+    assert "has 'mine' with other flags (model.params.reg_weight=0, " in caplog.text
     assert len(in_this_process) == 1 and (tmp_path / "out/scores.csv").read_text() == scores
 
     # A picture of another recipe is drawn anew, and what is not all there is said.

@@ -12,7 +12,7 @@ STEPS = 2
 
 
 def test_each_case_is_trained_once_and_has_its_rows(
-    workspace, base_model, tmp_path, monkeypatch, capsys, in_this_process
+    workspace, base_model, tmp_path, monkeypatch, capsys, caplog, in_this_process
 ):
     small = config(
         tmp_path,
@@ -52,3 +52,8 @@ def test_each_case_is_trained_once_and_has_its_rows(
     assert two_subjects.main(flags) == 0
     assert len(in_this_process) == 4
     assert capsys.readouterr().out.strip() == table.strip()
+
+    # The folder's runs are of one config.
+    assert two_subjects.main([*flags, "--base", str(tmp_path / "other.yaml")]) == 1
+    assert "has 'trainings' with other flags (" in caplog.text
+    assert len(in_this_process) == 4

@@ -32,7 +32,7 @@ def asked(tmp_path, monkeypatch):
     return asked
 
 
-def test_the_tables(asked, tmp_path, capsys):
+def test_the_tables(asked, tmp_path, capsys, caplog):
     quick = {"protocol": "miniature", "images": 1, "class_images": 2, "steps": 1, "scale": 1}
     (tmp_path / "score.yaml").write_text(yaml.safe_dump({**quick, "side": 64, "batch_size": 27}))
     out = tmp_path / "out"
@@ -61,3 +61,7 @@ def test_the_tables(asked, tmp_path, capsys):
     assert cascade_tables.main([*words, "--steps", "2"]) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == before
     assert capsys.readouterr().out == table
+
+    # Other steps are other trainings: these scores are not theirs.
+    assert cascade_tables.main([*words, "--steps", "3"]) == 1
+    assert "has 'latent' with other flags (2, 3)" in caplog.text
