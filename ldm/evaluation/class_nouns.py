@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ldm.errors import UserError
+
 TEMPLATE = "a photo of a {}"
 TIMES = 5.0  # a noun so many times as likely as the given word makes that doubtful
 
@@ -116,7 +118,12 @@ def suggest(
     Args:
         given: a class word to compare with them.
         nouns: instead of those that the CLIP knows.
+
+    Raises:
+        UserError: a noun has no letters.
     """
+    if any(not noun.strip() for noun in nouns or ()):
+        raise UserError("--nouns: one of them is empty")
     words = list(dict.fromkeys(nouns or clip.nouns or all_nouns()))
     if given and given not in words:
         words.append(given)

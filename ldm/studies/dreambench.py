@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm.checkpoints.export import sha256
 from ldm.config import IDENTIFIER
 from ldm.data.finding import find_images
 from ldm.data.reading import load_image
@@ -47,6 +48,11 @@ class Method:
         """Return whether the training reads class images."""
         return NO_CLASS_IMAGES not in self.arguments
 
+    @property
+    def own_class_images(self) -> bool:
+        """Return whether its class images are others than those of its noun's other trainings."""
+        return any(word.startswith(CLASS_IMAGES_KEYS) for word in self.arguments)
+
     def words(self, subject: Subject, identifier: str, common: Sequence[str]) -> list[str]:
         """Return the words of the training command for a subject, without its photos."""
         noun = self.noun or subject.class_word
@@ -66,6 +72,7 @@ class Method:
 
 PRESERVATION = "model.params.preservation"
 NO_CLASS_IMAGES = "data.params.num_class_images=0"
+CLASS_IMAGES_KEYS = ("data.params.num_class_images=", "data.params.class_images")
 METHODS: dict[str, Method] = {
     "base": Method(trains=False),
     "dreambooth": Method(),
@@ -132,15 +139,19 @@ def run_bench(bench: Bench, outdir: Path, engine: Engine) -> dict[str, Scored]:
         UserError: a task failed; the others are done, and the same command tries it again. Or the
             folder has a method with other flags.
     """
-    settle_flags(outdir, {name: _flags(bench, method) for name, method in bench.methods.items()})
+    photos = {f"photos of {subject.name}": _photos(subject) for subject in bench.subjects}
+    flags = {name: _flags(bench, method) for name, method in bench.methods.items()}
+    settle_flags(outdir, {**flags, **photos})
     failures = []
-    for task, result in engine.run(run_subject, tasks(bench, outdir.resolve())):
-        if isinstance(result, Failure):
-            failures.append(f"{task['name']}: {result.message}")
-            log.error("%s", failures[-1])
-        else:
-            log.info("%s: %s", task["name"], {k: round(v, 4) for k, v in result.items()})
-    rows = write_results(bench, outdir)
+    try:
+        for task, result in engine.run(run_subject, tasks(bench, outdir.resolve())):
+            if isinstance(result, Failure):
+                failures.append(f"{task['name']}: {result.message}")
+                log.error("%s", failures[-1])
+            else:
+                log.info("%s: %s", task["name"], {k: round(v, 4) for k, v in result.items()})
+    finally:  # a protocol that is stopped has a table of what is done
+        rows = write_results(bench, outdir)
     if failures:
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}; the same command tries again")
@@ -155,6 +166,11 @@ def _flags(bench: Bench, method: Method) -> list[str]:
     return [*bench.common, *method.arguments, *noun, f"--identifier {bench.identifier}"]
 
 
+def _photos(subject: Subject) -> list[str]:
+    """Return a subject's photos by name and content."""
+    return [f"{path.name} {sha256(path)[:8]}" for path in find_images(subject.photos)]
+
+
 def tasks(bench: Bench, outdir: Path) -> Iterator[Task]:
     """Yield a task for each seed, method and subject that has no scores yet.
 
@@ -164,16 +180,19 @@ def tasks(bench: Bench, outdir: Path) -> Iterator[Task]:
         for subject in bench.subjects if seed in method.seeds(bench.seeds) else []:
             task = _task(bench, outdir, name, seed, subject)
             if _scores(task, bench) is None:
-                words = _training(bench, outdir, method, seed, subject, task)
+                words = _training(bench, outdir, name, seed, subject, task)
                 yield {**task, "arguments": words if method.trains else []}
 
 
 def _training(
-    bench: Bench, outdir: Path, method: Method, seed: int, subject: Subject, task: Task
+    bench: Bench, outdir: Path, name: str, seed: int, subject: Subject, task: Task
 ) -> list[str]:
     """Return the words of the training command for a task."""
+    method = bench.methods[name]
     noun = method.noun or subject.class_word
     folder = outdir / "class_images" / noun.replace(" ", "_")  # of all trainings of the class
+    if method.own_class_images:
+        folder = folder.with_name(f"{folder.name}-{name}")
     words = ["--data_root", str(subject.photos)]
     if method.class_images:
         words += ["--reg_data_root", str(folder)]

@@ -257,7 +257,10 @@ def make_engine(
     if name == "local":
         engine: Engine = Local(workers, devices)
     elif name == "ray":
-        engine = Ray(workers, given.pop("address", None), float(given.pop("gpus", 0)))
+        gpus = given.pop("gpus", 0)
+        if isinstance(gpus, bool) or not isinstance(gpus, int | float) or gpus < 0:
+            raise UserError(f"--engine_options gpus={gpus}: expected a number, 0 or more")
+        engine = Ray(workers, given.pop("address", None), gpus)
     elif name == "submitit":
         engine = Submitit(folder, workers, given.pop("cluster", None), given, in_rounds)
         given = {}

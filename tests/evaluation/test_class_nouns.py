@@ -92,6 +92,12 @@ def workspace(tmp_path_factory):
     return Workspace(tmp_path_factory.mktemp("class_word"))
 
 
+def test_an_empty_noun_is_one_line(clip, workspace, caplog):
+    flags = [str(workspace.photos), "--clip", str(clip), "--nouns", "dog", ""]
+    assert suggest_class.main(flags) == 1
+    assert "--nouns: one of them is empty" in caplog.text
+
+
 def test_the_command_prints_the_nouns(clip, workspace, capsys):
     flags = [str(workspace.photos), "--clip", str(clip), "--nouns", "dog", "owl", "--device", "cpu"]
     assert suggest_class.main(flags) == 0

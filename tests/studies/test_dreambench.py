@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import ldm.studies.drawing
 import main
@@ -59,6 +60,9 @@ def test_the_protocol_goes_on_at_the_next_picture(
         patch.setattr(ldm.studies.drawing, "save_png", killed)
         assert dreambench.main(flags) == 130
     out = tmp_path / "out"
+    # What is done has its scores, and what is not is said.
+    assert [row["subject"] for row in csv.DictReader((out / "scores.csv").open())][2:] == ["dog"]
+    assert "Not there: 1 of 2 of no-prior." in (out / "table.md").read_text()
     before = pictures_of(out / "images")
     assert len(before) == 5 and len(in_this_process) == 2
     in_this_process.clear()
@@ -210,6 +214,7 @@ def test_the_base_model_draws_the_class_and_is_not_trained(
 
 def test_trainings_of_a_class_share_its_class_images(workspace, base_model, tmp_path):
     more = ["--method", "dreambooth", "--method", "wrong-noun", "--seeds", "1", "2"]
+    more += ["--method", "few=data.params.num_class_images=8"]
     flags = command(workspace, base_model, tmp_path, *more, "--workers", "2")
     bench = dreambench.bench_of(*dreambench.build_parser().parse_known_args(flags))
     folders, names = {}, []
@@ -222,9 +227,12 @@ def test_trainings_of_a_class_share_its_class_images(workspace, base_model, tmp_
         "dog": ["dreambooth-dog-1", "dreambooth-dog-2"],
         "stuffed_animal": ["dreambooth-bear_plushie-1", "dreambooth-bear_plushie-2"],
         "can": [f"wrong-noun-{name}-{seed}" for seed in (1, 2) for name in CLASSES],
+        # A method with class images of its own does not read those of the others.
+        "dog-few": ["few-dog-1", "few-dog-2"],
+        "stuffed_animal-few": ["few-bear_plushie-1", "few-bear_plushie-2"],
     }
     # The first seed of all methods comes first.
-    assert [name[-1] for name in names] == ["1"] * 4 + ["2"] * 4
+    assert [name[-1] for name in names] == ["1"] * 6 + ["2"] * 6
 
 
 def test_other_flags_of_a_method_are_refused(
@@ -238,6 +246,14 @@ def test_other_flags_of_a_method_are_refused(
     assert dreambench.main(with_flags_of(*few, "mine=model.params.reg_weight=0.5")) == 1
     assert "has 'mine' with other flags (model.params.reg_weight=0, " in caplog.text
     assert len(in_this_process) == 1 and (tmp_path / "out/scores.csv").read_text() == scores
+
+    # So they would with other photos.
+    (photo, *_) = sorted((tmp_path / "dataset/dog").iterdir())
+    kept, picture = photo.read_bytes(), Image.open(photo)
+    picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(photo)
+    assert dreambench.main(with_flags_of(*few, "mine=model.params.reg_weight=0")) == 1
+    assert f"has 'photos of dog' with other flags ({photo.name} " in caplog.text
+    photo.write_bytes(kept)
 
     # A picture of another recipe is drawn anew, and what is not all there is said.
     folder = tmp_path / "out/images/mine/dog/seed23"

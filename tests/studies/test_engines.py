@@ -64,6 +64,7 @@ def test_each_worker_has_a_device_of_its_own():
         ("local", 0, {}, "--workers 0: expected 1 or more"),
         ("submitit", 0, {"cluster": "local"}, "--workers 0: expected 1 or more"),
         ("local", 1, {"address": "x"}, "unknown for local: address"),
+        ("ray", 1, {"gpus": "abc"}, "--engine_options gpus=abc: expected a number"),
     ],
 )
 def test_engines_that_cannot_be(tmp_path, name, workers, options, message):
