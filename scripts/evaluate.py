@@ -119,6 +119,13 @@ def evaluate(args: argparse.Namespace) -> None:
     found = places(args.images, args.real, args.class_images)
     given = read_prompts(args.prompts, args.class_word, args.identifier) if args.prompts else None
     prompts = [prompts_of(place.images, given, args.order) for place in found]
+    if protocol.images and any(each is None for each in prompts):
+        logging.warning(
+            "%s asks for %d pictures of each prompt. This is not checked: the pictures' prompts "
+            "are not known; give --prompts",
+            protocol.name,
+            protocol.images,
+        )
     wanted = wanted_encoders(args, any(each is not None for each in prompts))
     files = {"dino": args.dino, "clip": args.clip, "lpips": args.lpips}
     encoders = make_encoders(protocol, files, wanted, pick_device(args.device))

@@ -205,6 +205,10 @@ def test_the_command_scores_folders_with_the_miniatures_encoders(tmp_path, capsy
         (["--scores", "PRES"], "needs --class_images"),
         (["--scores", "CLIP-T"], "give --prompts"),
         (["--dino", "nowhere.pth"], "nowhere.pth: no such file"),
+        (
+            ["--dino", "nowhere.pth"],
+            "paper asks for 4 pictures of each prompt. This is not checked",
+        ),
         (["--class_images", "nowhere"], "nowhere: no such folder"),
         (["--output", "{here}"], "is a folder; name a file in it"),
         (["--output", "{here}/real/00000.png/x.json"], "choose another --output"),
