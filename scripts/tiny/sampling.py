@@ -144,12 +144,13 @@ def measure_guidance(args: argparse.Namespace) -> None:
         return first_stage(images, sample_posterior=False)[0]
 
     models = {subject: load_model(path) for subject, path in tuned.items()}
-    outdir = results_folder(args.outdir, WEIGHTS, *tuned.values())
-    judges = make_judges(CLIP_IMAGES, train, outdir / "recognizer.ckpt", reconstruct)
+    of_judges = results_folder(args.outdir, WEIGHTS) / "recognizer.ckpt"
+    judges = make_judges(CLIP_IMAGES, train, of_judges, reconstruct)
 
     # Guidance -> score -> "subject place" -> values. The bootstrap draws among the last.
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for kind, (subject, model) in itertools.product(GUIDANCE, models.items()):
+        outdir = results_folder(args.outdir, WEIGHTS, tuned[subject])
         path = outdir / f"{subject}-{kind.replace(' ', '-')}.json"
         recipe = replace(RECIPE, **GUIDANCE[kind])
         scores = remembered(path, lambda: score(model, subject, recipe, judges))  # noqa: B023
