@@ -18,7 +18,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,45 +165,61 @@ def gone(pictures: Sequence[Image.Image], subject: str, seed: int) -> Values:
     return found
 
 
-def measure(
-    case: Case, seed: int, args: argparse.Namespace
-) -> tuple[dict[str, Values], dict[str, list[Image.Image]]]:
-    """Train a case, draw its subjects, and compare; return both by subject."""
-    draw = PromptSampler(tuned(case, seed, args), seed)
-    values, drawn = {}, {}
+def measure(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Values]:
+    """Train a case, draw its subjects, and compare; return it by subject.
+
+    What was measured before is read: the table of many seeds may be made in parts.
+    """
+    path = args.outdir / "values" / f"{case.name}-{args.steps}-{seed}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    drawn = draw(case, seed, SUBJECT_IMAGES, args)
+    values = {subject: gone(pictures, subject, seed) for subject, pictures in drawn.items()}
+    text = json.dumps(values)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    logging.info("seed %d, %s, %s: measured", seed, case.kind, ", ".join(case.words))
+    return values
+
+
+def draw(
+    case: Case, seed: int, count: int, args: argparse.Namespace
+) -> dict[str, list[Image.Image]]:
+    """Draw each subject of a case."""
+    sampler = PromptSampler(tuned(case, seed, args), seed)
+    drawn = {}
     for subject, word in case.words.items():
         prompt = f"photo of a {word} {class_word_of(photos_of(subject))}"
-        drawn[subject] = draw([prompt] * SUBJECT_IMAGES)
-        values[subject] = gone(drawn[subject], subject, seed)
-    return values, drawn
+        drawn[subject] = sampler([prompt] * count)
+    return drawn
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Measure all cases; write the table and the sheet of the first seed."""
+    """Measure all cases; write the table after each seed, and the sheet of the first one."""
     check_once("--subjects", args.subjects)
     check_once("--seeds", args.seeds)
     settle_flags(args.outdir, {"trainings": flags(args)})
+    name = "-".join(args.subjects)
     found: dict[tuple[str, str, str], Values] = {}  # by kind, subject and encoder: of each seed
-    rows = []
     for seed in args.seeds:
         for case in cases(args.subjects):
-            values, drawn = measure(case, seed, args)
-            for subject, of_encoders in values.items():
-                logging.info("seed %d, %s, %s: measured", seed, case.kind, subject)
+            for subject, of_encoders in measure(case, seed, args).items():
                 for encoder, numbers in of_encoders.items():
                     found.setdefault((case.kind, subject, encoder), {})[str(seed)] = numbers
-                if seed == args.seeds[0]:
-                    photo = load_image(find_images(photos_of(subject))[0])
-                    label = f'{subject}: {case.kind}, "{case.words[subject]}"'
-                    rows.append((label, [photo, *drawn[subject][:SHOWN]]))
-    name = "-".join(args.subjects)
-    sheet = contact_sheet(rows, cell=96)
+        table = table_of(found, args.subjects)
+        path = args.outdir / f"{name}.md"
+        write_atomically(path, lambda temporary: temporary.write_text(table, encoding="utf-8"))  # noqa: B023 - called now
+    print(table)
+    sheet = contact_sheet(list(sheet_rows(args)), cell=96)
     path = args.outdir / f"{name}.jpg"
     write_atomically(path, lambda temporary: sheet.save(temporary, "JPEG", quality=85))
-    table = table_of(found, args.subjects)
-    path = args.outdir / f"{name}.md"
-    write_atomically(path, lambda temporary: temporary.write_text(table, encoding="utf-8"))
-    print(table)
+
+
+def sheet_rows(args: argparse.Namespace) -> Iterator[tuple[str, list[Image.Image]]]:
+    """Yield the sheet's rows: a photo, then the first pictures of the first seed."""
+    for case in cases(args.subjects):
+        for subject, pictures in draw(case, args.seeds[0], SHOWN, args).items():
+            photo = load_image(find_images(photos_of(subject))[0])
+            yield f'{subject}: {case.kind}, "{case.words[subject]}"', [photo, *pictures]
 
 
 def table_of(found: Mapping[tuple[str, str, str], Values], subjects: Sequence[str]) -> str:
