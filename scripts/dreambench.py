@@ -18,6 +18,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ldm.commands import exit_status
@@ -45,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME[=FLAGS]",
         help=f"{', '.join(METHODS)}, or a name with flags of main.py: "
-        "'slow=--max_steps 2000 model.base_learning_rate=1e-6' (default: dreambooth)",
+        "'slow=--max_steps 2000 model.base_learning_rate=1e-6'; "
+        "'lora-fast=lora model.base_learning_rate=4e-4' changes a known one (default: dreambooth)",
     )
     add("--subjects", nargs="+", metavar="NAME", help="default: all")
     add("--seeds", nargs="+", type=int, default=[23], help="of the trainings (default: 23)")
@@ -68,8 +70,16 @@ def methods_of(given: Sequence[str]) -> dict[str, Method]:
             raise UserError(f"--method {name}: unknown{hint}; known are {known}; or NAME=FLAGS")
         if not name.replace("-", "").replace("_", "").isalnum() or name in found:
             raise UserError(f"--method {text}: expected a name of its own, of letters and digits")
-        found[name] = Method(shlex.split(words)) if equals else METHODS[name]
+        found[name] = _own_method(shlex.split(words)) if equals else METHODS[name]
     return found
+
+
+def _own_method(words: list[str]) -> Method:
+    """Return a method of flags, which may begin with the name of one that they change."""
+    if not words or words[0] not in METHODS:
+        return Method(words)
+    known = METHODS[words[0]]
+    return replace(known, arguments=[*known.arguments, *words[1:]])
 
 
 def bench_of(args: argparse.Namespace, rest: list[str]) -> Bench:

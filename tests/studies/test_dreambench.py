@@ -157,6 +157,10 @@ def test_a_method_of_ones_own_is_flags_of_the_training():
     found = dreambench.methods_of(["lora", "slow=--max_steps 5 a.b='{c: 1, d: 2}'"])
     assert found["slow"].arguments == ["--max_steps", "5", "a.b={c: 1, d: 2}"]
     assert found["lora"].arguments[0].startswith("model.params.lora")
+    # It may be a known one with other flags behind.
+    changed = dreambench.methods_of(["can=wrong-noun --max_steps 5", "few=lora --max_steps 7"])
+    assert changed["can"].noun == "can" and changed["can"].arguments == ["--max_steps", "5"]
+    assert changed["few"].arguments == [*found["lora"].arguments, "--max_steps", "7"]
     # Class images are made for those that ask for some.
     without = dreambench.methods_of(["mine=data.params.num_class_images=0 --max_steps 5"])["mine"]
     assert found["slow"].class_images and not without.class_images
