@@ -23,7 +23,7 @@ from ldm.util import instantiate_from_config
 
 log = logging.getLogger(__name__)
 
-# What a model can do without: made anew with the model, or only for sampling.
+# What a model can do without: numbers from 0 that are made with the model, or only for sampling.
 OPTIONAL_SUFFIXES = ("position_ids",)
 OPTIONAL_PREFIXES = (AVERAGES,)
 
@@ -86,13 +86,12 @@ def compare(
     }
     used = [key for key in wanted if key in state]
     of_config = config_keys(model)
-    built = [key for key in wanted if key not in state and key in of_config]
-    missing = [key for key in wanted if key not in state and key not in of_config]
+    absent = [key for key in wanted if key not in state]
+    built = [key for key in absent if key in of_config or key.endswith(OPTIONAL_SUFFIXES)]
+    missing = [key for key in absent if key not in built]
     unexpected = [key for key in state if key not in wanted]
     optional = OPTIONAL_PREFIXES + _optional_keys(model)
-    needed = [
-        key for key in missing if not (key.endswith(OPTIONAL_SUFFIXES) or key.startswith(optional))
-    ]
+    needed = [key for key in missing if not key.startswith(optional)]
     wrong = [key for key in used if state[key].shape != wanted[key].shape]
     more = (
         [key for key in unexpected if key.startswith(UNET)]
@@ -259,9 +258,7 @@ def instantiate_filled(
     missing = compare(model, state, path).missing
     # Vectors of new words are made of the weights, once these are there.
     made_later = (*OPTIONAL_PREFIXES, NEW_WORDS)
-    if any(
-        not key.endswith(OPTIONAL_SUFFIXES) and not key.startswith(made_later) for key in missing
-    ):
+    if not all(key.startswith(made_later) for key in missing):
         model = instantiate_from_config(config, "model")
     report = adopt_state(model, state, path, dtype)
     if any(key.startswith(OPTIONAL_PREFIXES) for key in report.missing):

@@ -122,6 +122,9 @@ def read_autoencoder(
 def _autoencoder_in(folder: Path) -> Path:
     """Return the file of the autoencoder in a pipeline's folder, or in its `vae/`."""
     inner = folder / "vae" if (folder / "vae").is_dir() else folder
+    kind = str(read_json(inner / "config.json").get("_class_name", "AutoencoderKL"))
+    if not kind.startswith("Autoencoder"):
+        raise UserError(f"{folder}: no autoencoder in it: it is a {kind}; give the folder vae/")
     found = part_file(inner, VAE_STEM)
     if found is None:
         raise UserError(

@@ -109,7 +109,8 @@ def _read_safetensors(path: Path, mapped: bool) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        detail = CUT_OFF if "buffer" in str(error).lower() else first_line(error)
+        too_short = any(word in str(error).lower() for word in ("buffer", "incomplete"))
+        detail = CUT_OFF if too_short else first_line(error)
         raise UserError(f"{path}: truncated or not a safetensors file: {detail}") from error
     for key in ("config", "training"):
         if value := _parsed(header.get(key)):

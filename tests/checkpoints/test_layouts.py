@@ -133,7 +133,7 @@ def test_a_training_starts_from_every_layout(layout, state, tmp_path):
         RunConfig(config), Start(write(state, layout, tmp_path)), resumes=False
     )
     assert same(dict(found.state_dict()), state)
-    assert ("12 built from the config" in report) == (layout == "three networks")
+    assert ("13 built from the config" in report) == (layout == "three networks")
 
 
 @pytest.mark.parametrize("layout", ["three networks", "counters of EMA", "DDP"])

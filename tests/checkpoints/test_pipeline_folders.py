@@ -262,6 +262,15 @@ def test_an_autoencoder_for_other_latents_is_refused(folder, state, yaml, tmp_pa
     assert "whose latents are scaled by 0.13025" in caplog.text and not output.exists()
 
 
+def test_another_part_of_a_pipeline_is_no_autoencoder(folder, state, yaml, tmp_path, caplog):
+    torch.save(state, original := tmp_path / "original.ckpt")
+    output = tmp_path / "model.safetensors"
+    command = ["--ckpt", original, "--config", yaml, "--vae", folder / "unet", "--output", output]
+    assert convert.main(list(map(str, command))) == 1
+    assert "unet: no autoencoder in it: it is a UNet2DConditionModel; give" in caplog.text
+    assert not output.exists()
+
+
 def test_a_file_without_an_autoencoder_gets_one(folder, state, yaml, tmp_path):
     rest = {key: value for key, value in state.items() if not key.startswith("first_stage_model.")}
     torch.save(rest, path := tmp_path / "no-vae.ckpt")

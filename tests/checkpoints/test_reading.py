@@ -272,8 +272,9 @@ def test_truncated_files(suffix, tmp_path):
         len(whole) - 1,
     ):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=rf"model\.{suffix}: truncated or not a"):
+        with pytest.raises(UserError, match=rf"model\.{suffix}: truncated or not a") as refusal:
             read_checkpoint(path)
+    assert "it ends too early: download it again" in str(refusal.value)
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "legacy"])
