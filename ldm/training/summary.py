@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
 LORA = "lora.safetensors"  # beside the checkpoints of a LoRA run
+TOKENS_SHOWN = 16  # of a caption
 
 
 def _rows(title: str, rows: dict[str, str]) -> str:
@@ -67,7 +69,8 @@ def parameters(model: nn.Module) -> str:
 
 
 def prompts(texts: list[str], encode: Encode, shown: int = 2) -> str:
-    """Quote prompts with their token ids, of which those of a rare identifier are worth a look.
+    """Quote prompts with their token ids, of which those of a rare identifier are worth a look. Of
+    a long caption the beginning is quoted.
 
     Args:
         encode: gives the ids of a text's words.
@@ -75,7 +78,10 @@ def prompts(texts: list[str], encode: Encode, shown: int = 2) -> str:
     lines = []
     for text in texts[:shown]:
         ids = encode(text)
-        lines.append(f'"{text}" = tokens {" ".join(map(str, ids))}')
+        rest = f" ... ({len(ids)} in all)" if len(ids) > TOKENS_SHOWN else ""
+        quoted = textwrap.shorten(text, 6 * TOKENS_SHOWN, placeholder=" ...") if rest else text
+        numbers = " ".join(map(str, ids[:TOKENS_SHOWN]))
+        lines.append(f'"{quoted}" = tokens {numbers}{rest}')
     return ", ".join(lines) + (f", and {len(texts) - shown} more" if len(texts) > shown else "")
 
 

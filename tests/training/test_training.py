@@ -331,6 +331,16 @@ def test_the_summaries(workspace, caplog):
         assert part in text, part
 
 
+def test_of_a_long_caption_the_beginning_is_said():
+    text = "photo of a sks dog " + "in the snow " * 30
+    said = summary.prompts([text], lambda words: list(range(len(words.split()))))
+    beginning, tokens = said.split(" = tokens ")
+    assert beginning.startswith('"photo of a sks dog in the snow') and beginning.endswith(
+        'snow ..."'
+    )
+    assert len(beginning) < 100 and tokens == f"{' '.join(map(str, range(16)))} ... (95 in all)"
+
+
 # Processes of their own
 
 
