@@ -7,9 +7,10 @@ the text encoder in other ways.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def with_our_names(state: Mapping[str, Tensor], path: str | Path) -> State:
         UserError: two tensors come to one name.
     """
     bare = {key: _LEADING.sub("", key) for key in state}
-    outer = _outer_prefix(bare.values())
+    outer = _outer_prefix(bare.values(), path)
     bare = {key: name.removeprefix(outer) for key, name in bare.items()}
     has_second_text_encoder = any(name.startswith(_SGM_SECOND) for name in bare.values())
 
@@ -115,19 +116,27 @@ def ema_name(key: str) -> str:
     return key.removeprefix("model.").replace(".", "")
 
 
-def _outer_prefix(names: Any) -> str:
+def _outer_prefix(names: Iterable[str], path: str | Path) -> str:
     """Return what stands before the networks' names, such as `model.` in
     `model.model.diffusion_model...`.
+
+    Raises:
+        UserError: two things stand there: which of the two models is meant?
     """
     names = list(names)
     if any(name.startswith(tuple(NETWORKS.values())) for name in names):
         return ""
-    for name in names:
-        for network in NETWORKS.values():
-            before, found, _ = name.partition("." + network)
-            if found:
-                return before + "."
-    return ""
+    outer: dict[str, None] = {}
+    for name, network in itertools.product(names, NETWORKS.values()):
+        before, found, _ = name.partition("." + network)
+        if found:
+            outer[before + "."] = None
+    if len(outer) > 1:
+        both = " and ".join(f"'{prefix}'" for prefix in outer)
+        raise UserError(
+            f"{path}: it holds more than one model, under {both}: take the others out of the file"
+        )
+    return next(iter(outer), "")
 
 
 def _our_name(name: str, has_second_text_encoder: bool) -> str:

@@ -227,6 +227,13 @@ def test_two_names_of_one_tensor_are_not_chosen_between(state):
         with_our_names({**state, "module." + key: state[key]}, "x.ckpt")
 
 
+def test_two_models_in_one_file_are_refused(state):
+    both = prefixed(state, "student.net.") | prefixed(state, "teacher.")
+    named = r"x\.ckpt: it holds more than one model, under 'student\.net\.' and 'teacher\.'"
+    with pytest.raises(UserError, match=named):
+        with_our_names(both, "x.ckpt")
+
+
 def test_names_that_are_not_known_are_named(state, yaml, tmp_path):
     torch.save(renamed(state, "first_stage_model.", "stage_one."), tmp_path / "x.ckpt")
     with pytest.raises(
