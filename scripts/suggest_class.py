@@ -4,7 +4,7 @@
     python scripts/suggest_class.py models/tiny/subjects/dog --clip miniature --class_word cat
     python scripts/suggest_class.py photos/ --clip ViT-L-14/clip-vit-large.bin --nouns dog wolf fox
 
-CLIP compares the photos with "a photo of a NOUN" for about a hundred nouns. `miniature` is the
+CLIP compares the photos with "a photo of a NOUN" for 145 nouns. `miniature` is the
 small CLIP that comes along: it needs no network, and it knows the 24 classes of the miniature's
 world alone. The shares are those of CLIP's softmax, averaged over the photos. A given word looks
 wrong if another noun is more than five times as likely, unless one is a kind of the other. main.py
