@@ -45,6 +45,7 @@ from ldm.evaluation.metrics import (
 from ldm.files import write_atomically
 from ldm.sampling.contact_sheet import contact_sheet
 from ldm.studies.training import LAST, settle_flags, trained
+from ldm.tiny import miniature
 from ldm.tiny.measure import CLASS_IMAGES, SIZE, SUBJECT_IMAGES
 from ldm.tiny.miniature import (
     CLIP_CONFIG,
@@ -197,7 +198,8 @@ def compare(args: argparse.Namespace) -> None:
     """Measure all cases; write the table after each seed, and the sheet of the first one."""
     check_once("--subjects", args.subjects)
     check_once("--seeds", args.seeds)
-    settle_flags(args.outdir, {"trainings": flags(args)})
+    drawn_by = [str(miniature.RECIPE)]
+    settle_flags(args.outdir, {"trainings": flags(args), "pictures": drawn_by})
     name = "-".join(args.subjects)
     found: dict[tuple[str, str, str], Values] = {}  # by kind, subject and encoder: of each seed
     for seed in args.seeds:

@@ -56,4 +56,8 @@ def test_each_case_is_trained_once_and_has_its_rows(
     # The folder's runs are of one config.
     assert two_subjects.main([*flags, "--base", str(tmp_path / "other.yaml")]) == 1
     assert "has 'trainings' with other flags (" in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(ldm.tiny.miniature, "RECIPE", replace(recipe, steps=3))
+        assert two_subjects.main(flags) == 1
+    assert "has 'pictures' with other flags (" in caplog.text
     assert len(in_this_process) == 4
